@@ -1,0 +1,516 @@
+"""SAC with static pruning and Topology-Aware Revival (TAR, arXiv 2602.04166), in one file.
+
+python sac_tar.py --env-id Hopper-v4 --sparsity 0.9
+python sac_tar.py --env-id Hopper-v4 --sparsity 0.9 --method static   # the control without revival
+tensorboard --logdir runs
+"""
+
+import copy
+import difflib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import warnings
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+import sparse_utils
+
+
+@dataclass
+class Args:
+    env_id: str = "Hopper-v4"
+    """Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """name of this experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of the networks, the environment, its action space, the replay indices and the masks"""
+    runs_dir: str = "runs"
+    """folder in which the run makes a folder of its own"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks and the replay buffer live; auto: cuda if there is one"""
+    torch_threads: int = 1
+    """threads of torch on the CPU; one run per core is the fastest use of a machine"""
+
+    # Sparsity (README: "What is reproduced and what is chosen")
+    method: Literal["tar", "static", "uniform", "dense"] = "tar"
+    """tar: prune, then revive where the topology needs it (arXiv 2602.04166); static: prune only; uniform: prune, then
+    revive everywhere alike; dense: no pruning. All but dense end with the same number of connections"""
+    sparsity: float = 0.9
+    """fraction of each network's weights that is pruned, in [0, 1); biases stay dense; dense ignores it"""
+    reserve: float = 0.1
+    """fraction of the active connections that revival places (tar and uniform), in [0, 1)"""
+    criterion: Literal["random", "magnitude", "snip", "grasp", "synflow"] = "random"
+    """score by which static pruning ranks connections; snip and grasp use the replay data collected so far"""
+    distribution: Literal["er", "uniform", "global"] = "er"
+    """how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all"""
+    prune_at: int | None = None
+    """environment step at which to prune and revive, once; default: --learning-starts, before any gradient step"""
+
+    # Evaluation
+    eval_frequency: int = 5000
+    """environment steps between evaluations; also at step 0 and at the end (Fujimoto et al. 2018)"""
+    eval_episodes: int = 10
+    """noise-free episodes per evaluation, on an environment of its own (Fujimoto et al. 2018)"""
+
+    # Algorithm (defaults are CleanRL's)
+    total_timesteps: int = 1_000_000
+    """environment steps of training"""
+    learning_starts: int = 5000
+    """environment steps with uniformly random actions before the first gradient step"""
+    hidden_size: int = 256
+    """neurons in each of the two hidden layers of every network"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    batch_size: int = 256
+    """transitions per gradient step"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """step of the target networks towards the online ones at each target update"""
+    policy_lr: float = 3e-4
+    """learning rate of the actor"""
+    q_lr: float = 1e-3
+    """learning rate of the critics and of alpha"""
+    policy_frequency: int = 2
+    """environment steps between actor updates; each makes up for the delay with as many gradient steps"""
+    target_network_frequency: int = 1
+    """environment steps between target updates"""
+    alpha: float = 0.2
+    """entropy coefficient with --no-autotune"""
+    autotune: bool = True
+    """learn alpha so that the entropy tends to minus the number of action dimensions"""
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_args(args: Args) -> None:
+    """End the program with one sentence if a value cannot work."""
+    positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr policy_frequency "
+    positive += "target_network_frequency eval_frequency eval_episodes torch_threads"
+    rules = {name: (0 < getattr(args, name) < math.inf, "positive and finite") for name in positive.split()}
+    rules["sparsity"] = (0 <= args.sparsity < 1, "at least 0 and below 1")
+    rules["reserve"] = (0 <= args.reserve < 1, "at least 0 and below 1")
+    rules["gamma"] = (0 <= args.gamma <= 1, "in [0, 1]")
+    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
+    rules["alpha"] = (0 <= args.alpha < math.inf, "at least 0 and finite")
+    rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
+    for name in ("learning_starts", "prune_at"):
+        within = f"at least 0 and below the end of training, --total-timesteps {args.total_timesteps}"
+        rules[name] = (0 <= getattr(args, name) < args.total_timesteps, within)
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} must be {rule}, got {getattr(args, name)}")
+    if args.criterion in ("snip", "grasp") and args.prune_at == 0:
+        fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
+
+
+def make_env(env_id: str) -> gym.Env:
+    # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    try:
+        env = gym.make(env_id)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
+    except (ImportError, gym.error.Error) as error:
+        fail(
+            f"cannot make {env_id}: {error}; `pip install -r requirements.txt` brings the MuJoCo and Box2D environments"
+        )
+    action_space, observation_space = env.action_space, env.observation_space
+    if not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()):
+        fail(f"{env_id} has the action space {action_space}; this script needs a bounded 1-D Box")
+    if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
+        fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
+    return env
+
+
+class Batch(NamedTuple):
+    """Float32 tensors of shape (batch_size, width); rewards and terminations have width 1."""
+
+    observations: torch.Tensor
+    next_observations: torch.Tensor
+    actions: torch.Tensor
+    rewards: torch.Tensor
+    terminations: torch.Tensor
+
+
+class ReplayBuffer:
+    """The last `size` transitions, one float32 row each, in one block that takes memory as it fills."""
+
+    def __init__(self, size: int, observation_size: int, action_size: int, device: torch.device):
+        self.widths = [observation_size, observation_size, action_size, 1, 1]
+        self.rows = torch.empty(size, sum(self.widths), device=device)
+        self.added = 0
+
+    def add(self, obs, next_obs, action, reward, terminated) -> None:
+        row = np.concatenate([obs, next_obs, action, [reward, terminated]], dtype=np.float32)
+        self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
+        self.added += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        indices = torch.randint(min(self.added, len(self.rows)), (batch_size,), device=self.rows.device)
+        return Batch(*self.rows[indices].split(self.widths, 1))
+
+
+# ALGO LOGIC: the networks and their losses
+def mlp_layers(input_size: int, hidden_size: int, output_size: int) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(
+        fc1=nn.Linear(input_size, hidden_size),
+        relu1=nn.ReLU(),
+        fc2=nn.Linear(hidden_size, hidden_size),
+        relu2=nn.ReLU(),
+        fc3=nn.Linear(hidden_size, output_size),
+    )
+
+
+class QNetwork(nn.Sequential):
+    def __init__(self, observation_size: int, action_size: int, hidden_size: int):
+        super().__init__(mlp_layers(observation_size + action_size, hidden_size, 1))
+
+    def forward(self, x, a):
+        return super().forward(torch.cat([x, a], 1))
+
+
+LOG_STD_MAX = 2
+LOG_STD_MIN = -5
+
+
+class Actor(nn.Sequential):
+    def __init__(self, observation_size: int, action_space: gym.spaces.Box, hidden_size: int):
+        super().__init__(mlp_layers(observation_size, hidden_size, 2 * action_space.shape[0]))  # mean and log_std
+        high, low = torch.from_numpy(action_space.high).float(), torch.from_numpy(action_space.low).float()
+        self.register_buffer("action_scale", (high - low) / 2)
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def forward(self, x):
+        mean, log_std = super().forward(x).chunk(2, 1)
+        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+        return mean, log_std
+
+    def get_action(self, x):
+        """A sampled action (batch, action_size) and its log-probability density (batch, 1)."""
+        mean, log_std = self(x)
+        noise = torch.randn_like(mean)
+        x_t = mean + log_std.exp() * noise
+        action = torch.tanh(x_t) * self.action_scale + self.action_bias
+        # the normal density of x_t, then log |d action / d x_t| with 1 - tanh(x)^2 in its exact softplus form
+        log_prob = -0.5 * noise.pow(2) - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - self.action_scale.log() - 2 * (math.log(2) - x_t - F.softplus(-2 * x_t))
+        return action, log_prob.sum(1, keepdim=True)
+
+    def get_mean_action(self, x):
+        mean, _ = self(x)
+        return torch.tanh(mean) * self.action_scale + self.action_bias
+
+
+def critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data: Batch, args: Args):
+    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1)."""
+    with torch.no_grad():
+        next_actions, next_log_pi = actor.get_action(data.next_observations)
+        qf1_next_target = qf1_target(data.next_observations, next_actions)
+        qf2_next_target = qf2_target(data.next_observations, next_actions)
+        min_qf_next_target = torch.min(qf1_next_target, qf2_next_target) - alpha * next_log_pi
+        next_q_value = data.rewards + (1 - data.terminations) * args.gamma * min_qf_next_target
+    qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
+    return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
+
+
+def policy_loss(actor, qf1, qf2, alpha, data: Batch):
+    """The actor's loss, and the log-probabilities of its actions, of shape (batch_size, 1)."""
+    pi, log_pi = actor.get_action(data.observations)
+    min_qf_pi = torch.min(qf1(data.observations, pi), qf2(data.observations, pi))
+    return (alpha * log_pi - min_qf_pi).mean(), log_pi
+
+
+@torch.no_grad()
+def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.device) -> tuple[float, float]:
+    """Mean return and length of noise-free episodes. Reseeded, so that every evaluation starts from the same states."""
+    total_return, total_length = 0.0, 0
+    obs, _ = env.reset(seed=seed)
+    for _ in range(episodes):
+        done = False
+        while not done:
+            action = policy(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))[0]
+            obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
+            done = terminated or truncated
+            total_return += float(reward)
+            total_length += 1
+        obs, _ = env.reset()
+    return total_return / episodes, total_length / episodes
+
+
+def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict[str, float]) -> None:
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            writer.close()
+            fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
+
+
+@torch.no_grad()
+def polyak_update(target_params: list[torch.Tensor], params: list[torch.Tensor], tau: float) -> None:
+    """target += tau * (param - target), all parameters in one fused call."""
+    torch._foreach_lerp_(target_params, params, tau)
+
+
+def git_commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def make_run_dir(args: Args) -> Path:
+    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json."""
+    unix_time = int(time.time())
+    while True:
+        name = f"{args.env_id}__{args.exp_name}__{args.method}__s{args.sparsity}__{args.seed}__{unix_time}"
+        run_dir = Path(args.runs_dir) / name.replace("/", "-")
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            unix_time += 1  # its twin started in the same second
+        except OSError as error:
+            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
+    config = {
+        "args": asdict(args),
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": git_commit(),
+        "processor": processor(),
+    }
+    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return run_dir
+
+
+def train(args: Args) -> Path:
+    """Train, log and save one run. Returns the run folder."""
+    if args.prune_at is None:
+        args.prune_at = args.learning_starts
+    if args.method == "dense":
+        args.sparsity = 0.0
+    check_args(args)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.torch_threads)
+
+    # TRY NOT TO MODIFY: seeding
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    env.action_space.seed(args.seed)
+    # far from the training seeds: with the same seed random scores would repeat the draws of the initial weights
+    eval_seed = args.seed + 2**31
+    mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
+
+    # ALGO LOGIC: initialize agent here
+    observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
+    actor = Actor(observation_size, env.action_space, args.hidden_size).to(device)
+    qf1 = QNetwork(observation_size, action_size, args.hidden_size).to(device)
+    qf2 = QNetwork(observation_size, action_size, args.hidden_size).to(device)
+    qf1_target = copy.deepcopy(qf1).requires_grad_(False)
+    qf2_target = copy.deepcopy(qf2).requires_grad_(False)
+    networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
+    targets = {"qf1": qf1_target, "qf2": qf2_target}
+    actor_params, q_params = list(actor.parameters()), [*qf1.parameters(), *qf2.parameters()]
+    target_params = [*qf1_target.parameters(), *qf2_target.parameters()]
+    actor_optimizer = optim.Adam(actor_params, lr=args.policy_lr, fused=True)
+    q_optimizer = optim.Adam(q_params, lr=args.q_lr, fused=True)
+    log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log().requires_grad_(args.autotune)
+    alpha_optimizer = optim.Adam([log_alpha], lr=args.q_lr)
+    target_entropy = -action_size
+    rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
+
+    # K and R of each network; the networks are pruned when --prune-at is reached
+    budgets, masks = {}, {}
+    reserve = args.reserve if args.method in ("tar", "uniform") else 0.0
+    for name, network in networks.items():
+        size = sum(weight.numel() for weight in sparse_utils.linear_weights(network).values())
+        try:
+            budgets[name] = sparse_utils.connection_budget(size, args.sparsity, reserve)
+        except ValueError as error:
+            fail(f"{name}: {error}")
+
+    run_dir = make_run_dir(args)  # no file or folder is written before this line
+    writer = SummaryWriter(run_dir)
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    metrics = dict.fromkeys(("eval/episodic_return", "charts/episodic_return", "charts/SPS"), 0)
+    for summary in hparams(asdict(args), metrics):
+        writer.file_writer.add_summary(summary)
+
+    def log_evaluation(global_step: int) -> float:
+        mean_return, mean_length = evaluate(eval_env, actor.get_mean_action, args.eval_episodes, eval_seed, device)
+        writer.add_scalar("eval/episodic_return", mean_return, global_step)
+        writer.add_scalar("eval/episodic_length", mean_length, global_step)
+        sparse_utils.log_sparsity(writer, global_step, masks)
+        return mean_return
+
+    actor_scalars = {}
+    episodic_return, episodic_length = 0.0, 0
+    sps_from_step = max(args.learning_starts, args.prune_at) + 1000  # after the random phase and a burn-in
+    sps_from_time = 0.0
+    # TRY NOT TO MODIFY: start the game
+    obs, _ = env.reset(seed=args.seed)
+    steps = range(args.total_timesteps)
+    progress = tqdm(steps, unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True)
+    for global_step in progress:
+        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
+        if global_step == args.prune_at:
+            losses = {}
+            if args.criterion in ("snip", "grasp"):
+                with torch.random.fork_rng():  # scoring must not shift the random numbers of training
+                    data, alpha = rb.sample(10 * args.batch_size), log_alpha.detach().exp()
+                    losses["actor"], _ = policy_loss(actor, qf1, qf2, alpha, data)
+                    losses["qf1"], losses["qf2"], _, _ = critic_losses(
+                        actor, qf1, qf2, qf1_target, qf2_target, alpha, data, args
+                    )
+            # prune: K - R connections of each network survive, the highest by score
+            static_masks = {}
+            for name, network in networks.items():
+                budget, reserve = budgets[name]
+                weights = sparse_utils.linear_weights(network)
+                static_masks[name] = sparse_utils.static_prune(
+                    weights, budget - reserve, args.criterion, args.distribution, mask_generator, losses.get(name)
+                )
+            # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
+            revival_budgets = sparse_utils.uniform_budgets if args.method == "uniform" else sparse_utils.tar_budgets
+            for name, static in static_masks.items():
+                _, reserve = budgets[name]  # 0 for static and dense
+                masks[name] = sparse_utils.revive(static, revival_budgets(static, reserve), mask_generator)
+            # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
+            for name, network in networks.items():
+                sparse_utils.zero_pruned(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
+            for name, target in targets.items():
+                sparse_utils.zero_pruned(target, masks[name])
+            if args.method != "dense":
+                sparse_utils.mask_gradients(actor_optimizer, [actor], [masks["actor"]])
+                sparse_utils.mask_gradients(q_optimizer, [qf1, qf2], [masks["qf1"], masks["qf2"]])
+            sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
+
+        if global_step == sps_from_step:
+            sps_from_time = time.perf_counter()
+        if global_step % args.eval_frequency == 0:
+            eval_from_time = time.perf_counter()
+            log_evaluation(global_step)
+            sps_from_time += time.perf_counter() - eval_from_time  # SPS counts training only
+
+        # ALGO LOGIC: put action logic here
+        if global_step < args.learning_starts:
+            action = env.action_space.sample()
+        else:
+            with torch.no_grad():
+                action, _ = actor.get_action(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))
+            action = action[0].cpu().numpy()
+
+        # TRY NOT TO MODIFY: execute the game and store the transition
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        # CRUCIAL, easy to overlook: a truncated episode is not over, so only `terminated` ends the bootstrapping
+        rb.add(obs, next_obs, action, reward, terminated)
+        obs = next_obs
+        episodic_return += float(reward)
+        episodic_length += 1
+        stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
+        if terminated or truncated:
+            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
+            writer.add_scalar("charts/episodic_length", episodic_length, global_step)
+            progress.set_postfix({"return": f"{episodic_return:.1f}"}, refresh=False)
+            episodic_return, episodic_length = 0.0, 0
+            obs, _ = env.reset()
+
+        # ALGO LOGIC: training
+        if global_step > args.learning_starts:
+            data = rb.sample(args.batch_size)
+            alpha = log_alpha.detach().exp()
+            qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
+                actor, qf1, qf2, qf1_target, qf2_target, alpha, data, args
+            )
+            q_optimizer.zero_grad()
+            (qf1_loss + qf2_loss).backward()
+            q_optimizer.step()
+
+            if global_step % args.policy_frequency == 0:
+                for _ in range(args.policy_frequency):  # make up for the delay
+                    alpha = log_alpha.detach().exp()
+                    actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
+                    actor_optimizer.zero_grad()
+                    actor_loss.backward(inputs=actor_params)  # the critics' weights get no gradient from this loss
+                    actor_optimizer.step()
+                    actor_scalars["losses/actor_loss"] = actor_loss
+                    if args.autotune:
+                        alpha_loss = -log_alpha.exp() * (log_pi.detach() + target_entropy).mean()
+                        alpha_optimizer.zero_grad()
+                        alpha_loss.backward()
+                        alpha_optimizer.step()
+                        actor_scalars["losses/alpha_loss"] = alpha_loss
+
+            if global_step % args.target_network_frequency == 0:
+                polyak_update(target_params, q_params, args.tau)
+
+            if global_step % 100 == 0:
+                scalars = {
+                    "losses/qf1_values": qf1_values.mean(),
+                    "losses/qf2_values": qf2_values.mean(),
+                    "losses/qf1_loss": qf1_loss,
+                    "losses/qf2_loss": qf2_loss,
+                    "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
+                    "losses/alpha": alpha,
+                    **actor_scalars,
+                }
+                scalars = {name: value.item() for name, value in scalars.items()}
+                stop_unless_finite(writer, global_step, scalars)
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, global_step)
+                if global_step > sps_from_step:
+                    sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)
+                    writer.add_scalar("charts/SPS", sps, global_step)
+
+    mean_return = log_evaluation(args.total_timesteps)
+    # dense tensors on the CPU, zero where pruned; renamed when whole, so that a final.pt is never half a file
+    modules = networks | {f"{name}_target": target for name, target in targets.items()}
+    final = {name: {key: t.cpu() for key, t in module.state_dict().items()} for name, module in modules.items()}
+    final["masks"] = {name: {layer: mask.cpu() for layer, mask in layers.items()} for name, layers in masks.items()}
+    final |= {"args": asdict(args), "global_step": args.total_timesteps}
+    torch.save(final, run_dir / "final.pt.tmp")
+    os.replace(run_dir / "final.pt.tmp", run_dir / "final.pt")
+    writer.close()
+    env.close()
+    eval_env.close()
+    print(f"final evaluation return {mean_return:.1f}; saved {run_dir / 'final.pt'}")
+    return run_dir
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args, description=__doc__.splitlines()[0]))

@@ -1,0 +1,345 @@
+"""Masks for sparse reinforcement learning: budgets, static pruning, Topology-Aware Revival, masked gradients.
+
+Shared by `sac_tar.py` and `td3_tar.py`. Everything works on one network at a time. `weights` and `masks` are
+dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is
+boolean and True marks an active connection. Nothing here draws from torch's global random generator.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+Masks = dict[str, Tensor]
+
+
+def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense."""
+    return {name: layer.weight for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+
+
+# BUDGETS: how many connections, and in which layer
+
+
+def connection_budget(size: int, sparsity: float, reserve: float) -> tuple[int, int]:
+    """Active connections K = round((1 - sparsity) * size) of a network, and how many of them, R = round(reserve * K),
+    are left to revival. Raises ValueError if no connection would be left."""
+    budget = round((1 - sparsity) * size)
+    if budget < 1:
+        raise ValueError(f"--sparsity {sparsity} keeps none of a network's {size} connections; choose a lower sparsity")
+    return budget, round(reserve * budget)
+
+
+def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[int]:
+    """Split `total` into whole numbers proportional to `shares`, none above its cap.
+
+    What a capped entry cannot take goes to the others in the same proportion. Rounded by largest remainder (ties: lower
+    index first), so the sum is exactly `total`. Raises ValueError if the entries with a share cannot hold `total`.
+    """
+    open_entries = [i for i, share in enumerate(shares) if share > 0]
+    if not 0 <= total <= sum(caps[i] for i in open_entries):
+        raise ValueError(f"cannot place {total} connections in layers with room for {[caps[i] for i in open_entries]}")
+    counts, exact, remaining = [0] * len(shares), {}, total
+    while open_entries:
+        scale = remaining / sum(shares[i] for i in open_entries)
+        exact = {i: scale * shares[i] for i in open_entries}
+        full = [i for i in open_entries if exact[i] >= caps[i]]
+        if not full:
+            break
+        for i in full:
+            counts[i] = caps[i]
+            remaining -= caps[i]
+        open_entries = [i for i in open_entries if i not in full]
+    for i in open_entries:
+        counts[i] = math.floor(exact[i])
+    by_remainder = sorted(open_entries, key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def layer_budgets(shapes: Sequence[tuple[int, int]], keep: int, distribution: str) -> list[int]:
+    """Connections that static pruning keeps in each layer of shape (n_out, n_in), `keep` in all.
+
+    `uniform`: the same fraction in every layer. `er`: Erdos-Renyi, density proportional to (n_in + n_out) /
+    (n_in * n_out), so a count proportional to n_in + n_out; a layer that would pass density 1 is dense and the others
+    are rescaled (Mocanu et al. 2018; Evci et al. 2020).
+    """
+    sizes = [n_out * n_in for n_out, n_in in shapes]
+    return allocate(keep, sizes if distribution == "uniform" else [n_out + n_in for n_out, n_in in shapes], sizes)
+
+
+# STATIC PRUNING: a score for each connection (the higher ones are kept), then an exact count by rank
+
+
+def snip_scores(weights: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """|w * dL/dw| (SNIP, Lee et al. 2019)."""
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    return {name: (w * g).detach().abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
+
+
+def grasp_scores(weights: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """w * (H g), g the gradient and H the Hessian of the loss (GraSP, Wang et al. 2020). What they prune is the highest
+    -w * (H g), where pruning hurts the gradient's norm least."""
+    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    squared_norm = sum((g * g.detach()).sum() for g in gradients)
+    products = torch.autograd.grad(squared_norm, list(weights.values()))
+    return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), products, strict=True)}
+
+
+def synflow_scores(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """|w * dR/dw|, R the summed output for an all-ones input with |w| for every weight and without biases and squashing
+    (SynFlow, Tanaka et al. 2020). ReLU is then the identity, R a product of matrices, and its gradient at a layer the
+    outer product of what reaches it from both ends. In float64: R can overflow float32.
+
+    Raises ValueError if the layers are not a chain, each reading what the one before it writes.
+    """
+    magnitudes = [w.detach().abs().double() for w in weights.values()]
+    if any(b.shape[1] != a.shape[0] for a, b in zip(magnitudes, magnitudes[1:])):
+        raise ValueError(f"synflow needs a chain of layers, got {[tuple(m.shape) for m in magnitudes]}")
+    into = [magnitudes[0].new_ones(magnitudes[0].shape[1])]
+    for m in magnitudes[:-1]:
+        into.append(m @ into[-1])
+    out_of = [magnitudes[-1].new_ones(magnitudes[-1].shape[0])]
+    for m in reversed(magnitudes[1:]):
+        out_of.insert(0, m.T @ out_of[0])
+    return {name: m * torch.outer(o, i) for name, m, o, i in zip(weights, magnitudes, out_of, into, strict=True)}
+
+
+def keep_highest(scores: dict[str, Tensor], keep: int, distribution: str) -> Masks:
+    """Masks of the `keep` highest scores, ranked over the network (`global`) or within each layer's budget. Ties go to
+    the lower index, so the count is exact whatever the scores."""
+    if distribution == "global":
+        flat = torch.cat([s.flatten() for s in scores.values()])
+        top = flat.sort(descending=True, stable=True).indices[:keep]
+        active = torch.zeros_like(flat, dtype=torch.bool).index_fill_(0, top, True)
+        parts = active.split([s.numel() for s in scores.values()])
+        return {name: part.view_as(s) for (name, s), part in zip(scores.items(), parts, strict=True)}
+    budgets = layer_budgets([tuple(s.shape) for s in scores.values()], keep, distribution)
+    return {
+        name: keep_highest({name: s}, budget, "global")[name]
+        for (name, s), budget in zip(scores.items(), budgets, strict=True)
+    }
+
+
+def static_prune(
+    weights: dict[str, Tensor],
+    keep: int,
+    criterion: str,
+    distribution: str,
+    generator: torch.Generator,
+    loss: Tensor | None = None,
+) -> Masks:
+    """The base masks: exactly `keep` connections by `criterion` (random, magnitude, snip, grasp, synflow) and
+    `distribution` (er, uniform, global). `loss` is the network's own loss, for snip and grasp; `generator`, on the CPU,
+    serves random. The weights are read, not changed."""
+    if criterion == "synflow":
+        masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
+        size, rounds = sum(w.numel() for w in weights.values()), 100
+        for i in range(1, rounds + 1):
+            scores = synflow_scores({name: w * masks[name] for name, w in weights.items()})
+            # below zero, so that what is pruned stays pruned even where a cut-off connection scores zero
+            scores = {name: s.masked_fill(~masks[name], -1.0) for name, s in scores.items()}
+            masks = keep_highest(scores, round(size * (keep / size) ** (i / rounds)), distribution)
+        return masks
+    if criterion == "random":
+        draw = {name: torch.rand(w.shape, generator=generator, dtype=torch.float64) for name, w in weights.items()}
+        scores = {name: s.to(weights[name].device) for name, s in draw.items()}
+    elif criterion == "magnitude":
+        scores = {name: w.detach().abs() for name, w in weights.items()}
+    elif criterion == "snip":
+        scores = snip_scores(weights, loss)
+    elif criterion == "grasp":
+        scores = grasp_scores(weights, loss)
+    else:
+        raise ValueError(f"unknown criterion {criterion!r}")
+    return keep_highest(scores, keep, distribution)
+
+
+# TOPOLOGY-AWARE REVIVAL
+
+
+def topology_need(shape: tuple[int, int]) -> float:
+    """E = N * ln(N) / 2 for a layer of N = n_in + n_out neurons: the number of edges around which the random graph
+    G(N, M) becomes connected (Erdos and Renyi 1960). A measure of need, not a proof: a layer is bipartite."""
+    neurons = sum(shape)
+    return neurons * math.log(neurons) / 2
+
+
+def topology_floor(shape: tuple[int, int]) -> int:
+    """Connections that a layer of shape (n_out, n_in) needs: min(n_in * n_out, ceil(E))."""
+    return min(shape[0] * shape[1], math.ceil(topology_need(shape)))
+
+
+def tar_budgets(masks: Masks, reserve: int) -> list[int]:
+    """How many of the `reserve` connections revival gives to each layer: by topology need (Jin et al. 2026, arXiv
+    2602.04166; the exact rule is ours, see the README).
+
+    A reserve too small for all deficits is split in proportion to them. Otherwise every deficit is filled and the rest
+    split in proportion to topology need, as far as a layer still has pruned connections.
+    """
+    kept = [int(mask.sum()) for mask in masks.values()]
+    deficits = [max(0, topology_floor(tuple(m.shape)) - k) for m, k in zip(masks.values(), kept, strict=True)]
+    if sum(deficits) >= reserve:
+        return allocate(reserve, deficits, deficits)
+    room = [mask.numel() - k - d for mask, k, d in zip(masks.values(), kept, deficits, strict=True)]
+    rest = allocate(reserve - sum(deficits), [topology_need(tuple(mask.shape)) for mask in masks.values()], room)
+    return [d + r for d, r in zip(deficits, rest, strict=True)]
+
+
+def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
+    """The control: the reserve spread over all pruned connections of the network alike."""
+    pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
+    return allocate(reserve, pruned, pruned)
+
+
+def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator) -> Masks:
+    """New masks in which each layer has `budget` more connections, drawn uniformly without replacement from its pruned
+    ones. `generator` is on the CPU."""
+    revived = {}
+    for (name, mask), budget in zip(masks.items(), budgets, strict=True):
+        pruned = (~mask).flatten().nonzero().squeeze(1)
+        chosen = pruned[torch.randperm(len(pruned), generator=generator)[:budget].to(mask.device)]
+        revived[name] = mask.flatten().index_fill(0, chosen, True).view_as(mask)
+    return revived
+
+
+# MASKED TRAINING
+
+
+@torch.no_grad()
+def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Zero, in place, a network's weights outside the masks and, with its optimizer, both Adam moments there: a moment
+    left over from dense training would push the weight away from zero."""
+    for name, weight in linear_weights(network).items():
+        state = optimizer.state.get(weight, {}) if optimizer else {}
+        for tensor in (weight, state.get("exp_avg"), state.get("exp_avg_sq")):
+            if tensor is not None:
+                tensor.mul_(masks[name])
+
+
+def mask_gradients(optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module], masks: Sequence[Masks]) -> None:
+    """Hook the optimizer so that every step first zeroes the gradients of pruned weights, in place, in one fused call.
+    Adam's moments and steps there are then exactly zero, and what `zero_pruned` zeroed stays zero."""
+    weights = [weight for network in networks for weight in linear_weights(network).values()]
+    factors = [m.to(weights[0].dtype) for network_masks in masks for m in network_masks.values()]
+
+    def zero_pruned_gradients(*_) -> None:
+        torch._foreach_mul_([weight.grad for weight in weights], factors)
+
+    optimizer.register_step_pre_hook(zero_pruned_gradients)
+
+
+# WHAT A MASK LOOKS LIKE
+
+
+def topology_report(static: Masks, masks: Masks, budget: int, reserve: int) -> dict:
+    """Counts for `topology.json`, per layer. `blind_inputs` (inputs with no active connection out) and `dead_units`
+    (outputs with none in) are pairs: after static pruning, after revival."""
+    layers = {}
+    for name, mask in masks.items():
+        before, shape = static[name], tuple(mask.shape)
+        kept, floor = int(before.sum()), topology_floor(shape)
+        layers[name] = {
+            "shape": list(shape),
+            "size": mask.numel(),
+            "static": kept,
+            "floor": floor,
+            "deficit": max(0, floor - kept),
+            "revived": int((mask & ~before).sum()),
+            "active": int(mask.sum()),
+            "blind_inputs": [int((~m.any(0)).sum()) for m in (before, mask)],
+            "dead_units": [int((~m.any(1)).sum()) for m in (before, mask)],
+        }
+    return {"budget": budget, "reserve": reserve, "layers": layers}
+
+
+def topology_table(report: dict) -> str:
+    """The report of every network as one markdown table, its columns aligned for the console."""
+    columns = ["size", "static", "floor", "deficit", "revived", "active"]
+    rows = [["layer", "shape", *columns, "density", "blind inputs", "dead units"]]
+    for network, topology in report.items():
+        for name, layer in topology["layers"].items():
+            density = f"{layer['active'] / layer['size']:.4f}"
+            pairs = ["{} -> {}".format(*layer[key]) for key in ("blind_inputs", "dead_units")]
+            shape = "{}x{}".format(*layer["shape"])
+            rows.append([f"{network}.{name}", shape, *(str(layer[c]) for c in columns), density, *pairs])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def topology_warnings(network: str, static: Masks, masks: Masks, observation_size: int) -> list[str]:
+    """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
+    observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
+    warnings = []
+    for name, mask in masks.items():
+        if not static[name].any():
+            after = int(mask.sum())
+            warnings.append(f"{network}.{name} keeps no connection after static pruning and has {after} after revival.")
+    first = next(iter(masks))
+    blind_before, blind_after = (~static[first].any(0)).tolist(), (~masks[first].any(0)).tolist()
+    size = len(blind_before)
+    for kind, start, stop in (("observation", 0, observation_size), ("action", observation_size, size)):
+        before = [i - start for i in range(start, stop) if blind_before[i]]
+        after = [i - start for i in range(start, stop) if blind_after[i]]
+        if before:
+            warnings.append(
+                f"{network} is blind to {len(before)} of {stop - start} {kind} dimensions after static pruning: "
+                f"{before}; after revival to {len(after)}{': ' + str(after) if after else ''}."
+            )
+    return warnings
+
+
+def mask_image(static: Tensor, mask: Tensor) -> np.ndarray:
+    """A layer's mask after static pruning (left) and after revival (right) as uint8 of shape (height, width, 3), about
+    256 pixels square each or larger. Outputs down, inputs across; dark: pruned, grey: kept, orange: revived."""
+    colours = torch.tensor([[24, 26, 32], [176, 182, 192], [255, 140, 0]], dtype=torch.uint8)
+    cell = [max(1, 256 // n) for n in mask.shape]
+    before, after = static.cpu().long(), 2 * mask.cpu().long() - static.cpu().long()
+    panels = [colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1) for kind in (before, after)]
+    gap = torch.full((panels[0].shape[0], 8, 3), 255, dtype=torch.uint8)
+    return torch.cat([panels[0], gap, panels[1]], 1).numpy()
+
+
+def log_topology(
+    writer: SummaryWriter,
+    run_dir: Path,
+    global_step: int,
+    budgets: dict[str, tuple[int, int]],
+    static_masks: dict[str, Masks],
+    masks: dict[str, Masks],
+    observation_size: int,
+) -> None:
+    """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
+    TensorBoard, one image per layer there."""
+    report = {name: topology_report(static_masks[name], masks[name], *budgets[name]) for name in masks}
+    (run_dir / "topology.json").write_text(json.dumps(report, indent=2) + "\n")
+    table = topology_table(report)
+    tqdm.write(f"Topology at step {global_step}:\n{table}")
+    writer.add_text("topology/revival", table, global_step)
+    warnings = [w for name in masks for w in topology_warnings(name, static_masks[name], masks[name], observation_size)]
+    if warnings:
+        tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
+        writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
+    for name, network_masks in masks.items():
+        for layer, mask in network_masks.items():
+            image = mask_image(static_masks[name][layer], mask)
+            writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
+
+
+def log_sparsity(writer: SummaryWriter, global_step: int, masks: dict[str, Masks]) -> None:
+    """The sparsity of each network and the density of each layer, counted from the masks."""
+    for name, network_masks in masks.items():
+        active = sum(int(mask.sum()) for mask in network_masks.values())
+        size = sum(mask.numel() for mask in network_masks.values())
+        writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
+        for layer, mask in network_masks.items():
+            writer.add_scalar(f"density/{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
