@@ -65,6 +65,9 @@ class Args:
     """how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all"""
     prune_at: int | None = None
     """environment step at which to prune and revive, once; default: --learning-starts, before any gradient step"""
+    compute: Literal["auto", "masked", "sparse"] = "auto"
+    """masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
+    auto: sparse where it pays (README, "Speed")"""
 
     # Evaluation
     eval_frequency: int = 5000
@@ -102,7 +105,7 @@ class Args:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
     sys.exit(code)
 
 
@@ -147,6 +150,9 @@ def make_env(env_id: str) -> gym.Env:
     if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
         fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
     return env
+
+
+SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 
 
 class Batch(NamedTuple):
@@ -206,22 +212,25 @@ class Actor(nn.Sequential):
         high, low = torch.from_numpy(action_space.high).float(), torch.from_numpy(action_space.low).float()
         self.register_buffer("action_scale", (high - low) / 2)
         self.register_buffer("action_bias", (high + low) / 2)
+        constant = (self.action_scale.log() + 0.5 * math.log(2 * math.pi) + 2 * math.log(2)).sum()
+        self.register_buffer("log_prob_constant", constant, persistent=False)
 
     def forward(self, x):
         mean, log_std = super().forward(x).chunk(2, 1)
-        log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+        log_std = (LOG_STD_MAX + LOG_STD_MIN) / 2 + (LOG_STD_MAX - LOG_STD_MIN) / 2 * torch.tanh(log_std)
         return mean, log_std
 
-    def get_action(self, x):
+    def get_action(self, x, with_log_prob: bool = True):
         """A sampled action (batch, action_size) and its log-probability density (batch, 1)."""
         mean, log_std = self(x)
         noise = torch.randn_like(mean)
         x_t = mean + log_std.exp() * noise
         action = torch.tanh(x_t) * self.action_scale + self.action_bias
-        # the normal density of x_t, then log |d action / d x_t| with 1 - tanh(x)^2 in its exact softplus form
-        log_prob = -0.5 * noise.pow(2) - log_std - 0.5 * math.log(2 * math.pi)
-        log_prob = log_prob - self.action_scale.log() - 2 * (math.log(2) - x_t - F.softplus(-2 * x_t))
-        return action, log_prob.sum(1, keepdim=True)
+        if not with_log_prob:
+            return action, None
+        # normal log density of x_t minus log |d action / d x_t|; log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x))
+        log_prob = 2 * (x_t + F.softplus(-2 * x_t)) - log_std - 0.5 * noise.square()
+        return action, log_prob.sum(1, keepdim=True) - self.log_prob_constant
 
     def get_mean_action(self, x):
         mean, _ = self(x)
@@ -331,7 +340,7 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
-    # far from the training seeds: with the same seed random scores would repeat the draws of the initial weights
+    # evaluation and masks draw from seeds and generators of their own, so that no arm shifts the others' training
     eval_seed = args.seed + 2**31
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
@@ -345,12 +354,13 @@ def train(args: Args) -> Path:
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     targets = {"qf1": qf1_target, "qf2": qf2_target}
     actor_params, q_params = list(actor.parameters()), [*qf1.parameters(), *qf2.parameters()]
-    target_params = [*qf1_target.parameters(), *qf2_target.parameters()]
-    actor_optimizer = optim.Adam(actor_params, lr=args.policy_lr, fused=True)
-    q_optimizer = optim.Adam(q_params, lr=args.q_lr, fused=True)
+    target_params = [p for target in targets.values() for p in target.parameters()]
     log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log().requires_grad_(args.autotune)
-    alpha_optimizer = optim.Adam([log_alpha], lr=args.q_lr)
     target_entropy = -action_size
+    q_optimizer = optim.Adam(q_params, lr=args.q_lr, fused=True)
+    # alpha learns with the actor: one backward pass and one step for both, at their own rates
+    actor_groups = [{"params": actor_params, "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
+    actor_optimizer = optim.Adam(actor_groups, fused=True)
     rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
 
     # K and R of each network; the networks are pruned when --prune-at is reached
@@ -380,7 +390,7 @@ def train(args: Args) -> Path:
 
     actor_scalars = {}
     episodic_return, episodic_length = 0.0, 0
-    sps_from_step = max(args.learning_starts, args.prune_at) + 1000  # after the random phase and a burn-in
+    sps_from_step = max(args.learning_starts, args.prune_at) + SPS_BURN_IN
     sps_from_time = 0.0
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
@@ -415,7 +425,16 @@ def train(args: Args) -> Path:
                 sparse_utils.zero_pruned(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
             for name, target in targets.items():
                 sparse_utils.zero_pruned(target, masks[name])
-            if args.method != "dense":
+            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, [*masks.values()])
+            tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
+            if use_kernels:  # the same networks and loop on the stored values only
+                for name, network in networks.items():
+                    sparse_utils.compact(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
+                for name, target in targets.items():
+                    sparse_utils.compact(target, masks[name])
+                actor_params, q_params = list(actor.parameters()), [*qf1.parameters(), *qf2.parameters()]
+                target_params = [p for target in targets.values() for p in target.parameters()]
+            elif args.method != "dense":
                 sparse_utils.mask_gradients(actor_optimizer, [actor], [masks["actor"]])
                 sparse_utils.mask_gradients(q_optimizer, [qf1, qf2], [masks["qf1"], masks["qf2"]])
             sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
@@ -432,7 +451,8 @@ def train(args: Args) -> Path:
             action = env.action_space.sample()
         else:
             with torch.no_grad():
-                action, _ = actor.get_action(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))
+                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
+                action, _ = actor.get_action(obs_tensor, with_log_prob=False)
             action = action[0].cpu().numpy()
 
         # TRY NOT TO MODIFY: execute the game and store the transition
@@ -462,19 +482,21 @@ def train(args: Args) -> Path:
             q_optimizer.step()
 
             if global_step % args.policy_frequency == 0:
+                for param in q_params:  # the critics' weights need no gradient of the actor's loss
+                    param.requires_grad_(False)
                 for _ in range(args.policy_frequency):  # make up for the delay
                     alpha = log_alpha.detach().exp()
                     actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
-                    actor_optimizer.zero_grad()
-                    actor_loss.backward(inputs=actor_params)  # the critics' weights get no gradient from this loss
-                    actor_optimizer.step()
-                    actor_scalars["losses/actor_loss"] = actor_loss
+                    actor_scalars["losses/actor_loss"] = total_loss = actor_loss
                     if args.autotune:
-                        alpha_loss = -log_alpha.exp() * (log_pi.detach() + target_entropy).mean()
-                        alpha_optimizer.zero_grad()
-                        alpha_loss.backward()
-                        alpha_optimizer.step()
+                        alpha_loss = -log_alpha.exp() * (log_pi.detach().mean() + target_entropy)
                         actor_scalars["losses/alpha_loss"] = alpha_loss
+                        total_loss = actor_loss + alpha_loss
+                    actor_optimizer.zero_grad()
+                    total_loss.backward()
+                    actor_optimizer.step()
+                for param in q_params:
+                    param.requires_grad_(True)
 
             if global_step % args.target_network_frequency == 0:
                 polyak_update(target_params, q_params, args.tau)
@@ -500,7 +522,7 @@ def train(args: Args) -> Path:
     mean_return = log_evaluation(args.total_timesteps)
     # dense tensors on the CPU, zero where pruned; renamed when whole, so that a final.pt is never half a file
     modules = networks | {f"{name}_target": target for name, target in targets.items()}
-    final = {name: {key: t.cpu() for key, t in module.state_dict().items()} for name, module in modules.items()}
+    final = {name: sparse_utils.dense_state_dict(module) for name, module in modules.items()}
     final["masks"] = {name: {layer: mask.cpu() for layer, mask in layers.items()} for name, layers in masks.items()}
     final |= {"args": asdict(args), "global_step": args.total_timesteps}
     torch.save(final, run_dir / "final.pt.tmp")

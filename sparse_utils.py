@@ -5,8 +5,14 @@ dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in
 boolean and True marks an active connection. Nothing here draws from torch's global random generator.
 """
 
+import ctypes
+import functools
+import hashlib
 import json
 import math
+import os
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 Masks = dict[str, Tensor]
+FIXED_METHODS = ("tar", "static", "uniform")  # arms whose mask never changes after pruning and revival
+SPARSE_PAYS_BELOW = 0.3  # density under which --compute auto uses the sparse kernels; measured, see the README
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -235,6 +243,183 @@ def mask_gradients(optimizer: torch.optim.Optimizer, networks: Sequence[nn.Modul
         torch._foreach_mul_([weight.grad for weight in weights], factors)
 
     optimizer.register_step_pre_hook(zero_pruned_gradients)
+
+
+# SPARSE COMPUTE: a fixed mask, its stored values only
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of sparse_kernels.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("n_in", "n_out", "input", "output")]
+        + [(name, ctypes.c_void_p) for name in ("row_start", "column", "column_start", "row", "position")]
+        + [(name, ctypes.c_int64) for name in ("values", "bias")]
+    )
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """Build sparse_kernels.cpp for this processor, once for each version of file, compiler and processor, and load it.
+    Raises OSError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    source = Path(__file__).parent / "sparse_kernels.cpp"
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
+    target = subprocess.check_output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
+    key = hashlib.sha256(source.read_bytes() + target).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-rl-tar"
+    library = cache / f"{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / "kernels.so"
+            command = [compiler, *flags, str(source), "-o", str(built)]
+            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
+                subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
+            os.replace(built, library)
+    kernels = ctypes.CDLL(str(library))
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
+    kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
+    kernels.tile_width.argtypes = [size]
+    return kernels
+
+
+class SparseMLP(nn.Module):
+    """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
+
+    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes. The input has shape
+    (batch, n_in), the output (batch, n_out), both float32 on the CPU.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
+        super().__init__()
+        self.masks = masks
+        self.kernels = load_kernels()
+        self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
+        self.indices, self.layers = [], (_Layer * len(masks))()
+        row, position = 0, 0
+        for layer, mask in zip(self.layers, masks.values(), strict=True):
+            by_row, by_column = mask.nonzero(), mask.T.nonzero()
+            order = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.arange(len(by_row)))
+            index = {
+                "row_start": nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
+                "column": by_row[:, 1],
+                "column_start": nn.functional.pad(mask.sum(0).cumsum(0), (1, 0)),
+                "row": by_column[:, 1],
+                "position": order.T[mask.T],
+            }
+            for name, tensor in index.items():
+                self.indices.append(tensor.to(torch.int32).contiguous())  # kept alive for the kernels
+                setattr(layer, name, self.indices[-1].data_ptr())
+            layer.n_out, layer.n_in = mask.shape
+            layer.input, layer.output = row, row + layer.n_in
+            layer.values, layer.bias = position, position + len(by_row)
+            row, position = layer.output, layer.bias + layer.n_out
+        self.rows = row + self.layers[-1].n_out
+
+    def compress(self, tensors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The flat vector of dense (weight, bias) pairs, or of what is stored beside them, such as Adam's moments."""
+        return torch.cat([part for name, (w, b) in tensors.items() for part in (w[self.masks[name]], b)])
+
+    def expand(self, flat: Tensor) -> dict[str, Tensor]:
+        """Dense `<layer>.weight` and `<layer>.bias` of a flat vector, zero where pruned."""
+        dense = {}
+        for layer, (name, mask) in zip(self.layers, self.masks.items(), strict=True):
+            dense[f"{name}.weight"] = flat.new_zeros(mask.shape).masked_scatter(mask, flat[layer.values : layer.bias])
+            dense[f"{name}.bias"] = flat[layer.bias : layer.bias + layer.n_out].clone()
+        return dense
+
+    def run(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The output, and the activations of all layers if they are to be kept for backward."""
+        batch, threads = len(x), torch.get_num_threads()
+        x, y = x.contiguous(), x.new_empty(batch, self.layers[-1].n_out)
+        width = self.kernels.tile_width(batch)
+        workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
+        self.kernels.mlp_forward(
+            self.layers, len(self.layers), self.flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
+            workspace.data_ptr(), keep, threads,
+        )  # fmt: skip
+        return y, workspace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.flat.requires_grad):
+            return _SparseMLPFunction.apply(x, self.flat, self)
+        return self.run(x, keep=False)[0]
+
+
+class _SparseMLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, flat, mlp):
+        y, ctx.workspace = mlp.run(x, keep=True)
+        ctx.save_for_backward(flat)
+        ctx.mlp, ctx.shape = mlp, x.shape
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        (flat,), mlp, grad_y = ctx.saved_tensors, ctx.mlp, grad_y.contiguous()
+        grad_x = grad_y.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_flat = torch.empty_like(flat) if ctx.needs_input_grad[1] else None
+        workspace, ctx.workspace = ctx.workspace, None  # backward overwrites it
+        transposed = torch.empty_like(flat)
+        mlp.kernels.mlp_backward(
+            mlp.layers, len(mlp.layers), flat.data_ptr(), ctx.shape[0], grad_y.data_ptr(),
+            None if grad_x is None else grad_x.data_ptr(), None if grad_flat is None else grad_flat.data_ptr(),
+            workspace.data_ptr(), transposed.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_flat, None
+
+
+def choose_sparse_compute(compute: str, method: str, device: torch.device, masks: Sequence[Masks]) -> tuple[bool, str]:
+    """Whether to train on stored values only, and one sentence that says why."""
+    density = sum(int(m.sum()) for mask in masks for m in mask.values()) / sum(
+        m.numel() for mask in masks for m in mask.values()
+    )
+    if compute == "masked" or method not in FIXED_METHODS:
+        return False, f"--method {method} with --compute {compute}"
+    if device.type != "cpu":
+        return False, f"the kernels are for the CPU and the networks are on {device.type}"
+    if compute == "auto" and density > SPARSE_PAYS_BELOW:
+        return False, f"the networks are {density:.0%} dense, the kernels pay off below {SPARSE_PAYS_BELOW:.0%}"
+    try:
+        load_kernels()
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", b"") or str(error).encode()
+        return False, f"sparse_kernels.cpp cannot be built ({reason.decode().strip().splitlines()[0]})"
+    return True, f"the networks are {density:.1%} dense"
+
+
+def compact(network: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Replace, in place, the layers of a network by one `SparseMLP` that computes the same, and the optimizer's
+    parameters and moments by those of the stored values."""
+    linears = {name: network.get_submodule(name) for name in masks}
+    mlp = SparseMLP(linears, masks)
+    for name in list(network._modules):
+        delattr(network, name)
+    network.add_module("sparse", mlp)
+    mlp.flat.requires_grad_(next(iter(linears.values())).weight.requires_grad)
+    if optimizer is None:
+        return
+    state = {name: (optimizer.state.pop(m.weight, {}), optimizer.state.pop(m.bias, {})) for name, m in linears.items()}
+    dense = {id(p) for m in linears.values() for p in m.parameters()}
+    group = optimizer.param_groups[0]
+    group["params"] = [p for p in group["params"] if id(p) not in dense] + [mlp.flat]
+    if all(weight_state for weight_state, _ in state.values()):
+        moments = {
+            key: mlp.compress({name: (weight[key], bias[key]) for name, (weight, bias) in state.items()})
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        optimizer.state[mlp.flat] = {"step": next(iter(state.values()))[0]["step"], **moments}
+
+
+def dense_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The state dictionary on the CPU with dense weights, zero where pruned, however the network computes."""
+    state = {key: tensor.cpu() for key, tensor in network.state_dict().items()}
+    if "sparse.flat" in state:
+        state = network.sparse.expand(state.pop("sparse.flat")) | state
+    return state
 
 
 # WHAT A MASK LOOKS LIKE

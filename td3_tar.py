@@ -65,6 +65,9 @@ class Args:
     """how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all"""
     prune_at: int | None = None
     """environment step at which to prune and revive, once; default: --learning-starts, before any gradient step"""
+    compute: Literal["auto", "masked", "sparse"] = "auto"
+    """masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
+    auto: sparse where it pays (README, "Speed")"""
 
     # Evaluation
     eval_frequency: int = 5000
@@ -100,7 +103,7 @@ class Args:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
     sys.exit(code)
 
 
@@ -146,6 +149,9 @@ def make_env(env_id: str) -> gym.Env:
     if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
         fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
     return env
+
+
+SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 
 
 class Batch(NamedTuple):
@@ -314,7 +320,7 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
-    # far from the training seeds: with the same seed random scores would repeat the draws of the initial weights
+    # evaluation and masks draw from seeds and generators of their own, so that no arm shifts the others' training
     eval_seed = args.seed + 2**31
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
@@ -329,7 +335,7 @@ def train(args: Args) -> Path:
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     targets = {"actor": actor_target, "qf1": qf1_target, "qf2": qf2_target}
     actor_params, q_params = list(actor.parameters()), [*qf1.parameters(), *qf2.parameters()]
-    target_params = [*actor_target.parameters(), *qf1_target.parameters(), *qf2_target.parameters()]
+    target_params = [p for target in targets.values() for p in target.parameters()]
     actor_optimizer = optim.Adam(actor_params, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_params, lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
@@ -361,7 +367,7 @@ def train(args: Args) -> Path:
 
     actor_scalars = {}
     episodic_return, episodic_length = 0.0, 0
-    sps_from_step = max(args.learning_starts, args.prune_at) + 1000  # after the random phase and a burn-in
+    sps_from_step = max(args.learning_starts, args.prune_at) + SPS_BURN_IN
     sps_from_time = 0.0
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
@@ -396,7 +402,16 @@ def train(args: Args) -> Path:
                 sparse_utils.zero_pruned(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
             for name, target in targets.items():
                 sparse_utils.zero_pruned(target, masks[name])
-            if args.method != "dense":
+            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, [*masks.values()])
+            tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
+            if use_kernels:  # the same networks and loop on the stored values only
+                for name, network in networks.items():
+                    sparse_utils.compact(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
+                for name, target in targets.items():
+                    sparse_utils.compact(target, masks[name])
+                actor_params, q_params = list(actor.parameters()), [*qf1.parameters(), *qf2.parameters()]
+                target_params = [p for target in targets.values() for p in target.parameters()]
+            elif args.method != "dense":
                 sparse_utils.mask_gradients(actor_optimizer, [actor], [masks["actor"]])
                 sparse_utils.mask_gradients(q_optimizer, [qf1, qf2], [masks["qf1"], masks["qf2"]])
             sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
@@ -443,11 +458,15 @@ def train(args: Args) -> Path:
             q_optimizer.step()
 
             if global_step % args.policy_frequency == 0:
+                for param in q_params:  # the critics' weights need no gradient of the actor's loss
+                    param.requires_grad_(False)
                 actor_loss = policy_loss(actor, qf1, data)
                 actor_optimizer.zero_grad()
-                actor_loss.backward(inputs=actor_params)  # the critics' weights get no gradient from this loss
+                actor_loss.backward()
                 actor_optimizer.step()
                 actor_scalars["losses/actor_loss"] = actor_loss
+                for param in q_params:
+                    param.requires_grad_(True)
                 polyak_update(target_params, [*actor_params, *q_params], args.tau)
 
             if global_step % 100 == 0:
@@ -470,7 +489,7 @@ def train(args: Args) -> Path:
     mean_return = log_evaluation(args.total_timesteps)
     # dense tensors on the CPU, zero where pruned; renamed when whole, so that a final.pt is never half a file
     modules = networks | {f"{name}_target": target for name, target in targets.items()}
-    final = {name: {key: t.cpu() for key, t in module.state_dict().items()} for name, module in modules.items()}
+    final = {name: sparse_utils.dense_state_dict(module) for name, module in modules.items()}
     final["masks"] = {name: {layer: mask.cpu() for layer, mask in layers.items()} for name, layers in masks.items()}
     final |= {"args": asdict(args), "global_step": args.total_timesteps}
     torch.save(final, run_dir / "final.pt.tmp")

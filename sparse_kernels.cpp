@@ -1,0 +1,176 @@
+// A multilayer perceptron whose weights are held as their stored values only: forward, and backward to inputs and values.
+//
+// Samples are cut into tiles of T. Inside a tile a neuron's T activations lie side by side, so that a stored weight is one
+// scalar times a few vector registers, and a tile's activations stay in the cache through all layers. Every sum runs in a
+// fixed order that the number of threads does not change.
+//
+// sparse_utils.py builds this file with the system's compiler for this processor and calls it through ctypes.
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int V = 4;  // vectors per tile row; with two partial sums each this fills, and does not overflow, 16 registers
+typedef float vector __attribute__((vector_size(W * sizeof(float))));
+
+struct Layer {
+    int64_t n_in, n_out;
+    int64_t input, output;                         // where they start in a tile of the workspace, in rows of T
+    const int32_t *row_start, *column;             // the stored values of output o: row_start[o] to row_start[o + 1]
+    const int32_t *column_start, *row, *position;  // the same by input, and where each one stands in the order above
+    int64_t values, bias;                          // where they start among the network's parameters
+};
+
+// sum = bias + the sum of values[k] * x[index[k]] over the k of row i, for one tile.
+template <typename vec, int V>
+__attribute__((always_inline)) static inline void product(int64_t i, const int32_t *start, const int32_t *index, const float *values, float bias,
+                           const vec *x, vec *sum) {
+    vec odd[V];
+    for (int v = 0; v < V; v++) {
+        sum[v] = vec{} + bias;
+        odd[v] = vec{};
+    }
+    int32_t k = start[i], end = start[i + 1];
+    for (; k + 1 < end; k += 2) {
+        const vec *a = x + (int64_t)index[k] * V, *b = x + (int64_t)index[k + 1] * V;
+        for (int v = 0; v < V; v++) sum[v] += values[k] * a[v];
+        for (int v = 0; v < V; v++) odd[v] += values[k + 1] * b[v];
+    }
+    if (k < end)
+        for (int v = 0; v < V; v++) sum[v] += values[k] * x[(int64_t)index[k] * V + v];
+    for (int v = 0; v < V; v++) sum[v] += odd[v];
+}
+
+static inline float total(float x) { return x; }
+static inline float total(vector x) {
+    typedef float quad __attribute__((vector_size(16)));
+    quad part, sum{};
+    for (int i = 0; i < W; i += 4) {
+        __builtin_memcpy(&part, (const float *)&x + i, sizeof part);
+        sum += part;
+    }
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+// Copies between samples side by side (one row a sample) and a tile; samples past the end of the batch are zero.
+template <int T>
+static void into_tile(const float *samples, int64_t first, int64_t batch, int64_t n, float *tile) {
+    for (int64_t j = 0; j < T; j++)
+        for (int64_t i = 0; i < n; i++) tile[i * T + j] = first + j < batch ? samples[(first + j) * n + i] : 0.0f;
+}
+template <int T>
+static void out_of_tile(const float *tile, int64_t first, int64_t batch, int64_t n, float *samples) {
+    for (int64_t j = 0; j < T && first + j < batch; j++)
+        for (int64_t i = 0; i < n; i++) samples[(first + j) * n + i] = tile[i * T + j];
+}
+
+template <typename vec, int V>
+static void forward(const Layer *layers, int count, const float *params, int64_t batch, const float *x, float *y,
+                    float *workspace, bool keep, int threads) {
+    constexpr int T = V * sizeof(vec) / sizeof(float);
+    const Layer &last = layers[count - 1];
+    const int64_t tiles = (batch + T - 1) / T, tile_size = (last.output + last.n_out) * T;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t t = 0; t < tiles; t++) {
+        float *tile = workspace + (keep ? t : omp_get_thread_num()) * tile_size;
+        into_tile<T>(x, t * T, batch, layers[0].n_in, tile);
+        for (int l = 0; l < count; l++) {
+            const Layer &layer = layers[l];
+            const float *values = params + layer.values, *bias = params + layer.bias;
+            const vec *in = (const vec *)(tile + layer.input * T);
+            vec *out = (vec *)(tile + layer.output * T);
+            for (int64_t o = 0; o < layer.n_out; o++) {
+                vec sum[V];
+                product<vec, V>(o, layer.row_start, layer.column, values, bias[o], in, sum);
+                for (int v = 0; v < V; v++)  // ReLU that lets NaN pass
+                    out[o * V + v] = &layer == &last ? sum[v] : sum[v] < 0 ? vec{} : sum[v];
+            }
+        }
+        out_of_tile<T>(tile + last.output * T, t * T, batch, last.n_out, y);
+    }
+}
+
+// `tiles` is what forward kept; each layer's gradient of its input takes the place of the input. Writes the parameters'
+// gradients to `grad_params` and the input's to `grad_x`, if they are given. `transposed` has room for a layer's values.
+template <typename vec, int V>
+static void backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y,
+                     float *grad_x, float *grad_params, float *tiles, float *transposed, int threads) {
+    constexpr int T = V * sizeof(vec) / sizeof(float);
+    const Layer &last = layers[count - 1];
+    const int64_t tile_count = (batch + T - 1) / T, rows = last.output + last.n_out;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tile_count; t++)
+            into_tile<T>(grad_y, t * T, batch, last.n_out, tiles + (t * rows + last.output) * T);
+        for (int l = count - 1; l >= 0; l--) {
+            const Layer &layer = layers[l];
+            const float *values = params + layer.values;
+            const vec *x = (const vec *)tiles + layer.input * V, *g = (const vec *)tiles + layer.output * V;
+            if (grad_params) {
+#pragma omp for schedule(static)
+                for (int64_t o = 0; o < layer.n_out; o++) {
+                    vec sum{};
+                    for (int64_t t = 0; t < tile_count; t++)
+                        for (int v = 0; v < V; v++) sum += g[(t * rows + o) * V + v];
+                    grad_params[layer.bias + o] = total(sum);
+                    const int32_t end = layer.row_start[o + 1];
+                    for (int32_t k = layer.row_start[o]; k < end; k += 8) {
+                        vec dot[8];
+                        const vec *column[8];
+                        for (int j = 0; j < 8; j++) {
+                            dot[j] = vec{};
+                            column[j] = x + (int64_t)layer.column[k + j < end ? k + j : k] * V;
+                        }
+                        for (int64_t t = 0; t < tile_count; t++)
+                            for (int v = 0; v < V; v++) {
+                                const vec g_v = g[(t * rows + o) * V + v];
+                                for (int j = 0; j < 8; j++) dot[j] += g_v * column[j][t * rows * V + v];
+                            }
+                        for (int j = 0; j < 8 && k + j < end; j++) grad_params[layer.values + k + j] = total(dot[j]);
+                    }
+                }
+            }
+            if (l == 0 && !grad_x) continue;
+#pragma omp for schedule(static)
+            for (int64_t k = 0; k < layer.row_start[layer.n_out]; k++) transposed[k] = values[layer.position[k]];
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tile_count; t++) {
+                const vec *g_out = (const vec *)tiles + (t * rows + layer.output) * V;
+                vec *in = (vec *)tiles + (t * rows + layer.input) * V;
+                for (int64_t i = 0; i < layer.n_in; i++) {
+                    vec sum[V];
+                    product<vec, V>(i, layer.column_start, layer.row, transposed, 0.0f, g_out, sum);
+                    for (int v = 0; v < V; v++)  // through the ReLU that made the input
+                        in[i * V + v] = l == 0 ? sum[v] : in[i * V + v] > 0 ? sum[v] : vec{};
+                }
+                if (l == 0) out_of_tile<T>((const float *)in, t * T, batch, layer.n_in, grad_x);
+            }
+        }
+    }
+}
+
+extern "C" {
+int tile_width(int64_t batch) { return batch < W ? 1 : V * W; }
+
+void mlp_forward(const Layer *layers, int count, const float *params, int64_t batch, const float *x, float *y,
+                 float *workspace, int keep, int threads) {
+    auto run = batch < W ? forward<float, 1> : forward<vector, V>;
+    run(layers, count, params, batch, x, y, workspace, keep, threads);
+}
+
+void mlp_backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y, float *grad_x,
+                  float *grad_params, float *tiles, float *transposed, int threads) {
+    auto run = batch < W ? backward<float, 1> : backward<vector, V>;
+    run(layers, count, params, batch, grad_y, grad_x, grad_params, tiles, transposed, threads);
+}
+}

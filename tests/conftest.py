@@ -1,0 +1,81 @@
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sac_tar
+import td3_tar
+
+SCRIPTS = {"sac": sac_tar, "td3": td3_tar}
+
+
+class ProbeEnv(gym.Env):
+    """Observation [episode, step, 0]; action bounds differ per dimension and are not symmetric. Every third episode
+    terminates at its fifth step; time limits come from gym.make."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gym.spaces.Box(np.array([-1, -2], np.float32), np.array([1, 6], np.float32))
+
+    def __init__(self, bad_reward_at: int | None = None):
+        self.episode, self.total, self.bad_reward_at = -1, 0, bad_reward_at
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.step_in_episode = self.episode + 1, 0
+        return self.observe(), {}
+
+    def observe(self):
+        return np.array([self.episode, self.step_in_episode, 0.0])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.total, self.step_in_episode = self.total + 1, self.step_in_episode + 1
+        terminated = self.episode % 3 == 2 and self.step_in_episode == 5
+        reward = float("nan") if self.total == self.bad_reward_at else 1.0
+        return self.observe(), reward, terminated, False, {}
+
+
+class UnboundedEnv(ProbeEnv):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+class NeedsPackageEnv(ProbeEnv):
+    def __init__(self):
+        raise gym.error.DependencyNotInstalled("rare_physics is not installed")
+
+
+gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
+gym.register("UnboundedProbe-v0", UnboundedEnv)
+gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return SCRIPTS[request.param]
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    """Run the script's training in this process, small, and return its run folder."""
+
+    def run(**overrides):
+        small = {
+            "env_id": "Pendulum-v1",
+            "runs_dir": str(tmp_path / "runs"),
+            "device": "cpu",
+            "compute": "masked",
+            "total_timesteps": 160,
+            "learning_starts": 60,
+            "hidden_size": 24,
+            "batch_size": 32,
+            "buffer_size": 1000,
+            "eval_frequency": 100,
+            "eval_episodes": 1,
+        }
+        return script.train(script.Args(**small | overrides))
+
+    return run

@@ -1,0 +1,192 @@
+"""Losses, actions and the replay buffer against small independent computations."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import AffineTransform, TanhTransform
+
+import sac_tar
+import td3_tar
+
+ACTIONS = gym.spaces.Box(np.array([-1, -2], np.float32), np.array([1, 6], np.float32))
+
+
+def make_agent(script, seed=0):
+    torch.manual_seed(seed)
+    actor = script.Actor(3, ACTIONS, 16)
+    critics = [script.QNetwork(3, 2, 16) for _ in range(4)]
+    return actor, critics
+
+
+def make_batch(script, n=9):
+    torch.manual_seed(5)
+    terminations = (torch.arange(n) % 3 == 0).float().unsqueeze(1)
+    actions = torch.stack([torch.rand(n) * 2 - 1, torch.rand(n) * 8 - 2], 1)
+    return script.Batch(torch.randn(n, 3), torch.randn(n, 3), actions, torch.randn(n, 1), terminations)
+
+
+def expected_critic_losses(batch, qf1, qf2, qf1_target, qf2_target, next_actions, entropy_bonus, gamma):
+    """One transition at a time, in Python numbers: no broadcast can hide here."""
+    sums = [0.0, 0.0]
+    n = len(batch.rewards)
+    for i in range(n):
+        s, a, s2, a2 = (
+            t[i : i + 1] for t in (batch.observations, batch.actions, batch.next_observations, next_actions)
+        )
+        soft_value = min(qf1_target(s2, a2).item(), qf2_target(s2, a2).item()) + entropy_bonus[i]
+        ended = batch.terminations[i].item() == 1
+        y = batch.rewards[i].item() + (0 if ended else gamma * soft_value)
+        for k, qf in enumerate((qf1, qf2)):
+            sums[k] += (qf(s, a).item() - y) ** 2 / n
+    return sums
+
+
+def test_sac_critic_losses():
+    actor, critics = make_agent(sac_tar)
+    batch, alpha = make_batch(sac_tar), torch.tensor([0.3])
+    torch.manual_seed(1)
+    *losses, values1, values2 = sac_tar.critic_losses(actor, *critics, alpha, batch, sac_tar.Args(gamma=0.9))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        next_actions, log_pi = actor.get_action(batch.next_observations)
+        bonus = [-0.3 * log_pi[i].item() for i in range(len(log_pi))]
+        expected = expected_critic_losses(batch, *critics, next_actions, bonus, 0.9)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+    assert values1.shape == values2.shape == batch.rewards.shape == batch.terminations.shape
+
+
+def test_td3_critic_losses():
+    actor, critics = make_agent(td3_tar)
+    batch = make_batch(td3_tar)
+    args = td3_tar.Args(gamma=0.9, policy_noise=0.7, noise_clip=0.4)
+    torch.manual_seed(1)
+    *losses, values1, values2 = td3_tar.critic_losses(actor, *critics, batch, args)
+    torch.manual_seed(1)
+    scale, low, high = torch.tensor([1.0, 4.0]), torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 6.0])
+    with torch.no_grad():
+        noise = torch.max(torch.min(torch.randn(9, 2) * 0.7, torch.tensor(0.4)), torch.tensor(-0.4)) * scale
+        next_actions = torch.max(torch.min(actor(batch.next_observations) + noise, high), low)
+        expected = expected_critic_losses(batch, *critics, next_actions, [0.0] * 9, 0.9)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
+    assert values1.shape == values2.shape == batch.rewards.shape == batch.terminations.shape
+
+
+def test_the_bellman_target_takes_no_gradient(script):
+    actor, critics = make_agent(script)
+    batch = make_batch(script)
+    if script is sac_tar:
+        losses = script.critic_losses(actor, *critics, torch.tensor([0.3]), batch, script.Args())
+    else:
+        losses = script.critic_losses(actor, *critics, batch, script.Args())
+    (losses[0] + losses[1]).backward()
+    assert all(p.grad is None for network in (actor, *critics[2:]) for p in network.parameters())
+    assert all(p.grad is not None for qf in critics[:2] for p in qf.parameters())
+
+
+def test_sac_policy_loss():
+    actor, (qf1, qf2, *_) = make_agent(sac_tar)
+    batch = make_batch(sac_tar)
+    torch.manual_seed(2)
+    loss, log_pi = sac_tar.policy_loss(actor, qf1, qf2, torch.tensor([0.3]), batch)
+    torch.manual_seed(2)
+    pi, expected_log_pi = actor.get_action(batch.observations)
+    rows = [(s.unsqueeze(0), a.unsqueeze(0)) for s, a in zip(batch.observations, pi, strict=True)]
+    per_row = [
+        0.3 * expected_log_pi[i].item() - min(qf1(s, a).item(), qf2(s, a).item()) for i, (s, a) in enumerate(rows)
+    ]
+    assert loss.item() == pytest.approx(np.mean(per_row), rel=1e-5)
+    assert log_pi.shape == batch.rewards.shape
+
+
+def test_td3_policy_loss():
+    actor, (qf1, *_) = make_agent(td3_tar)
+    batch = make_batch(td3_tar)
+    values = [qf1(s.unsqueeze(0), actor(s.unsqueeze(0))).item() for s in batch.observations]
+    assert td3_tar.policy_loss(actor, qf1, batch).item() == pytest.approx(-np.mean(values), rel=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_sac_log_probability_is_that_of_the_squashed_normal(spread):
+    """Also far out, where log(1 - tanh(x)^2 + 1e-6) is wrong by several nats a dimension."""
+    actor, _ = make_agent(sac_tar)
+    actor.double()
+    x = spread * torch.randn(200, 3).double()
+    mean, log_std = actor(x)
+    squash = [TanhTransform(), AffineTransform(actor.action_bias, actor.action_scale)]
+    distribution = TransformedDistribution(Independent(Normal(mean, log_std.exp()), 1), squash)
+    torch.manual_seed(3)
+    action, log_prob = actor.get_action(x)
+    torch.manual_seed(3)
+    x_t = mean + log_std.exp() * torch.randn_like(mean)
+    torch.testing.assert_close(action, squash[1](torch.tanh(x_t)))
+    # log_prob of the distribution at the pre-squash point, so that atanh loses nothing
+    base = Normal(mean, log_std.exp()).log_prob(x_t)
+    jacobian = squash[0].log_abs_det_jacobian(x_t, torch.tanh(x_t)) + actor.action_scale.log()
+    # the constant part of the density is kept in float32
+    torch.testing.assert_close(log_prob, (base - jacobian).sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+    if spread == 1.0:
+        torch.testing.assert_close(log_prob.squeeze(1), distribution.log_prob(action), rtol=1e-6, atol=1e-6)
+    assert log_prob.isfinite().all()
+
+
+def test_sac_actions_fill_the_bounds_and_log_std_stays_in_its_range():
+    actor, _ = make_agent(sac_tar)
+    x = 1000 * torch.randn(500, 3)
+    _, log_std = actor(x)
+    assert -5 <= log_std.min() < -4.5 and 1.5 < log_std.max() <= 2
+    for action in (actor.get_action(x)[0], actor.get_mean_action(x)):
+        low, high = action.min(0).values.tolist(), action.max(0).values.tolist()
+        assert low == pytest.approx([-1, -2], abs=0.05) and high == pytest.approx([1, 6], abs=0.05)
+
+
+def test_sac_mean_action_is_the_squashed_mean():
+    actor, _ = make_agent(sac_tar)
+    x = torch.randn(5, 3)
+    expected = torch.tanh(actor(x)[0]) * torch.tensor([1.0, 4.0]) + torch.tensor([0.0, 2.0])
+    torch.testing.assert_close(actor.get_mean_action(x), expected)
+
+
+def test_td3_noise_is_per_sample_and_dimension_and_clipped_per_dimension():
+    actor, _ = make_agent(td3_tar)
+    centre = torch.tensor([[0.0, 2.0]]).expand(20000, 2)
+    noise = actor.add_noise(centre, 0.1) - centre
+    assert noise.std(0).tolist() == pytest.approx([0.1, 0.4], rel=0.03)
+    assert abs(torch.corrcoef(noise.T)[0, 1].item()) < 0.03
+    assert len(noise[:, 0].unique()) > 10000
+    clipped = actor.add_noise(centre, 0.2, 0.05) - centre
+    assert clipped.abs().max(0).values.tolist() == pytest.approx([0.05, 0.2], rel=1e-4)
+    at_bounds = actor.add_noise(torch.tensor([[1.0, -2.0]]).expand(1000, 2), 5.0)
+    assert at_bounds.min(0).values.tolist() == [-1, -2] and at_bounds.max(0).values.tolist() == [1, 6]
+
+
+def test_replay_buffer_keeps_the_last_transitions_in_float32(script):
+    rb = script.ReplayBuffer(4, 3, 2, torch.device("cpu"))
+    for i in range(6):
+        rb.add(np.full(3, i), np.full(3, i + 0.5), np.full(2, -i, np.float32), 10.0 * i, i == 5)
+    torch.manual_seed(0)
+    batch = rb.sample(400)
+    assert batch.rewards.unique().tolist() == [20, 30, 40, 50]
+    torch.testing.assert_close(batch.observations, batch.rewards.expand(-1, 3) / 10)
+    torch.testing.assert_close(batch.next_observations, batch.rewards.expand(-1, 3) / 10 + 0.5)
+    torch.testing.assert_close(batch.actions, -batch.rewards.expand(-1, 2) / 10)
+    assert torch.equal(batch.terminations, (batch.rewards == 50).float())
+    assert all(t.dtype == torch.float32 for t in batch)
+
+
+def test_replay_buffer_samples_only_what_was_added(script):
+    rb = script.ReplayBuffer(1000, 3, 2, torch.device("cpu"))
+    rb.rows.fill_(math.nan)
+    for i in range(3):
+        rb.add(np.zeros(3), np.zeros(3), np.zeros(2, np.float32), float(i), False)
+    assert sorted(rb.sample(200).rewards.unique().tolist()) == [0, 1, 2]
+
+
+def test_polyak_update(script):
+    target, online = [torch.tensor([1.0, 0.0])], [torch.tensor([3.0, 0.0], requires_grad=True)]
+    script.polyak_update(target, online, 0.25)
+    assert target[0].tolist() == [1.5, 0.0] and not target[0].requires_grad
+    assert online[0].tolist() == [3.0, 0.0]

@@ -1,0 +1,363 @@
+"""Whole runs in small: the invariants I1 to I6 of the method, what a run leaves behind, and what it stores."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import sac_tar
+import sparse_utils
+import td3_tar
+
+METHODS = ["tar", "static", "uniform", "dense"]
+
+
+def load(run_dir):
+    return torch.load(run_dir / "final.pt", weights_only=True)
+
+
+def same_weights(a, b):
+    networks = [n for n in a if n not in ("masks", "args", "global_step")]
+    return all(torch.equal(a[n][key], b[n][key]) for n in networks for key in a[n])
+
+
+def events(run_dir):
+    accumulator = EventAccumulator(str(run_dir), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
+    return accumulator.Reload()
+
+
+def budget(mask_layers, sparsity):
+    return round((1 - sparsity) * sum(m.numel() for m in mask_layers.values()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("prune_at", [None, 100])
+def test_i1_i2_i5_the_count_is_exact_and_what_is_pruned_stays_zero_in_every_update(
+    run, script, monkeypatch, method, prune_at
+):
+    """Watches weights and moments after every optimizer step, targets after every Polyak update, from pruning on."""
+    touched, after_revival = {}, []
+
+    def watch(kind, params):
+        for i, tensors in enumerate(params):
+            for tensor in tensors:
+                touched[kind, i] = touched.get((kind, i), torch.zeros_like(tensor, dtype=torch.bool)) | (tensor != 0)
+
+    def after_step(optimizer, *_):
+        weights = [p for p in optimizer.param_groups[0]["params"] if p.dim() == 2]
+        moments = [(optimizer.state[w]["exp_avg"], optimizer.state[w]["exp_avg_sq"]) for w in weights]
+        kind = "q" if len(weights) == 6 else "actor"
+        watch(kind, [(w.detach(), m, v) for w, (m, v) in zip(weights, moments, strict=True)])
+
+    polyak_update, log_topology = script.polyak_update, sparse_utils.log_topology
+
+    def watched_polyak_update(target_params, params, tau):
+        polyak_update(target_params, params, tau)
+        watch("target", [(t,) for t in target_params if t.dim() == 2])
+
+    def at_revival(writer, run_dir, step, budgets, static, masks, observation_size):
+        touched.clear()
+        after_revival.append({n: {k: m.clone() for k, m in layers.items()} for n, layers in masks.items()})
+        log_topology(writer, run_dir, step, budgets, static, masks, observation_size)
+
+    monkeypatch.setattr(script, "polyak_update", watched_polyak_update)
+    monkeypatch.setattr(sparse_utils, "log_topology", at_revival)
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        run_dir = run(method=method, sparsity=0.8, prune_at=prune_at)
+    finally:
+        hook.remove()
+    final = load(run_dir)
+    masks = final["masks"]
+    for layers in masks.values():  # I1
+        kept = sum(int(m.sum()) for m in layers.values())
+        assert kept == budget(layers, 0.0 if method == "dense" else 0.8)
+    online = {"actor": [*masks["actor"].values()], "q": [*masks["qf1"].values(), *masks["qf2"].values()]}
+    online["target"] = online["q"] if script is sac_tar else [*online["actor"], *online["q"]]
+    assert sorted(touched) == sorted((kind, i) for kind, layers in online.items() for i in range(len(layers)))
+    for (kind, i), ever_nonzero in touched.items():  # I2
+        assert not (ever_nonzero & ~online[kind][i]).any(), (kind, i)
+        assert ever_nonzero.any()
+    for name, layers in masks.items():
+        for network in (name, f"{name}_target"):
+            for layer, mask in layers.items():
+                if network in final:
+                    assert not final[network][f"{layer}.weight"][~mask].any()
+    assert len(after_revival) == 1  # I5
+    assert all(torch.equal(after_revival[0][n][k], m) for n, layers in masks.items() for k, m in layers.items())
+
+
+@pytest.mark.parametrize("criterion", ["random", "snip"])
+def test_i3_arms_share_weights_transitions_and_replay_indices_up_to_pruning(run, script, monkeypatch, criterion):
+    seen = []
+    static_prune, sample, add = sparse_utils.static_prune, script.ReplayBuffer.sample, script.ReplayBuffer.add
+
+    def snapshot(weights, *args):
+        seen[-1]["weights"] += [w.detach().clone() for w in weights.values()]
+        return static_prune(weights, *args)
+
+    def recorded_sample(self, batch_size):
+        batch = sample(self, batch_size)
+        if batch_size == 32:  # not the batch that scores connections
+            seen[-1]["batches"].append(torch.cat(batch, 1))
+        return batch
+
+    def recorded_add(self, *transition):
+        seen[-1]["added"].append(np.concatenate([np.ravel(x) for x in transition]))
+        add(self, *transition)
+
+    monkeypatch.setattr(sparse_utils, "static_prune", snapshot)
+    monkeypatch.setattr(script.ReplayBuffer, "sample", recorded_sample)
+    monkeypatch.setattr(script.ReplayBuffer, "add", recorded_add)
+    for method in METHODS:
+        seen.append({"weights": [], "batches": [], "added": []})
+        run(method=method, criterion=criterion, prune_at=120, total_timesteps=125)
+    first = seen[0]
+    assert len(first["weights"]) == 9 and len(first["batches"]) == 64 and len(first["added"]) == 125
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(first["weights"], other["weights"], strict=True))
+        # steps 61 to 119 learn before pruning; the first batch after it is drawn alike too
+        assert all(torch.equal(a, b) for a, b in zip(first["batches"][:59], other["batches"][:59], strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(first["added"][:120], other["added"][:120], strict=True))
+
+
+@pytest.mark.parametrize("method", ["tar", "static", "uniform"])
+@pytest.mark.parametrize("criterion", ["random", "snip", "grasp"])
+def test_i4_sparsity_zero_is_dense_bit_for_bit(run, method, criterion):
+    sparse = load(run(method=method, criterion=criterion, sparsity=0.0))
+    assert same_weights(sparse, load(run(method="dense")))
+
+
+def test_i6_one_seed_one_result(run):
+    a, b, other = load(run(seed=3)), load(run(seed=3)), load(run(seed=4))
+    assert same_weights(a, b)
+    assert not same_weights(a, other)
+    assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
+    assert not torch.equal(a["masks"]["qf1"]["fc2"], a["masks"]["qf2"]["fc2"])
+
+
+def test_a_seed_in_two_processes_gives_the_same_weights(script, tmp_path):
+    command = [
+        sys.executable,
+        script.__file__,
+        "--env-id",
+        "Pendulum-v1",
+        "--total-timesteps",
+        "150",
+        "--device",
+        "cpu",
+    ]
+    command += ["--learning-starts", "60", "--hidden-size", "16", "--eval-episodes", "1", "--runs-dir"]
+    for name in "ab":
+        subprocess.run([*command, str(tmp_path / name)], check=True, capture_output=True)
+    a, b = (load(next((tmp_path / name).iterdir())) for name in "ab")
+    assert same_weights(a, b)
+
+
+def test_tar_starts_from_a_subset_of_the_static_mask(run):
+    """Same scores, K - R instead of K: arms are compared on one base."""
+    static, tar = (load(run(method=m, distribution="global"))["masks"] for m in ("static", "tar"))
+    for name in static:
+        overlap = sum(int((static[name][k] & tar[name][k]).sum()) for k in static[name])
+        k = sum(int(m.sum()) for m in static[name].values())
+        assert overlap >= k - round(0.1 * k)
+
+
+@pytest.mark.parametrize("method", ["tar", "static"])
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow"])
+def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monkeypatch, method, criterion):
+    monkeypatch.setattr(script, "SPS_BURN_IN", 20)
+    run_dir = run(method=method, criterion=criterion, distribution="global", sparsity=0.9, total_timesteps=310)
+    assert sorted(p.name for p in run_dir.iterdir() if "tfevents" not in p.name) == [
+        "config.json",
+        "final.pt",
+        "topology.json",
+    ]
+    exp_name = "sac_tar" if script is sac_tar else "td3_tar"
+    assert run_dir.name.startswith(f"Pendulum-v1__{exp_name}__{method}__s0.9__1__")
+    assert run_dir.name.split("__")[-1].isdigit()
+
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["args"]["criterion"] == criterion and config["args"]["prune_at"] == 60
+    assert set(config["versions"]) == {"python", "torch", "gymnasium", "mujoco", "numpy"}
+    assert all(config["versions"].values()) and config["processor"] and "git_commit" in config
+
+    final = load(run_dir)
+    assert final["args"] == config["args"] and final["global_step"] == 310
+    topology = json.loads((run_dir / "topology.json").read_text())
+    assert set(topology) == set(final["masks"]) == {"actor", "qf1", "qf2"}
+    for name, network in topology.items():
+        masks = final["masks"][name]
+        assert network["budget"] == budget(masks, 0.9)
+        assert network["reserve"] == (round(0.1 * network["budget"]) if method == "tar" else 0)
+        assert sum(layer["revived"] for layer in network["layers"].values()) == network["reserve"]
+        assert sum(layer["active"] for layer in network["layers"].values()) == network["budget"]
+        for layer, row in network["layers"].items():
+            assert row["shape"] == list(masks[layer].shape) and row["size"] == masks[layer].numel()
+            assert row["static"] + row["revived"] == row["active"] == int(masks[layer].sum())
+            assert row["blind_inputs"][1] == int((~masks[layer].any(0)).sum())
+            assert row["dead_units"][1] == int((~masks[layer].any(1)).sum())
+            assert final[name][f"{layer}.weight"].shape == masks[layer].shape
+
+    log = events(run_dir)
+    layers = [f"{name}.{layer}" for name in topology for layer in topology[name]["layers"]]
+    losses = ["qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss", "actor_loss"]
+    losses += ["alpha", "alpha_loss"] if script is sac_tar else []
+    expected = {f"losses/{loss}" for loss in losses}
+    expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    expected |= {"eval/episodic_return", "eval/episodic_length"}
+    expected |= {f"sparsity/{name}" for name in topology} | {f"density/{layer}" for layer in layers}
+    assert set(log.Tags()["scalars"]) == expected
+    assert set(log.Tags()["images"]) == {f"topology/{layer}" for layer in layers}
+    texts = set(log.Tags()["tensors"])
+    assert {"hyperparameters/text_summary", "topology/revival/text_summary"} <= texts
+    assert any("_hparams_" in tag for tag in log.summary_metadata)
+    assert [e.step for e in log.Scalars("eval/episodic_return")] == [0, 100, 200, 300, 310]
+    for name, network in topology.items():
+        measured = [e.value for e in log.Scalars(f"sparsity/{name}")]
+        size = sum(layer["size"] for layer in network["layers"].values())
+        assert measured == pytest.approx([1 - network["budget"] / size] * len(measured))
+    for tag in expected:
+        assert all(math.isfinite(e.value) for e in log.Scalars(tag)), tag
+
+
+@pytest.mark.parametrize("distribution", ["er", "uniform"])
+def test_distributions_reach_the_masks(run, distribution):
+    topology = json.loads((run(method="static", distribution=distribution) / "topology.json").read_text())
+    for network in topology.values():
+        layers = network["layers"].values()
+        expected = sparse_utils.layer_budgets([tuple(row["shape"]) for row in layers], network["budget"], distribution)
+        assert [row["active"] for row in layers] == expected
+
+
+def test_a_base_that_empties_a_layer_is_a_warning_not_an_error(run, capsys):
+    run_dir = run(method="static", criterion="magnitude", distribution="global", sparsity=0.97)
+    text = capsys.readouterr().out
+    assert "warning: qf1.fc3 keeps no connection after static pruning and has 0 after revival." in text
+    warnings = events(run_dir).Tensors("topology/warnings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "qf1.fc3 keeps no connection" in warnings
+
+
+def test_the_table_is_printed_at_the_pruning_step(run, capsys):
+    run(prune_at=70)
+    text = capsys.readouterr().out
+    assert "Topology at step 70:" in text and " qf2.fc3 |" in text
+
+
+def test_a_truncated_episode_bootstraps_and_keeps_its_final_observation(run, script, monkeypatch):
+    added = []
+    monkeypatch.setattr(
+        script.ReplayBuffer, "add", lambda self, *t, add=script.ReplayBuffer.add: added.append(t) or add(self, *t)
+    )
+    run(env_id="Probe-v0", total_timesteps=60, learning_starts=30)
+    terminations = [(t[1][0], t[1][1]) for t in added if t[4]]
+    assert terminations and all(episode % 3 == 2 and step == 5 for episode, step in terminations)
+    ends = [t[1] for i, t in enumerate(added[:-1]) if added[i + 1][0][0] != t[0][0]]  # the next row is a new episode
+    assert {(episode % 3 == 2, step) for episode, step, _ in ends} == {(True, 5), (False, 7)}
+    for obs, next_obs, *_ in added:
+        assert next_obs[0] == obs[0] and next_obs[1] == obs[1] + 1  # never the observation after a reset
+
+
+def test_no_gradient_of_the_actor_loss_reaches_the_critics(run):
+    """Critic gradients at the actor's step are those of the critics' own step before it."""
+    q_grads, checked = [], []
+
+    def before_step(optimizer, *_):
+        params = optimizer.param_groups[0]["params"]
+        if len(params) == 12:
+            q_grads[:] = [(p, p.grad.clone()) for p in params]
+        else:
+            checked.append(all(torch.equal(p.grad, g) for p, g in q_grads))
+
+    def after_step(optimizer, *_):  # the masking hook runs inside the step
+        if len(optimizer.param_groups[0]["params"]) == 12:
+            q_grads[:] = [(p, p.grad.clone()) for p in optimizer.param_groups[0]["params"]]
+
+    hooks = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(checked) >= 40 and all(checked)
+
+
+def test_sac_without_autotune_keeps_alpha(tmp_path):
+    run_dir = sac_tar.train(
+        sac_tar.Args(
+            env_id="Pendulum-v1", runs_dir=str(tmp_path), total_timesteps=210, learning_starts=60, hidden_size=16,
+            eval_episodes=1, autotune=False, alpha=0.35, device="cpu",
+        )
+    )  # fmt: skip
+    log = events(run_dir)
+    assert [e.value for e in log.Scalars("losses/alpha")] == pytest.approx([0.35, 0.35])
+    assert "losses/alpha_loss" not in log.Tags()["scalars"]
+
+
+def test_sac_alpha_follows_its_loss(tmp_path):
+    run_dir = sac_tar.train(
+        sac_tar.Args(
+            env_id="Pendulum-v1", runs_dir=str(tmp_path), total_timesteps=410, learning_starts=60, hidden_size=16,
+            eval_episodes=1, q_lr=1e-2, device="cpu",
+        )
+    )  # fmt: skip
+    alphas = [e.value for e in events(run_dir).Scalars("losses/alpha")]
+    assert alphas[-1] < alphas[0] < 1  # the entropy of a fresh policy is above the target, so alpha falls from 1
+
+
+def test_two_runs_in_one_second_get_two_folders(run, script, monkeypatch):
+    monkeypatch.setattr(script.time, "time", lambda: 1234.5)
+    a, b = run(total_timesteps=62), run(total_timesteps=62)
+    assert a.name.endswith("__1234") and b.name.endswith("__1235")
+
+
+def test_targets_move_with_tau(run, script, monkeypatch):
+    seen = []
+    polyak_update = script.polyak_update
+
+    def record(target_params, params, tau):
+        before = [t.clone() for t in target_params]
+        polyak_update(target_params, params, tau)
+        for b, t, p in zip(before, target_params, params, strict=True):
+            torch.testing.assert_close(t, 0.9 * b + 0.1 * p.detach())
+        seen.append(tau)
+
+    monkeypatch.setattr(script, "polyak_update", record)
+    run(tau=0.1)
+    # every step for SAC, every second one for TD3 (its policy frequency), from step 61 to 159
+    assert len(seen) == (99 if script is sac_tar else 49)
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "BipedalWalker-v3", "Humanoid-v4", "Walker2d-v5", "Hopper-v4"])
+def test_real_environments_prune_revive_and_train(run, env_id):
+    final = load(run(env_id=env_id, total_timesteps=90, sparsity=0.9))
+    for name, layers in final["masks"].items():
+        assert sum(int(m.sum()) for m in layers.values()) == budget(layers, 0.9)
+        assert all(t.isfinite().all() for t in final[name].values())
+
+
+def test_the_default_arguments_are_those_of_cleanrl_and_of_the_specification():
+    sac, td3 = sac_tar.Args(), td3_tar.Args()
+    for args in (sac, td3):
+        assert (args.env_id, args.total_timesteps, args.buffer_size, args.batch_size) == (
+            "Hopper-v4",
+            10**6,
+            10**6,
+            256,
+        )
+        assert (args.gamma, args.tau, args.hidden_size, args.policy_frequency) == (0.99, 0.005, 256, 2)
+        assert (args.method, args.sparsity, args.reserve, args.criterion, args.distribution) == (
+            "tar", 0.9, 0.1, "random", "er",
+        )  # fmt: skip
+        assert (args.eval_frequency, args.eval_episodes, args.runs_dir) == (5000, 10, "runs")
+    assert (sac.learning_starts, sac.policy_lr, sac.q_lr, sac.target_network_frequency) == (5000, 3e-4, 1e-3, 1)
+    assert (td3.learning_starts, td3.learning_rate) == (25000, 3e-4)
+    assert (td3.policy_noise, td3.exploration_noise, td3.noise_clip) == (0.2, 0.1, 0.5)
+    assert Path(sac_tar.__file__).parent == Path(td3_tar.__file__).parent
