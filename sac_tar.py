@@ -128,6 +128,8 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be {rule}, got {getattr(args, name)}")
     if args.criterion in ("snip", "grasp") and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    if args.compute == "sparse" and args.method not in sparse_utils.FIXED_METHODS:
+        fail(f"--compute sparse needs a mask that stays fixed, and --method {args.method} has none; use --compute auto")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 
@@ -425,7 +427,7 @@ def train(args: Args) -> Path:
                 sparse_utils.zero_pruned(network, masks[name], actor_optimizer if name == "actor" else q_optimizer)
             for name, target in targets.items():
                 sparse_utils.zero_pruned(target, masks[name])
-            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, [*masks.values()])
+            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, masks)
             tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
             if use_kernels:  # the same networks and loop on the stored values only
                 for name, network in networks.items():

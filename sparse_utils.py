@@ -330,14 +330,14 @@ class SparseMLP(nn.Module):
             dense[f"{name}.bias"] = flat[layer.bias : layer.bias + layer.n_out].clone()
         return dense
 
-    def run(self, x: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
         batch, threads = len(x), torch.get_num_threads()
         x, y = x.contiguous(), x.new_empty(batch, self.layers[-1].n_out)
         width = self.kernels.tile_width(batch)
         workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
         self.kernels.mlp_forward(
-            self.layers, len(self.layers), self.flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
+            self.layers, len(self.layers), flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
             workspace.data_ptr(), keep, threads,
         )  # fmt: skip
         return y, workspace
@@ -345,49 +345,51 @@ class SparseMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or self.flat.requires_grad):
             return _SparseMLPFunction.apply(x, self.flat, self)
-        return self.run(x, keep=False)[0]
+        return self.run(x, self.flat, keep=False)[0]
 
 
 class _SparseMLPFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, flat, mlp):
-        y, ctx.workspace = mlp.run(x, keep=True)
-        ctx.save_for_backward(flat)
-        ctx.mlp, ctx.shape = mlp, x.shape
+        y, ctx.workspace = mlp.run(x, flat, keep=True)
+        ctx.save_for_backward(x, flat)
+        ctx.mlp = mlp
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
-        (flat,), mlp, grad_y = ctx.saved_tensors, ctx.mlp, grad_y.contiguous()
-        grad_x = grad_y.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
+        (x, flat), mlp, grad_y = ctx.saved_tensors, ctx.mlp, grad_y.contiguous()
+        grad_x = grad_y.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         grad_flat = torch.empty_like(flat) if ctx.needs_input_grad[1] else None
-        workspace, ctx.workspace = ctx.workspace, None  # backward overwrites it
+        workspace, ctx.workspace = ctx.workspace, None  # the kernel overwrites it with gradients
+        if workspace is None:  # a retained graph, run backward again
+            _, workspace = mlp.run(x, flat, keep=True)
         transposed = torch.empty_like(flat)
         mlp.kernels.mlp_backward(
-            mlp.layers, len(mlp.layers), flat.data_ptr(), ctx.shape[0], grad_y.data_ptr(),
+            mlp.layers, len(mlp.layers), flat.data_ptr(), len(x), grad_y.data_ptr(),
             None if grad_x is None else grad_x.data_ptr(), None if grad_flat is None else grad_flat.data_ptr(),
             workspace.data_ptr(), transposed.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_flat, None
 
 
-def choose_sparse_compute(compute: str, method: str, device: torch.device, masks: Sequence[Masks]) -> tuple[bool, str]:
-    """Whether to train on stored values only, and one sentence that says why."""
-    density = sum(int(m.sum()) for mask in masks for m in mask.values()) / sum(
-        m.numel() for mask in masks for m in mask.values()
-    )
+def choose_sparse_compute(compute: str, method: str, device: torch.device, masks: dict[str, Masks]) -> tuple[bool, str]:
+    """Whether to train on stored values only, and why. `auto` does where the mask is fixed, the device is the CPU, the
+    kernels can be built and the networks together are less dense than SPARSE_PAYS_BELOW."""
+    layers = [mask for network_masks in masks.values() for mask in network_masks.values()]
+    density = sum(int(mask.sum()) for mask in layers) / sum(mask.numel() for mask in layers)
     if compute == "masked" or method not in FIXED_METHODS:
-        return False, f"--method {method} with --compute {compute}"
+        return False, f"--compute is {compute} and --method {method}"
     if device.type != "cpu":
         return False, f"the kernels are for the CPU and the networks are on {device.type}"
     if compute == "auto" and density > SPARSE_PAYS_BELOW:
-        return False, f"the networks are {density:.0%} dense, the kernels pay off below {SPARSE_PAYS_BELOW:.0%}"
+        return False, f"the networks are {density:.1%} dense and the kernels pay off below {SPARSE_PAYS_BELOW:.0%}"
     try:
         load_kernels()
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", b"") or str(error).encode()
-        return False, f"sparse_kernels.cpp cannot be built ({reason.decode().strip().splitlines()[0]})"
+        reason = (getattr(error, "stderr", None) or str(error).encode()).decode().strip().splitlines()[0]
+        return False, f"sparse_kernels.cpp cannot be built here: {reason}"
     return True, f"the networks are {density:.1%} dense"
 
 

@@ -5,6 +5,7 @@ A random policy gets about -1200, a solved task about -150. With these settings 
 700 below it.
 """
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SETTINGS = {
@@ -13,8 +14,10 @@ SETTINGS = {
 }
 
 
-def test_learns_pendulum_at_90_percent_sparsity(run, script):
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
+def test_learns_pendulum_at_90_percent_sparsity(run, script, compute):
     run_dir = run(
+        compute=compute,
         learning_starts=500, hidden_size=128, batch_size=128, buffer_size=10_000, sparsity=0.9, gamma=0.95,
         eval_frequency=10_000, eval_episodes=10, **SETTINGS[script.__name__],
     )  # fmt: skip

@@ -1,0 +1,223 @@
+"""The sparse kernels against dense float64 references, and whole runs on them against masked ones."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_runs import events, load, same_weights
+
+import sparse_utils as su
+
+
+def make_mlp(sizes, density, seed):
+    """A dense network, zero where pruned, and the SparseMLP of the same weights; odd seeds have empty and full rows."""
+    torch.manual_seed(seed)
+    linears, masks = {}, {}
+    for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
+        linears[f"fc{i}"] = nn.Linear(n_in, n_out)
+        mask = torch.rand(n_out, n_in) < density
+        if seed % 2:
+            mask[0], mask[-1] = True, False
+            mask[:, n_in // 2] = False
+        masks[f"fc{i}"] = mask
+        linears[f"fc{i}"].weight.data.mul_(mask)
+    return linears, masks, su.SparseMLP(linears, masks)
+
+
+def reference(linears, x):
+    """Forward in float64 through the dense weights."""
+    x = x.double()
+    for i, linear in enumerate(linears.values()):
+        x = torch.relu(x) if i else x
+        x = x @ linear.weight.double().T + linear.bias.double()
+    return x
+
+
+SIZES = st.lists(st.integers(1, 70), min_size=2, max_size=5)
+BATCH = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 256])
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIZES, BATCH, st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.integers(0, 99))
+def test_forward_and_gradients_match_float64(sizes, batch, density, seed):
+    linears, masks, mlp = make_mlp(sizes, density, seed)
+    # non-contiguous on purpose; away from ReLU's kink nothing but rounding separates the two
+    x = torch.randn(sizes[0], batch).T.requires_grad_()
+    grad_y = torch.randn(sizes[-1], batch).T
+    y, expected = mlp(x), reference(linears, x)
+    scale = 1e-5 * (1 + expected.abs().max().item())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=scale)
+    with torch.no_grad():
+        assert torch.equal(mlp(x), y)
+
+    grad_x, grad_flat = torch.autograd.grad(y, [x, mlp.flat], grad_y)
+    parameters = [p for m in linears.values() for p in (m.weight, m.bias)]
+    expected_x, *expected_parameters = torch.autograd.grad(expected, [x, *parameters], grad_y.double())
+    pairs = {name: tuple(expected_parameters[2 * i : 2 * i + 2]) for i, name in enumerate(masks)}
+    for got, want in ((grad_x, expected_x), (grad_flat, mlp.compress(pairs))):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * (1 + want.abs().max().item()))
+
+
+@settings(deadline=None, max_examples=20)
+@given(SIZES, BATCH, st.integers(0, 99))
+def test_the_number_of_threads_does_not_change_a_bit(sizes, batch, seed):
+    _, _, mlp = make_mlp(sizes, 0.3, seed)
+    x = torch.randn(batch, sizes[0], requires_grad=True)
+    grad_y = torch.randn(batch, sizes[-1])
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = mlp(x)
+        results.append((y, *torch.autograd.grad(y, [x, mlp.flat], grad_y)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("batch", [3, 70])
+def test_gradcheck(batch):
+    """Biases of +-1 keep every unit away from ReLU's kink, so a step of 1e-2 in float32 differentiates well."""
+    linears, _, mlp = make_mlp([5, 9, 7, 2], 0.6, 0)
+    for linear in linears.values():
+        linear.weight.data.mul_(0.3)
+        linear.bias.data.copy_(torch.arange(len(linear.bias)) % 2 * 2.0 - 1)
+    flat = mlp.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach().double().requires_grad_()
+    x = (0.3 * torch.randn(batch, 5)).double().requires_grad_()
+
+    def f(x, flat):
+        return su._SparseMLPFunction.apply(x.float(), flat.float(), mlp).double()
+
+    assert torch.autograd.gradcheck(f, (x, flat), eps=1e-2, atol=1e-3, rtol=1e-3)
+
+
+def test_gradients_that_nobody_needs_are_not_computed():
+    linears, _, mlp = make_mlp([5, 9, 2], 0.6, 0)
+    x = torch.randn(40, 5)
+    y = mlp(x)
+    y.sum().backward()
+    assert mlp.flat.grad is not None
+    mlp.flat.grad = None
+    mlp.flat.requires_grad_(False)
+    assert not mlp(x).requires_grad
+    x.requires_grad_()
+    mlp(x).sum().backward()
+    expected = torch.autograd.grad(reference(linears, x).sum(), x)[0]
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+    assert mlp.flat.grad is None
+
+
+def test_not_a_number_passes_the_relu():
+    """Or a diverged network would look healthy."""
+    _, _, mlp = make_mlp([3, 8, 2], 1.0, 0)
+    x = torch.randn(20, 3)
+    x[4, 1] = float("nan")
+    with torch.no_grad():
+        y = mlp(x)
+    assert y[4].isnan().all() and y[:4].isfinite().all() and y[5:].isfinite().all()
+
+
+def test_a_retained_graph_gives_the_same_gradient_again():
+    _, _, mlp = make_mlp([3, 8, 2], 1.0, 0)
+    y = mlp(torch.randn(20, 3)).sum()
+    first, second = (torch.autograd.grad(y, mlp.flat, retain_graph=True)[0] for _ in range(2))
+    assert first.any() and torch.equal(first, second)
+
+
+def test_compress_and_expand_are_inverse():
+    linears, _, mlp = make_mlp([6, 11, 4], 0.4, 1)
+    dense = mlp.expand(mlp.flat.detach())
+    for name, linear in linears.items():
+        assert torch.equal(dense[f"{name}.weight"], linear.weight) and torch.equal(dense[f"{name}.bias"], linear.bias)
+
+
+@pytest.mark.parametrize("prune_at", [None, 80])
+@pytest.mark.parametrize("method", ["tar", "static", "uniform"])
+def test_sparse_and_masked_runs_agree_over_the_first_updates(run, method, prune_at):
+    """Also when pruned after dense training, where Adam's moments move along."""
+    small = {"method": method, "prune_at": prune_at, "sparsity": 0.8, "hidden_size": 32, "total_timesteps": 95}
+    sparse, masked = load(run(compute="sparse", **small)), load(run(compute="masked", **small))
+    networks = [name for name in masked if name not in ("masks", "args", "global_step")]
+    assert set(sparse) == set(masked)
+    for name in networks:
+        assert set(sparse[name]) == set(masked[name])
+        for key, tensor in masked[name].items():
+            torch.testing.assert_close(sparse[name][key], tensor, rtol=1e-3, atol=1e-4)
+            layer = key.removesuffix(".weight")
+            if layer in masked["masks"].get(name.removesuffix("_target"), {}):
+                mask = masked["masks"][name.removesuffix("_target")][layer]
+                assert torch.equal(sparse["masks"][name.removesuffix("_target")][layer], mask)
+                assert not sparse[name][key][~mask].any()
+                assert int(mask.sum()) > 0
+
+
+def test_one_seed_one_result_on_the_kernels(run):
+    a, b = load(run(compute="sparse", seed=5)), load(run(compute="sparse", seed=5))
+    assert same_weights(a, b)
+
+
+def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
+    for arguments, sentence in [
+        ({"sparsity": 0.9}, "compute: sparse, since the networks are"),
+        ({"sparsity": 0.5}, "compute: masked, since the networks are 50"),
+        ({"method": "dense"}, "compute: masked, since --compute is auto and --method dense"),
+    ]:
+        run(compute="auto", **arguments)
+        assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+@pytest.mark.parametrize("compute", ["auto", "sparse"])
+def test_without_a_working_compiler_the_run_goes_on_masked(run, monkeypatch, capsys, compiler, compute):
+    monkeypatch.setenv("CXX", compiler)
+    su.load_kernels.cache_clear()
+    try:
+        final = load(run(compute=compute))
+    finally:
+        su.load_kernels.cache_clear()
+    assert "compute: masked, since sparse_kernels.cpp cannot be built here" in capsys.readouterr().out
+    assert final["global_step"] == 160
+
+
+def test_a_build_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
+    """A compiler that knows its processor but cannot compile."""
+    script = tmp_path / "c++"
+    script.write_text('#!/bin/sh\ncase "$*" in *-dM*) echo x;; *) echo "no space" >&2; exit 1;; esac\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    su.load_kernels.cache_clear()
+    try:
+        with pytest.raises(subprocess.CalledProcessError):
+            su.load_kernels()
+    finally:
+        su.load_kernels.cache_clear()
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
+
+
+def test_the_kernels_are_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+    for _ in range(2):
+        su.load_kernels.cache_clear()
+        su.load_kernels()
+        built.append([(p, os.stat(p).st_mtime_ns) for p in tmp_path.rglob("*.so")])
+    su.load_kernels.cache_clear()
+    assert len(built[0]) == 1 and built[0] == built[1]
+
+
+def test_sparse_compute_needs_a_fixed_mask(run, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run(compute="sparse", method="dense")
+    assert stop.value.code == 2 and "--compute sparse needs a mask that stays fixed" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_on_the_kernels_leaves_the_same_tags(run):
+    sparse, masked = events(run(compute="sparse")), events(run(compute="masked"))
+    assert sparse.Tags()["scalars"] == masked.Tags()["scalars"]
+    assert sparse.Tags()["images"] == masked.Tags()["images"]
