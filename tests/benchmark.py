@@ -1,0 +1,189 @@
+"""Training speed on this machine, as environment steps per second end to end: `python tests/benchmark.py`.
+
+Every measurement is a process of its own, from the end of a burn-in to the end of training, with environment, sampling
+and logging in it and evaluation left out. The configurations take turns, round after round, so that a slow moment of the
+machine meets all of them; what is printed is the median over the rounds and, in brackets, the smallest and the largest.
+Stable-Baselines3 and SBX are measured beside ours when they are installed. Nothing here is asserted.
+"""
+
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+LEARNING_STARTS, BURN_IN = 1000, 200
+
+
+@dataclasses.dataclass
+class Benchmark:
+    rounds: int = 3
+    """rounds in which all configurations take turns"""
+    threads: int = 1
+    """threads, and cores that a process may use"""
+    env_id: str = "Hopper-v4"
+    """environment to train on"""
+    tables: tuple[str, ...] = ("peers", "widths", "inference")
+    """tables to print: peers (256 wide), widths (256, 512, 1024 at 90% and 95%), inference"""
+
+
+def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, steps: int, **flags) -> float:
+    """One measured training run, in this process."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    total = LEARNING_STARTS + BURN_IN + steps
+    if framework == "ours":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        script = importlib.import_module(f"{algorithm}_tar")
+        script.SPS_BURN_IN = BURN_IN
+        with tempfile.TemporaryDirectory() as folder:
+            run_dir = script.train(
+                script.Args(
+                    env_id=env_id, runs_dir=folder, device="cpu", torch_threads=threads, total_timesteps=total + 1,
+                    learning_starts=LEARNING_STARTS, eval_frequency=10**9, eval_episodes=1, **flags,
+                )
+            )  # fmt: skip
+            return EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")[-1].value
+    import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+
+    torch.set_num_threads(threads)
+
+    class Clock(BaseCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == LEARNING_STARTS + BURN_IN:
+                self.started = time.perf_counter()
+            return True
+
+    agent = getattr(importlib.import_module(framework), algorithm.upper())
+    settings = {"learning_rate": 3e-4, "batch_size": 256, "train_freq": 1, "gradient_steps": 1, "device": "cpu"}
+    if framework == "sbx":
+        del settings["device"]
+    model = agent(
+        "MlpPolicy", env_id, learning_starts=LEARNING_STARTS, policy_kwargs={"net_arch": [256, 256]}, **settings
+    )
+    clock = Clock()
+    model.learn(total, callback=clock)
+    return steps / (time.perf_counter() - clock.started)
+
+
+def measure(configurations: dict[str, dict], benchmark: Benchmark) -> dict[str, list[float]]:
+    """Steps per second of each configuration in each round."""
+    results = {name: [] for name in configurations}
+    for _ in range(benchmark.rounds):
+        for name, configuration in configurations.items():
+            task = configuration | {"env_id": benchmark.env_id, "threads": benchmark.threads}
+            child = subprocess.run(
+                [sys.executable, __file__, "child", json.dumps(task)], capture_output=True, text=True
+            )
+            if child.returncode:
+                sys.exit(f"{name} failed:\n{child.stderr}")
+            results[name].append(float(child.stdout.splitlines()[-1]))
+            print(f"  {name}: {results[name][-1]:.1f}", file=sys.stderr)
+    return results
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})"
+
+
+def ratio(values: list[float], others: list[float]) -> str:
+    """Median over the rounds of the ratio within a round."""
+    return f"{statistics.median(a / b for a, b in zip(values, others, strict=True)):.2f}x"
+
+
+def peers(benchmark: Benchmark) -> None:
+    installed = [name for name in ("stable_baselines3", "sbx") if importlib.util.find_spec(name)]
+    for algorithm in ("sac", "td3"):
+        base = {"algorithm": algorithm, "steps": 2000}
+        configurations = {name: base | {"framework": name} for name in installed}
+        ours = base | {"framework": "ours"}
+        configurations["dense"] = ours | {"method": "dense"}
+        configurations["tar at 90%, masked"] = ours | {"compute": "masked"}
+        configurations["tar at 90%, sparse"] = ours | {"compute": "sparse"}
+        results = measure(configurations, benchmark)
+        reference = installed[0] if installed else "dense"
+        print(f"\n| {algorithm.upper()}, 256 wide | steps per second | against {reference} |\n|---|---|---|")
+        for name, values in results.items():
+            print(f"| {name} | {spread(values)} | {ratio(values, results[reference])} |")
+
+
+def widths(benchmark: Benchmark) -> None:
+    print("\n| SAC, tar | sparsity | masked | sparse | sparse over masked |\n|---|---|---|---|---|")
+    for width, steps in ((256, 2000), (512, 600), (1024, 300)):
+        for sparsity in (0.9, 0.95):
+            base = {"framework": "ours", "algorithm": "sac", "hidden_size": width, "sparsity": sparsity, "steps": steps}
+            results = measure({c: base | {"compute": c} for c in ("masked", "sparse")}, benchmark)
+            masked, sparse = results["masked"], results["sparse"]
+            row = f"{width} wide | {sparsity:.0%} | {spread(masked)} | {spread(sparse)} | {ratio(sparse, masked)}"
+            print(f"| {row} |", flush=True)
+
+
+def inference(benchmark: Benchmark) -> None:
+    import gymnasium as gym
+    import torch
+
+    import sac_tar
+    import sparse_utils
+
+    torch.set_num_threads(benchmark.threads)
+    env = gym.make(benchmark.env_id)
+    print("\n| SAC actor | sparsity | batch | dense, us | sparse, us | dense over sparse | dense, KiB | sparse, KiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for width in (256, 512, 1024):
+        for sparsity in (0.9, 0.95):
+            torch.manual_seed(0)
+            dense = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
+            sparse = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
+            sparse.load_state_dict(dense.state_dict())
+            weights = sparse_utils.linear_weights(dense)
+            size = sum(w.numel() for w in weights.values())
+            keep, _ = sparse_utils.connection_budget(size, sparsity, 0.0)
+            masks = sparse_utils.static_prune(weights, keep, "random", "er", torch.Generator())
+            sparse_utils.compact(sparse, masks)
+            dense_bytes = sum(4 * p.numel() for p in dense.parameters())
+            mlp = sparse.sparse
+            sparse_bytes = sum(t.numel() * t.element_size() for t in (mlp.flat, *mlp.indices, *mlp.masks.values()))
+            for batch in (1, 256):
+                x = torch.randn(batch, env.observation_space.shape[0])
+                times = {"dense": [], "sparse": []}
+                with torch.no_grad():
+                    for _ in range(300):
+                        for name, actor in (("dense", dense), ("sparse", sparse)):
+                            started = time.perf_counter()
+                            actor(x)
+                            times[name].append(1e6 * (time.perf_counter() - started))
+                d, s = (statistics.median(times[name]) for name in ("dense", "sparse"))
+                memory = f"{dense_bytes / 1024:.0f} | {sparse_bytes / 1024:.0f}"
+                print(f"| {width} wide | {sparsity:.0%} | {batch} | {d:.0f} | {s:.0f} | {d / s:.1f}x | {memory} |")
+
+
+def main(benchmark: Benchmark) -> None:
+    from sac_tar import processor
+
+    names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names}
+    versions = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    print(f"{datetime.date.today()}, {processor()}, {benchmark.threads} thread(s), {benchmark.env_id}, batch 256")
+    print(f"Python {sys.version.split()[0]}, {versions}; median of {benchmark.rounds} rounds (smallest-largest)")
+    for table in benchmark.tables:
+        {"peers": peers, "widths": widths, "inference": inference}[table](benchmark)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        print(steps_per_second(**json.loads(sys.argv[2])))
+    else:
+        import tyro
+
+        main(tyro.cli(Benchmark, description=__doc__.splitlines()[0]))
