@@ -1,8 +1,8 @@
 """Training speed on this machine, as environment steps per second end to end: `python tests/benchmark.py`.
 
 Every measurement is a process of its own, from the end of a burn-in to the end of training, with environment, sampling
-and logging in it and evaluation left out. The configurations take turns, round after round, so that a slow moment of the
-machine meets all of them; what is printed is the median over the rounds and, in brackets, the smallest and the largest.
+and logging in it and evaluation left out. The configurations take turns, round after round, so that a slow moment of
+the machine meets all of them; printed are the median over the rounds and, in brackets, the smallest and the largest.
 Stable-Baselines3 and SBX are measured beside ours when they are installed. Nothing here is asserted.
 """
 

@@ -190,3 +190,27 @@ def test_polyak_update(script):
     script.polyak_update(target, online, 0.25)
     assert target[0].tolist() == [1.5, 0.0] and not target[0].requires_grad
     assert online[0].tolist() == [3.0, 0.0]
+
+
+def test_evaluate_takes_the_mean_over_episodes(script):
+    """Episodes of 7, 7 and 5 steps with a reward of 1 each, see ProbeEnv; the observation arrives as float32 (1, 3)."""
+    env = gym.make("Probe-v0")
+    seen = []
+    policy = lambda x: (seen.append(x), torch.zeros(1, 2))[1]  # noqa: E731
+    assert script.evaluate(env, policy, 3, 0, torch.device("cpu")) == (19 / 3, 19 / 3)
+    assert len(seen) == 19 and seen[0].shape == (1, 3) and seen[0].dtype == torch.float32
+
+
+def test_training_evaluates_without_noise_from_the_same_states(run, script, monkeypatch):
+    policies, seeds = [], []
+
+    def record(env, policy, episodes, seed, device):
+        x = torch.randn(1, 3)
+        policies.append(torch.equal(policy(x), policy(x)))
+        seeds.append(seed)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(script, "evaluate", record)
+    run(seed=7)
+    assert policies == [True, True, True]
+    assert len(set(seeds)) == 1 and seeds[0] != 7
