@@ -189,9 +189,9 @@ class ReplayBuffer:
 def mlp_layers(input_size: int, hidden_size: int, output_size: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         fc1=nn.Linear(input_size, hidden_size),
-        relu1=nn.ReLU(),
+        relu1=nn.ReLU(inplace=True),
         fc2=nn.Linear(hidden_size, hidden_size),
-        relu2=nn.ReLU(),
+        relu2=nn.ReLU(inplace=True),
         fc3=nn.Linear(hidden_size, output_size),
     )
 

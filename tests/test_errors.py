@@ -119,3 +119,19 @@ def test_a_loss_that_diverges_stops_the_run(run, script, tmp_path, capsys):
     message = capsys.readouterr().err.split("error: ")[1]
     assert " at step " in message and ("losses/" in message or "return" in message)
     assert logged(tmp_path / "runs", "eval/episodic_return")
+
+
+def test_a_loss_or_value_that_is_infinite_is_named(run, script, monkeypatch, capsys):
+    """One that does not reach the return, so that nothing else can stop the run."""
+    critic_losses = script.critic_losses
+
+    def overflow(*args):
+        qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(*args)
+        return qf1_loss, qf2_loss, qf1_values, qf2_values * float("inf")
+
+    monkeypatch.setattr(script, "critic_losses", overflow)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "error: losses/qf2_values is " in message and "at step 100" in message

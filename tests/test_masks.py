@@ -268,6 +268,26 @@ def test_synflow_keeps_every_layer_alive_where_magnitude_collapses():
     assert min(counts(su.static_prune(weights, 3584, "synflow", "global", generator()))) > 0
 
 
+def test_synflow_never_takes_back_what_it_pruned(monkeypatch):
+    """A connection cut off on both sides scores zero, as pruned ones do."""
+    rounds, keep_highest = [], su.keep_highest
+
+    def record(scores, keep, distribution):
+        masks = keep_highest(scores, keep, distribution)
+        if len(scores) == 3:  # the network, not one of its layers
+            rounds.append(torch.cat([m.flatten() for m in masks.values()]))
+        return masks
+
+    monkeypatch.setattr(su, "keep_highest", record)
+    for seed in range(20):
+        g = generator(seed)
+        weights = {f"fc{i}": torch.randn(shape, generator=g) for i, shape in enumerate([(6, 6), (6, 6), (2, 6)])}
+        rounds.clear()
+        su.static_prune(weights, 5, "synflow", "global", g)
+        assert len(rounds) == 100
+        assert not any((later & ~earlier).any() for earlier, later in zip(rounds, rounds[1:]))
+
+
 def test_synflow_needs_a_chain():
     with pytest.raises(ValueError, match="chain"):
         su.synflow_scores({"a": torch.ones(3, 2), "b": torch.ones(3, 2)})

@@ -289,6 +289,42 @@ def test_no_gradient_of_the_actor_loss_reaches_the_critics(run):
     assert len(checked) >= 40 and all(checked)
 
 
+def test_each_step_follows_the_gradient_of_its_own_loss(run, script, monkeypatch):
+    """What the optimizers see is the gradient of both critics' losses, and of the actor's."""
+    expected, compared = {}, {"q": 0, "actor": 0}
+    critic_losses, policy_loss = script.critic_losses, script.policy_loss
+
+    def recorded_critic_losses(*args):
+        result = critic_losses(*args)
+        qf1, qf2 = args[1:3]
+        for qf, loss in ((qf1, result[0]), (qf2, result[1])):
+            gradients = torch.autograd.grad(loss, list(qf.parameters()), retain_graph=True)
+            expected.update(zip(qf.parameters(), gradients, strict=True))
+        return result
+
+    def recorded_policy_loss(actor, *args):
+        result = policy_loss(actor, *args)
+        loss = result[0] if isinstance(result, tuple) else result
+        gradients = torch.autograd.grad(loss, list(actor.parameters()), retain_graph=True)
+        expected.update(zip(actor.parameters(), gradients, strict=True))
+        return result
+
+    def before_step(optimizer, *_):  # global hooks run before the masking hook
+        params = optimizer.param_groups[0]["params"]
+        for p in params:
+            torch.testing.assert_close(p.grad, expected[p])
+        compared["q" if len(params) == 12 else "actor"] += 1
+
+    monkeypatch.setattr(script, "critic_losses", recorded_critic_losses)
+    monkeypatch.setattr(script, "policy_loss", recorded_policy_loss)
+    hook = register_optimizer_step_pre_hook(before_step)
+    try:
+        run()
+    finally:
+        hook.remove()
+    assert compared["q"] == 99 and compared["actor"] >= 49
+
+
 def test_sac_without_autotune_keeps_alpha(tmp_path):
     run_dir = sac_tar.train(
         sac_tar.Args(
