@@ -32,8 +32,8 @@ struct Layer {
 
 // sum = bias + the sum of values[k] * x[index[k]] over the k of row i, for one tile.
 template <typename vec, int V>
-__attribute__((always_inline)) static inline void product(int64_t i, const int32_t *start, const int32_t *index, const float *values, float bias,
-                           const vec *x, vec *sum) {
+__attribute__((always_inline)) static inline void product(int64_t i, const int32_t *start, const int32_t *index,
+                                                          const float *values, float bias, const vec *x, vec *sum) {
     vec odd[V];
     for (int v = 0; v < V; v++) {
         sum[v] = vec{} + bias;

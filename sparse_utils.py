@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 Masks = dict[str, Tensor]
 FIXED_METHODS = ("tar", "static", "uniform")  # arms whose mask never changes after pruning and revival
-SPARSE_PAYS_BELOW = 0.3  # density under which --compute auto uses the sparse kernels; measured, see the README
+SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, see the README
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,9 +36,10 @@ def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
 # BUDGETS: how many connections, and in which layer
 
 
-def connection_budget(size: int, sparsity: float, reserve: float) -> tuple[int, int]:
-    """Active connections K = round((1 - sparsity) * size) of a network, and how many of them, R = round(reserve * K),
-    are left to revival. Raises ValueError if no connection would be left."""
+def connection_budget(weights: dict[str, Tensor], sparsity: float, reserve: float) -> tuple[int, int]:
+    """Active connections K = round((1 - sparsity) * n) of a network with n weights, and how many of them,
+    R = round(reserve * K), are left to revival. Raises ValueError if no connection would be left."""
+    size = sum(weight.numel() for weight in weights.values())
     budget = round((1 - sparsity) * size)
     if budget < 1:
         raise ValueError(f"--sparsity {sparsity} keeps none of a network's {size} connections; choose a lower sparsity")
@@ -56,8 +57,8 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
         raise ValueError(f"cannot place {total} connections in layers with room for {[caps[i] for i in open_entries]}")
     counts, exact, remaining = [0] * len(shares), {}, total
     while open_entries:
-        scale = remaining / sum(shares[i] for i in open_entries)
-        exact = {i: scale * shares[i] for i in open_entries}
+        whole = sum(shares[i] for i in open_entries)
+        exact = {i: remaining * (shares[i] / whole) for i in open_entries}
         full = [i for i in open_entries if exact[i] >= caps[i]]
         if not full:
             break
@@ -376,15 +377,15 @@ class _SparseMLPFunction(torch.autograd.Function):
 
 def choose_sparse_compute(compute: str, method: str, device: torch.device, masks: dict[str, Masks]) -> tuple[bool, str]:
     """Whether to train on stored values only, and why. `auto` does where the mask is fixed, the device is the CPU, the
-    kernels can be built and the networks together are less dense than SPARSE_PAYS_BELOW."""
+    kernels can be built and the networks together are at most SPARSE_PAYS_UP_TO dense."""
     layers = [mask for network_masks in masks.values() for mask in network_masks.values()]
     density = sum(int(mask.sum()) for mask in layers) / sum(mask.numel() for mask in layers)
     if compute == "masked" or method not in FIXED_METHODS:
-        return False, f"--compute is {compute} and --method {method}"
+        return False, f"--compute {compute} and --method {method}"
     if device.type != "cpu":
         return False, f"the kernels are for the CPU and the networks are on {device.type}"
-    if compute == "auto" and density > SPARSE_PAYS_BELOW:
-        return False, f"the networks are {density:.1%} dense and the kernels pay off below {SPARSE_PAYS_BELOW:.0%}"
+    if compute == "auto" and density > SPARSE_PAYS_UP_TO:
+        return False, f"the networks are {density:.1%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
     try:
         load_kernels()
     except (OSError, subprocess.CalledProcessError) as error:
@@ -422,6 +423,33 @@ def dense_state_dict(network: nn.Module) -> dict[str, Tensor]:
     if "sparse.flat" in state:
         state = network.sparse.expand(state.pop("sparse.flat")) | state
     return state
+
+
+# FROM PRUNING TO TRAINING
+
+
+def fix_masks(
+    networks: dict[str, nn.Sequential],
+    targets: dict[str, nn.Sequential],
+    optimizers: dict[str, torch.optim.Optimizer],
+    masks: dict[str, Masks],
+    use_kernels: bool,
+) -> None:
+    """From here on each network and its target train within its masks. What is pruned is zeroed once, Adam's moments
+    included, and then held at zero by one gradient hook per optimizer or, with the kernels, not stored at all."""
+    for name, network in networks.items():
+        zero_pruned(network, masks[name], optimizers[name])
+    for name, target in targets.items():
+        zero_pruned(target, masks[name])
+    if use_kernels:
+        for name, network in networks.items():
+            compact(network, masks[name], optimizers[name])
+        for name, target in targets.items():
+            compact(target, masks[name])
+    else:
+        for optimizer in set(optimizers.values()):
+            names = [name for name in networks if optimizers[name] is optimizer]
+            mask_gradients(optimizer, [networks[name] for name in names], [masks[name] for name in names])
 
 
 # WHAT A MASK LOOKS LIKE

@@ -120,7 +120,7 @@ def peers(benchmark: Benchmark) -> None:
 
 def widths(benchmark: Benchmark) -> None:
     print("\n| SAC, tar | sparsity | masked | sparse | sparse over masked |\n|---|---|---|---|---|")
-    for width, steps in ((256, 2000), (512, 600), (1024, 300)):
+    for width, steps in ((256, 2000), (512, 400), (1024, 200)):
         for sparsity in (0.9, 0.95):
             base = {"framework": "ours", "algorithm": "sac", "hidden_size": width, "sparsity": sparsity, "steps": steps}
             results = measure({c: base | {"compute": c} for c in ("masked", "sparse")}, benchmark)
@@ -147,8 +147,7 @@ def inference(benchmark: Benchmark) -> None:
             sparse = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
             sparse.load_state_dict(dense.state_dict())
             weights = sparse_utils.linear_weights(dense)
-            size = sum(w.numel() for w in weights.values())
-            keep, _ = sparse_utils.connection_budget(size, sparsity, 0.0)
+            keep, _ = sparse_utils.connection_budget(weights, sparsity, 0.0)
             masks = sparse_utils.static_prune(weights, keep, "random", "er", torch.Generator())
             sparse_utils.compact(sparse, masks)
             dense_bytes = sum(4 * p.numel() for p in dense.parameters())

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"sparsity": -0.1}, "--sparsity must be at least 0 and below 1"),
         ({"sparsity": float("nan")}, "--sparsity must be at least 0 and below 1"),
         ({"reserve": 1.0}, "--reserve must be at least 0 and below 1"),
-        ({"sparsity": 0.9999999}, "actor: --sparsity 0.9999999 keeps none of a network's"),
+        ({"sparsity": 0.9999999}, "--sparsity 0.9999999 keeps none of a network's"),
         ({"env_id": "Hoper-v4"}, "unknown --env-id Hoper-v4"),
         ({"env_id": "Hoper-v4"}, "Hopper-v4"),
         ({"env_id": "Nowhere-v0"}, "unknown --env-id Nowhere-v0"),

@@ -163,10 +163,10 @@ def test_one_seed_one_result_on_the_kernels(run):
 def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
     for arguments, sentence in [
         ({"sparsity": 0.9}, "compute: sparse, since the networks are"),
-        ({"sparsity": 0.5}, "compute: masked, since the networks are 50"),
-        ({"method": "dense"}, "compute: masked, since --compute is auto and --method dense"),
+        ({"sparsity": 0.4}, "compute: masked, since the networks are 60"),
+        ({"compute": "masked"}, "compute: masked, since --compute masked"),
     ]:
-        run(compute="auto", **arguments)
+        run(**{"compute": "auto"} | arguments)
         assert sentence in capsys.readouterr().out
 
 
