@@ -19,7 +19,7 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr int V = 4;  // vectors per tile row; with two partial sums each this fills, and does not overflow, 16 registers
+constexpr int V = 4;  // vectors per tile row: with two partial sums each enough to hide the latency, in 16 registers
 typedef float vector __attribute__((vector_size(W * sizeof(float))));
 
 struct Layer {

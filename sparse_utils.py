@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 Masks = dict[str, Tensor]
 FIXED_METHODS = ("tar", "static", "uniform")  # arms whose mask never changes after pruning and revival
-SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, see the README
+SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -262,19 +263,18 @@ class _Layer(ctypes.Structure):
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
     """Build sparse_kernels.cpp for this processor, once for each version of file, compiler and processor, and load it.
-    Raises OSError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    Raises OSError, RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
     source = Path(__file__).parent / "sparse_kernels.cpp"
-    compiler = os.environ.get("CXX", "c++")
-    flags = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
-    target = subprocess.check_output([compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
-    key = hashlib.sha256(source.read_bytes() + target).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparse-rl-tar"
+    compile = [*shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
+    target = subprocess.check_output([*compile, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
+    key = hashlib.sha256(source.read_bytes() + target + repr(compile).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-rl-tar"
     library = cache / f"{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built = Path(folder) / "kernels.so"
-            command = [compiler, *flags, str(source), "-o", str(built)]
+            command = [*compile, str(source), "-o", str(built)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
             os.replace(built, library)
@@ -333,6 +333,10 @@ class SparseMLP(nn.Module):
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
+        if x.dim() != 2 or x.shape[1] != self.layers[0].n_in or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(
+                f"needs float32 of shape (batch, {self.layers[0].n_in}) on the CPU, got {x.dtype} {x.shape}"
+            )
         batch, threads = len(x), torch.get_num_threads()
         x, y = x.contiguous(), x.new_empty(batch, self.layers[-1].n_out)
         width = self.kernels.tile_width(batch)
@@ -375,23 +379,38 @@ class _SparseMLPFunction(torch.autograd.Function):
         return grad_x, grad_flat, None
 
 
-def choose_sparse_compute(compute: str, method: str, device: torch.device, masks: dict[str, Masks]) -> tuple[bool, str]:
-    """Whether to train on stored values only, and why. `auto` does where the mask is fixed, the device is the CPU, the
-    kernels can be built and the networks together are at most SPARSE_PAYS_UP_TO dense."""
+def choose_sparse_compute(
+    compute: str, method: str, device: torch.device, networks: dict[str, nn.Module], masks: dict[str, Masks]
+) -> tuple[bool, str]:
+    """Whether to train on stored values only, and why. `auto` does where the mask is fixed, the device is the CPU,
+    every network is a chain of Linear and ReLU, the kernels can be built and at most SPARSE_PAYS_UP_TO of all
+    connections are active. `sparse` overrules the last condition, unless nothing at all is pruned."""
     layers = [mask for network_masks in masks.values() for mask in network_masks.values()]
     density = sum(int(mask.sum()) for mask in layers) / sum(mask.numel() for mask in layers)
-    if compute == "masked" or method not in FIXED_METHODS:
-        return False, f"--compute {compute} and --method {method}"
+    if method not in FIXED_METHODS:
+        return False, f"--method {method} has no mask to compile"
+    if compute == "masked":
+        return False, "--compute masked asks for it"
     if device.type != "cpu":
         return False, f"the kernels are for the CPU and the networks are on {device.type}"
-    if compute == "auto" and density > SPARSE_PAYS_UP_TO:
+    if not all(is_mlp(network) for network in networks.values()):
+        return False, "a network is not a chain of Linear layers with bias and a ReLU after all but the last"
+    if density == 1 or (compute == "auto" and density > SPARSE_PAYS_UP_TO):
         return False, f"the networks are {density:.1%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
     try:
         load_kernels()
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error).encode()).decode().strip().splitlines()[0]
-        return False, f"sparse_kernels.cpp cannot be built here: {reason}"
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        return False, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
     return True, f"the networks are {density:.1%} dense"
+
+
+def is_mlp(network: nn.Module) -> bool:
+    """Whether `SparseMLP` computes what the children of this network compute."""
+    kinds = [type(child) for child in network.children()]
+    with_bias = all(child.bias is not None for child in network.children() if isinstance(child, nn.Linear))
+    alternating = kinds[::2] == [nn.Linear] * len(kinds[::2]) and kinds[1::2] == [nn.ReLU] * len(kinds[1::2])
+    return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and with_bias
 
 
 def compact(network: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -544,6 +563,7 @@ def log_topology(
     if warnings:
         tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
+    log_sparsity(writer, global_step, masks)
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
             image = mask_image(static_masks[name][layer], mask)

@@ -77,29 +77,29 @@ class Args:
 
     # Algorithm (defaults are CleanRL's)
     total_timesteps: int = 1_000_000
-    """environment steps of training"""
+    """environment steps of training (CleanRL)"""
     learning_starts: int = 25_000
-    """environment steps with uniformly random actions before the first gradient step"""
+    """environment steps with uniformly random actions before the first gradient step (CleanRL)"""
     hidden_size: int = 256
-    """neurons in each of the two hidden layers of every network"""
+    """neurons in each of the two hidden layers of every network (CleanRL)"""
     buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds"""
+    """transitions that the replay buffer holds (CleanRL)"""
     batch_size: int = 256
-    """transitions per gradient step"""
+    """transitions per gradient step (CleanRL)"""
     gamma: float = 0.99
-    """discount factor"""
+    """discount factor per environment step (CleanRL)"""
     tau: float = 0.005
-    """step of the target networks towards the online ones at each target update"""
+    """fraction by which a target update moves the targets towards the online networks (CleanRL)"""
     learning_rate: float = 3e-4
-    """learning rate of the actor and the critics"""
+    """learning rate of the actor and the critics, Adam (CleanRL)"""
     policy_frequency: int = 2
-    """environment steps between updates of the actor and of all targets"""
+    """environment steps between updates of the actor and of all targets (Fujimoto et al. 2018)"""
     policy_noise: float = 0.2
-    """standard deviation of the noise on target actions, in units of half the action range"""
+    """standard deviation of the noise on target actions, in units of half the action range (Fujimoto et al. 2018)"""
     noise_clip: float = 0.5
-    """bound of that noise, in the same unit"""
+    """bound of that noise, in the same unit (Fujimoto et al. 2018)"""
     exploration_noise: float = 0.1
-    """standard deviation of the noise on actions in the environment, in the same unit"""
+    """standard deviation of the noise on actions in the environment, in the same unit (Fujimoto et al. 2018)"""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -262,7 +262,7 @@ def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict
             fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
 
 
-def params(*networks: nn.Module) -> list[nn.Parameter]:
+def parameters_of(*networks: nn.Module) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
 
@@ -321,7 +321,7 @@ def train(args: Args) -> Path:
     if args.prune_at is None:
         args.prune_at = args.learning_starts
     if args.method == "dense":
-        args.sparsity = 0.0
+        args.sparsity, args.criterion = 0.0, "random"  # nothing to rank
     check_args(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -346,7 +346,11 @@ def train(args: Args) -> Path:
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     targets = {"actor": actor_target, "qf1": qf1_target, "qf2": qf2_target}
-    actor_params, q_params, target_params = params(actor), params(qf1, qf2), params(*targets.values())
+    actor_params, q_params, target_params = (
+        parameters_of(actor),
+        parameters_of(qf1, qf2),
+        parameters_of(*targets.values()),
+    )
     actor_optimizer = optim.Adam(actor_params, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_params, lr=args.learning_rate, fused=True)
     optimizers = {"actor": actor_optimizer, "qf1": q_optimizer, "qf2": q_optimizer}
@@ -375,6 +379,7 @@ def train(args: Args) -> Path:
         mean_return, mean_length = evaluate(eval_env, actor, args.eval_episodes, eval_seed, device)
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
         writer.add_scalar("eval/episodic_length", mean_length, global_step)
+        stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
         sparse_utils.log_sparsity(writer, global_step, masks)
         return mean_return
 
@@ -409,11 +414,15 @@ def train(args: Args) -> Path:
                 _, reserve = budgets[name]  # 0 for static and dense
                 masks[name] = sparse_utils.revive(static, revival_budgets(static, reserve), mask_generator)
             # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
+            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, networks, masks)
+            tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
             if args.method != "dense":
-                use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, masks)
-                tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
                 sparse_utils.fix_masks(networks, targets, optimizers, masks, use_kernels)
-                actor_params, q_params, target_params = params(actor), params(qf1, qf2), params(*targets.values())
+                actor_params, q_params, target_params = (
+                    parameters_of(actor),
+                    parameters_of(qf1, qf2),
+                    parameters_of(*targets.values()),
+                )
             sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
 
         if global_step == sps_from_step:
@@ -469,7 +478,7 @@ def train(args: Args) -> Path:
                     param.requires_grad_(True)
                 polyak_update(target_params, [*actor_params, *q_params], args.tau)
 
-            if global_step % 100 == 0:
+            if global_step % 100 == 0 or global_step == args.total_timesteps - 1:
                 scalars = {
                     "losses/qf1_values": qf1_values.mean(),
                     "losses/qf2_values": qf2_values.mean(),

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -33,8 +34,9 @@ class Benchmark:
     """threads, and cores that a process may use"""
     env_id: str = "Hopper-v4"
     """environment to train on"""
-    tables: tuple[str, ...] = ("peers", "widths", "inference")
-    """tables to print: peers (256 wide), widths (256, 512, 1024 at 90% and 95%), inference"""
+    tables: tuple[Literal["peers", "widths", "rule", "inference"], ...] = ("peers", "widths", "inference")
+    """tables to print: peers (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, and rule (the cells that
+    the rule of --compute auto rests on)"""
 
 
 def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, steps: int, **flags) -> float:
@@ -118,15 +120,21 @@ def peers(benchmark: Benchmark) -> None:
             print(f"| {name} | {spread(values)} | {ratio(values, results[reference])} |")
 
 
-def widths(benchmark: Benchmark) -> None:
+WIDTHS = [(256, 2000), (512, 400), (1024, 200)]  # hidden neurons, measured steps
+CELLS = {
+    "widths": [(width, sparsity, steps) for width, steps in WIDTHS for sparsity in (0.9, 0.95)],
+    "rule": [(32, 0.9, 2000), (64, 0.7, 2000), (64, 0.5, 2000), (256, 0.7, 1000), (256, 0.5, 1000), (512, 0.5, 300)],
+}
+
+
+def sparse_over_masked(benchmark: Benchmark, cells: list[tuple[int, float, int]]) -> None:
     print("\n| SAC, tar | sparsity | masked | sparse | sparse over masked |\n|---|---|---|---|---|")
-    for width, steps in ((256, 2000), (512, 400), (1024, 200)):
-        for sparsity in (0.9, 0.95):
-            base = {"framework": "ours", "algorithm": "sac", "hidden_size": width, "sparsity": sparsity, "steps": steps}
-            results = measure({c: base | {"compute": c} for c in ("masked", "sparse")}, benchmark)
-            masked, sparse = results["masked"], results["sparse"]
-            row = f"{width} wide | {sparsity:.0%} | {spread(masked)} | {spread(sparse)} | {ratio(sparse, masked)}"
-            print(f"| {row} |", flush=True)
+    for width, sparsity, steps in cells:
+        base = {"framework": "ours", "algorithm": "sac", "hidden_size": width, "sparsity": sparsity, "steps": steps}
+        results = measure({c: base | {"compute": c} for c in ("masked", "sparse")}, benchmark)
+        masked, sparse = results["masked"], results["sparse"]
+        row = f"{width} wide | {sparsity:.0%} | {spread(masked)} | {spread(sparse)} | {ratio(sparse, masked)}"
+        print(f"| {row} |", flush=True)
 
 
 def inference(benchmark: Benchmark) -> None:
@@ -176,7 +184,10 @@ def main(benchmark: Benchmark) -> None:
     print(f"{datetime.date.today()}, {processor()}, {benchmark.threads} thread(s), {benchmark.env_id}, batch 256")
     print(f"Python {sys.version.split()[0]}, {versions}; median of {benchmark.rounds} rounds (smallest-largest)")
     for table in benchmark.tables:
-        {"peers": peers, "widths": widths, "inference": inference}[table](benchmark)
+        if table in CELLS:
+            sparse_over_masked(benchmark, CELLS[table])
+        else:
+            {"peers": peers, "inference": inference}[table](benchmark)
 
 
 if __name__ == "__main__":

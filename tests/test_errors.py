@@ -91,6 +91,7 @@ def test_help_tells_every_flag(script, tmp_path):
     assert result.returncode == 0
     for name in script.Args.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in result.stdout, name
+    assert result.stdout.count("(CleanRL)") + result.stdout.count("Fujimoto") > 10  # where defaults come from
 
 
 def logged(folder: Path, tag: str):
@@ -135,3 +136,27 @@ def test_a_loss_or_value_that_is_infinite_is_named(run, script, monkeypatch, cap
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert "error: losses/qf2_values is " in message and "at step 100" in message
+
+
+def test_divergence_after_the_last_hundred_steps_leaves_no_final_file(run, script, monkeypatch, tmp_path, capsys):
+    """At step 159 of 160, between two logged steps."""
+    critic_losses = script.critic_losses
+    calls = []
+
+    def overflow(*args):
+        calls.append(1)
+        *losses, qf1_values, qf2_values = critic_losses(*args)
+        return *losses, qf1_values, qf2_values * (float("inf") if len(calls) == 99 else 1)
+
+    monkeypatch.setattr(script, "critic_losses", overflow)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 1 and "losses/qf2_values is " in capsys.readouterr().err
+    assert not list((tmp_path / "runs").glob("*/final.pt"))
+
+
+def test_an_evaluation_that_is_not_a_number_stops_the_run(run, script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "evaluate", lambda *_: (float("nan"), 1.0))
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 1 and "eval/episodic_return is nan at step 0" in capsys.readouterr().err

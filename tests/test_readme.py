@@ -28,3 +28,11 @@ def test_every_tag_of_a_run_is_in_the_table(run, script, monkeypatch):
         assert f"`{tag}`" in README, tag
     for path in run_dir.iterdir():
         assert "tfevents" in path.name or f"`{path.name}`" in README
+
+
+def test_no_placeholder_is_left_and_every_table_holds_together():
+    assert not re.search(r"^[A-Z]+_[A-Z]+$| [A-Z]+_[A-Z]+$", README, re.M)
+    for line, after in zip(README.splitlines(), README.splitlines()[1:]):
+        if line.startswith("|") and after.startswith("|"):
+            columns = [len(re.split(r"(?<!\\)\|", row)) for row in (line, after)]
+            assert columns[0] == columns[1], line

@@ -129,9 +129,9 @@ def test_i3_arms_share_weights_transitions_and_replay_indices_up_to_pruning(run,
 
 
 @pytest.mark.parametrize("method", ["tar", "static", "uniform"])
-@pytest.mark.parametrize("criterion", ["random", "snip", "grasp"])
-def test_i4_sparsity_zero_is_dense_bit_for_bit(run, method, criterion):
-    sparse = load(run(method=method, criterion=criterion, sparsity=0.0))
+@pytest.mark.parametrize("criterion, compute", [("random", "masked"), ("snip", "masked"), ("grasp", "sparse")])
+def test_i4_sparsity_zero_is_dense_bit_for_bit(run, method, criterion, compute):
+    sparse = load(run(method=method, criterion=criterion, compute=compute, sparsity=0.0))
     assert same_weights(sparse, load(run(method="dense")))
 
 
@@ -170,8 +170,11 @@ def test_tar_starts_from_a_subset_of_the_static_mask(run):
         assert overlap >= k - round(0.1 * k)
 
 
-@pytest.mark.parametrize("method", ["tar", "static"])
-@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow"])
+@pytest.mark.parametrize(
+    "method, criterion",
+    [(m, c) for m in ("tar", "static") for c in ("random", "magnitude", "snip", "grasp", "synflow")]
+    + [("uniform", "random"), ("dense", "random")],
+)
 def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monkeypatch, method, criterion):
     monkeypatch.setattr(script, "SPS_BURN_IN", 20)
     run_dir = run(method=method, criterion=criterion, distribution="global", sparsity=0.9, total_timesteps=310)
@@ -181,7 +184,8 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
         "topology.json",
     ]
     exp_name = "sac_tar" if script is sac_tar else "td3_tar"
-    assert run_dir.name.startswith(f"Pendulum-v1__{exp_name}__{method}__s0.9__1__")
+    sparsity = 0.0 if method == "dense" else 0.9
+    assert run_dir.name.startswith(f"Pendulum-v1__{exp_name}__{method}__s{sparsity}__1__")
     assert run_dir.name.split("__")[-1].isdigit()
 
     config = json.loads((run_dir / "config.json").read_text())
@@ -195,8 +199,8 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     assert set(topology) == set(final["masks"]) == {"actor", "qf1", "qf2"}
     for name, network in topology.items():
         masks = final["masks"][name]
-        assert network["budget"] == budget(masks, 0.9)
-        assert network["reserve"] == (round(0.1 * network["budget"]) if method == "tar" else 0)
+        assert network["budget"] == budget(masks, sparsity)
+        assert network["reserve"] == (round(0.1 * network["budget"]) if method in ("tar", "uniform") else 0)
         assert sum(layer["revived"] for layer in network["layers"].values()) == network["reserve"]
         assert sum(layer["active"] for layer in network["layers"].values()) == network["budget"]
         for layer, row in network["layers"].items():
@@ -222,6 +226,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     assert [e.step for e in log.Scalars("eval/episodic_return")] == [0, 100, 200, 300, 310]
     for name, network in topology.items():
         measured = [e.value for e in log.Scalars(f"sparsity/{name}")]
+        assert [e.step for e in log.Scalars(f"sparsity/{name}")] == [60, 100, 200, 300, 310]
         size = sum(layer["size"] for layer in network["layers"].values())
         assert measured == pytest.approx([1 - network["budget"] / size] * len(measured))
     for tag in expected:
@@ -333,7 +338,7 @@ def test_sac_without_autotune_keeps_alpha(tmp_path):
         )
     )  # fmt: skip
     log = events(run_dir)
-    assert [e.value for e in log.Scalars("losses/alpha")] == pytest.approx([0.35, 0.35])
+    assert [e.value for e in log.Scalars("losses/alpha")] == pytest.approx([0.35, 0.35, 0.35])
     assert "losses/alpha_loss" not in log.Tags()["scalars"]
 
 
@@ -369,6 +374,28 @@ def test_targets_move_with_tau(run, script, monkeypatch):
     run(tau=0.1)
     # every step for SAC, every second one for TD3 (its policy frequency), from step 61 to 159
     assert len(seen) == (99 if script is sac_tar else 49)
+
+
+def test_worked_cases_of_snip_over_the_whole_network(script, tmp_path):
+    """HalfCheetah-v4 at 95%: every critic is blind to all actions, the actor to most observations; revival reconnects
+    every input. Hopper-v4 at 90%: a critic's input and output layers have a deficit, its hidden layer has none."""
+
+    def topology(env_id, sparsity):
+        args = script.Args(
+            env_id=env_id, sparsity=sparsity, criterion="snip", distribution="global", learning_starts=2000,
+            total_timesteps=2002, eval_episodes=1, device="cpu", runs_dir=str(tmp_path),
+        )  # fmt: skip
+        return json.loads((script.train(args) / "topology.json").read_text())
+
+    cheetah = topology("HalfCheetah-v4", 0.95)
+    for network in cheetah.values():
+        before, after = network["layers"]["fc1"]["blind_inputs"]
+        assert before >= 8 and after == 0
+    assert cheetah["qf1"]["layers"]["fc1"]["blind_inputs"][0] >= 6
+    hopper = topology("Hopper-v4", 0.9)
+    for name in ("qf1", "qf2"):
+        fc1, fc2, fc3 = (hopper[name]["layers"][layer]["deficit"] for layer in ("fc1", "fc2", "fc3"))
+        assert fc2 == 0 and fc1 + fc3 > 0
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v4", "BipedalWalker-v3", "Humanoid-v4", "Walker2d-v5", "Hopper-v4"])

@@ -164,10 +164,60 @@ def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
     for arguments, sentence in [
         ({"sparsity": 0.9}, "compute: sparse, since the networks are"),
         ({"sparsity": 0.4}, "compute: masked, since the networks are 60"),
-        ({"compute": "masked"}, "compute: masked, since --compute masked"),
+        ({"compute": "masked"}, "compute: masked, since --compute masked asks for it"),
+        ({"method": "dense"}, "compute: masked, since --method dense has no mask to compile"),
+        ({"compute": "sparse", "sparsity": 0.0}, "compute: masked, since the networks are 100.0% dense"),
     ]:
         run(**{"compute": "auto"} | arguments)
         assert sentence in capsys.readouterr().out
+
+
+def with_tanh(layers):
+    layers["relu1"] = nn.Tanh()
+
+
+def with_a_norm(layers):
+    layers["norm"] = nn.LayerNorm(1)
+
+
+def without_bias(layers):
+    layers["fc2"] = nn.Linear(24, 24, bias=False)
+
+
+@pytest.mark.parametrize("edit", [with_tanh, with_a_norm, without_bias])
+def test_a_network_that_a_reader_changed_is_not_replaced_by_another_one(run, script, monkeypatch, capsys, edit):
+    mlp_layers = script.mlp_layers
+
+    def edited(*sizes):
+        layers = mlp_layers(*sizes)
+        edit(layers)
+        return layers
+
+    if edit is with_a_norm:  # after an output of width 1
+        monkeypatch.setattr(
+            script.QNetwork, "__init__", lambda self, o, a, h: nn.Sequential.__init__(self, edited(o + a, h, 1))
+        )
+    else:
+        monkeypatch.setattr(script, "mlp_layers", edited)
+    final = load(run(compute="auto"))
+    assert "compute: masked, since a network is not a chain" in capsys.readouterr().out
+    assert final["global_step"] == 160
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(4, 5).double(),
+        torch.zeros(4, 6),
+        torch.zeros(5),
+        torch.zeros(2, 4, 5),
+        torch.zeros(4, 5, device="meta"),
+    ],
+)
+def test_inputs_that_the_kernels_cannot_read_are_refused(x):
+    _, _, mlp = make_mlp([5, 9, 2], 0.6, 0)
+    with torch.no_grad(), pytest.raises(ValueError, match="needs float32 of shape"):
+        mlp(x)
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
