@@ -470,10 +470,10 @@ def train(args: Args) -> Path:
                 for param in q_params:  # the critics' weights need no gradient of the actor's loss
                     param.requires_grad_(False)
                 actor_loss = policy_loss(actor, qf1, data)
+                actor_scalars["losses/actor_loss"] = actor_loss
                 zero_grad(actor_params)
                 actor_loss.backward()
                 actor_optimizer.step()
-                actor_scalars["losses/actor_loss"] = actor_loss
                 for param in q_params:
                     param.requires_grad_(True)
                 polyak_update(target_params, [*actor_params, *q_params], args.tau)
