@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -35,73 +36,68 @@ from tqdm import tqdm
 
 import sparse_utils
 
+Method = Literal["tar", "uniform", "static", "set", "rigl", "tiny", "dense"]
+DropCriterion = Literal["magnitude", "set", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"]
+
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action"""
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """name of this experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of the networks, the environment, its action space, the replay indices and the masks"""
-    runs_dir: str = "runs"
-    """folder in which the run makes a folder of its own"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks and the replay buffer live; auto: cuda if there is one"""
-    torch_threads: int = 1
-    """threads of torch on the CPU; one run per core is the fastest use of a machine"""
+    env_id: str = "Hopper-v4"  # Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run folder's name
+    seed: int = 1  # seed of the networks, the environment, its action space, the replay indices and the masks
+    runs_dir: str = "runs"  # folder in which the run makes a folder of its own
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and replay buffer live; auto: cuda if there is one
+    torch_threads: int = 1  # threads of torch on the CPU; one run per core is the fastest use of a machine
 
     # Sparsity (README: "What is reproduced and what is chosen")
-    method: Literal["tar", "static", "uniform", "dense"] = "tar"
-    """tar: prune, then revive where the topology needs it (arXiv 2602.04166); static: prune only; uniform: prune, then
-    revive everywhere alike; dense: no pruning. All but dense end with the same number of connections"""
-    sparsity: float = 0.9
-    """fraction of each network's weights that is pruned, in [0, 1); biases stay dense; dense ignores it"""
-    reserve: float = 0.1
-    """fraction of the active connections that revival places (tar and uniform), in [0, 1)"""
+
+    # tar: prune, then revive where the topology needs it (arXiv 2602.04166); uniform: prune, then revive everywhere
+    # alike; static: prune only; set, rigl: prune, then rewire during training; tiny: a narrower dense network; dense:
+    # no pruning. All but dense have the same number of connections (tiny: at most)
+    method: Method = "tar"
+    actor_method: Method | None = None  # another --method for the actor alone
+    critic_method: Method | None = None  # another --method for the critics alone
+    sparsity: float = 0.9  # fraction of each network's weights that is pruned, in [0, 1); biases stay; dense ignores it
+    actor_sparsity: float | None = None  # another --sparsity for the actor alone
+    critic_sparsity: float | None = None  # another --sparsity for the critics alone
+    reserve: float = 0.1  # fraction of the active connections that revival places (tar and uniform), in [0, 1)
+    # score by which static pruning ranks connections; snip and grasp use the replay data collected so far
     criterion: Literal["random", "magnitude", "snip", "grasp", "synflow"] = "random"
-    """score by which static pruning ranks connections; snip and grasp use the replay data collected so far"""
+    # how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all
     distribution: Literal["er", "uniform", "global"] = "er"
-    """how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all"""
-    prune_at: int | None = None
-    """environment step at which to prune and revive, once; default: --learning-starts, before any gradient step"""
+    prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
+    rewire_every: int = 1000  # set, rigl: environment steps between rewirings (Graesser et al. 2022)
+    rewire_fraction: float = 0.5  # set, rigl: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
+    rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
+    # set, rigl: score by which connections are dropped, the lowest first (Nowak et al. 2023)
+    drop_criterion: DropCriterion = "magnitude"
+    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
+    # auto: sparse where it pays (README, "Speed")
     compute: Literal["auto", "masked", "sparse"] = "auto"
-    """masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
-    auto: sparse where it pays (README, "Speed")"""
 
     # Evaluation
-    eval_frequency: int = 5000
-    """environment steps between evaluations; also at step 0 and at the end (Fujimoto et al. 2018)"""
-    eval_episodes: int = 10
-    """noise-free episodes per evaluation, on an environment of its own (Fujimoto et al. 2018)"""
+
+    eval_frequency: int = 5000  # environment steps between evaluations; also at step 0 and the end (Fujimoto et al.)
+    eval_episodes: int = 10  # noise-free episodes per evaluation, on an environment of its own (Fujimoto et al. 2018)
 
     # Algorithm (defaults are CleanRL's)
-    total_timesteps: int = 1_000_000
-    """environment steps of training (CleanRL)"""
+
+    total_timesteps: int = 1_000_000  # environment steps of training (CleanRL)
+    # environment steps with uniformly random actions before the first gradient step (CleanRL)
     learning_starts: int = 5000
-    """environment steps with uniformly random actions before the first gradient step (CleanRL)"""
-    hidden_size: int = 256
-    """neurons in each of the two hidden layers of every network (CleanRL)"""
-    buffer_size: int = 1_000_000
-    """transitions that the replay buffer holds (CleanRL)"""
-    batch_size: int = 256
-    """transitions per gradient step (CleanRL)"""
-    gamma: float = 0.99
-    """discount factor per environment step (CleanRL)"""
-    tau: float = 0.005
-    """fraction by which a target update moves the targets towards the online networks (CleanRL)"""
-    policy_lr: float = 3e-4
-    """learning rate of the actor, Adam (CleanRL)"""
-    q_lr: float = 1e-3
-    """learning rate of the critics and of alpha, Adam (CleanRL)"""
+    hidden_size: int = 256  # neurons in each of the two hidden layers of every network (CleanRL)
+    buffer_size: int = 1_000_000  # transitions that the replay buffer holds (CleanRL)
+    batch_size: int = 256  # transitions per gradient step (CleanRL)
+    gamma: float = 0.99  # discount factor per environment step (CleanRL)
+    tau: float = 0.005  # fraction by which a target update moves the targets to the online networks (CleanRL)
+    policy_lr: float = 3e-4  # learning rate of the actor, Adam (CleanRL)
+    q_lr: float = 1e-3  # learning rate of the critics and of alpha, Adam (CleanRL)
+    # environment steps between actor updates; each makes up for the delay with as many gradient steps (CleanRL)
     policy_frequency: int = 2
-    """environment steps between actor updates; each makes up for the delay with as many gradient steps (CleanRL)"""
-    target_network_frequency: int = 1
-    """environment steps between target updates (CleanRL)"""
-    alpha: float = 0.2
-    """entropy coefficient with --no-autotune (CleanRL)"""
+    target_network_frequency: int = 1  # environment steps between target updates (CleanRL)
+    alpha: float = 0.2  # entropy coefficient with --no-autotune (CleanRL)
+    # learn alpha so that the entropy tends to minus the number of action dimensions (Haarnoja et al. 2018)
     autotune: bool = True
-    """learn alpha so that the entropy tends to minus the number of action dimensions (Haarnoja et al. 2018)"""
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -109,14 +105,25 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def complete_args(args: Args) -> None:
+    """Put in what defaults to another flag, in place."""
+    args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
+    args.actor_method, args.critic_method = args.actor_method or args.method, args.critic_method or args.method
+    for network in ("actor", "critic"):
+        own = getattr(args, f"{network}_sparsity")
+        sparsity = 0.0 if getattr(args, f"{network}_method") == "dense" else args.sparsity if own is None else own
+        setattr(args, f"{network}_sparsity", sparsity)
+
+
 def check_args(args: Args) -> None:
     """End the program with one sentence if a value cannot work."""
     positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr policy_frequency "
-    positive += "target_network_frequency eval_frequency eval_episodes torch_threads"
+    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every"
     rules = {name: (0 < getattr(args, name) < math.inf, "positive and finite") for name in positive.split()}
-    rules["sparsity"] = (0 <= args.sparsity < 1, "at least 0 and below 1")
-    rules["reserve"] = (0 <= args.reserve < 1, "at least 0 and below 1")
-    rules["gamma"] = (0 <= args.gamma <= 1, "in [0, 1]")
+    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve"):
+        rules[name] = (0 <= getattr(args, name) < 1, "at least 0 and below 1")
+    for name in ("gamma", "rewire_fraction", "rewire_stop"):
+        rules[name] = (0 <= getattr(args, name) <= 1, "in [0, 1]")
     rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
     rules["alpha"] = (0 <= args.alpha < math.inf, "at least 0 and finite")
     rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
@@ -128,8 +135,9 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must be {rule}, got {getattr(args, name)}")
     if args.criterion in ("snip", "grasp") and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
-    if args.compute == "sparse" and args.method not in sparse_utils.FIXED_METHODS:
-        fail(f"--compute sparse needs a mask that stays fixed, and --method {args.method} has none; use --compute auto")
+    for method in (args.actor_method, args.critic_method):
+        if args.compute == "sparse" and method not in sparse_utils.FIXED_METHODS:
+            fail(f"--compute sparse needs masks that stay fixed, and --method {method} has none; use --compute auto")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 
@@ -258,6 +266,22 @@ def policy_loss(actor, qf1, qf2, alpha, data: Batch):
     return (alpha * log_pi - min_qf_pi).mean(), log_pi
 
 
+class Flops(NamedTuple):
+    action: int
+    critic_update: int
+    actor_update: int
+
+
+def count_flops(connections: dict[str, int], batch_size: int) -> Flops:
+    """Floating-point operations as the field counts them (Evci et al. 2020): 2 per connection and sample forward;
+    backward 2 for the gradient of the inputs and 2 for that of the weights. A critic update runs the actor and both
+    targets forward, and both critics forward and backward. An actor update runs the actor forward and backward, and
+    both critics forward and back to their inputs. Biases, activations, optimizers and one-off pruning are left out."""
+    actor, qf1, qf2 = (2 * connections[name] for name in ("actor", "qf1", "qf2"))
+    actor_update = 3 * actor + 2 * (qf1 + qf2)
+    return Flops(actor, batch_size * (actor + 4 * (qf1 + qf2)), batch_size * actor_update)
+
+
 @torch.no_grad()
 def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.device) -> tuple[float, float]:
     """Mean return and length of noise-free episodes. Reseeded, so that every evaluation starts from the same states."""
@@ -282,7 +306,7 @@ def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict
             fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
 
 
-def parameters_of(*networks: nn.Module) -> list[nn.Parameter]:
+def parameters_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
 
@@ -313,10 +337,13 @@ def processor() -> str:
 
 
 def make_run_dir(args: Args) -> Path:
-    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json."""
+    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json.
+    Method and sparsity are <actor's>+<critics'> where these differ."""
+    method = "+".join(dict.fromkeys([args.actor_method, args.critic_method]))
+    sparsity = "+".join(dict.fromkeys([str(args.actor_sparsity), str(args.critic_sparsity)]))
     unix_time = int(time.time())
     while True:
-        name = f"{args.env_id}__{args.exp_name}__{args.method}__s{args.sparsity}__{args.seed}__{unix_time}"
+        name = f"{args.env_id}__{args.exp_name}__{method}__s{sparsity}__{args.seed}__{unix_time}"
         run_dir = Path(args.runs_dir) / name.replace("/", "-")
         try:
             run_dir.mkdir(parents=True)
@@ -338,10 +365,7 @@ def make_run_dir(args: Args) -> Path:
 
 def train(args: Args) -> Path:
     """Train, log and save one run. Returns the run folder."""
-    if args.prune_at is None:
-        args.prune_at = args.learning_starts
-    if args.method == "dense":
-        args.sparsity, args.criterion = 0.0, "random"  # nothing to rank
+    complete_args(args)
     check_args(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -358,18 +382,23 @@ def train(args: Args) -> Path:
 
     # ALGO LOGIC: initialize agent here
     observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
-    actor = Actor(observation_size, env.action_space, args.hidden_size).to(device)
-    qf1 = QNetwork(observation_size, action_size, args.hidden_size).to(device)
-    qf2 = QNetwork(observation_size, action_size, args.hidden_size).to(device)
+    methods = {"actor": args.actor_method, "qf1": args.critic_method, "qf2": args.critic_method}
+    sparsities = {"actor": args.actor_sparsity, "qf1": args.critic_sparsity, "qf2": args.critic_sparsity}
+    actor_hidden = critic_hidden = args.hidden_size
+    if args.actor_method == "tiny":
+        actor_hidden = sparse_utils.tiny_size(observation_size, actor_hidden, 2 * action_size, args.actor_sparsity)
+    if args.critic_method == "tiny":
+        critic_hidden = sparse_utils.tiny_size(observation_size + action_size, critic_hidden, 1, args.critic_sparsity)
+    if min(actor_hidden, critic_hidden) < 1:
+        fail("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
+    actor = Actor(observation_size, env.action_space, actor_hidden).to(device)
+    qf1 = QNetwork(observation_size, action_size, critic_hidden).to(device)
+    qf2 = QNetwork(observation_size, action_size, critic_hidden).to(device)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     targets = {"qf1": qf1_target, "qf2": qf2_target}
-    actor_params, q_params, target_params = (
-        parameters_of(actor),
-        parameters_of(qf1, qf2),
-        parameters_of(*targets.values()),
-    )
+    actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
     log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log().requires_grad_(args.autotune)
     target_entropy = -action_size
     # alpha learns with the actor: one backward pass and one step for both, at their own rates
@@ -380,15 +409,19 @@ def train(args: Args) -> Path:
     rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
 
     # K and R of each network; masks come when --prune-at is reached
-    masks = {}
-    reserve_fraction = args.reserve if args.method in ("tar", "uniform") else 0.0
+    weights = {name: sparse_utils.linear_weights(network) for name, network in networks.items()}
     try:
-        weights = {name: sparse_utils.linear_weights(network) for name, network in networks.items()}
         budgets = {
-            name: sparse_utils.connection_budget(w, args.sparsity, reserve_fraction) for name, w in weights.items()
+            name: sparse_utils.connection_budget(w, methods[name], sparsities[name], args.reserve)
+            for name, w in weights.items()
         }
     except ValueError as error:
         fail(str(error))
+    masks, revived_masks, rewired = {}, {}, {}
+    dynamic = [name for name, method in methods.items() if method in ("set", "rigl")]
+    rewire_from, rewire_until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
+    sizes = {name: sum(weight.numel() for weight in w.values()) for name, w in weights.items()}
+    training_flops, flops = 0, count_flops(sizes, args.batch_size)
 
     run_dir = make_run_dir(args)  # no file or folder is written before this line
     writer = SummaryWriter(run_dir)
@@ -403,8 +436,19 @@ def train(args: Args) -> Path:
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
         writer.add_scalar("eval/episodic_length", mean_length, global_step)
         stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
-        sparse_utils.log_sparsity(writer, global_step, masks)
+        writer.add_scalar("flops/inference", flops.action, global_step)
+        writer.add_scalar("flops/training", training_flops, global_step)
+        sparse_utils.log_sparsity(writer, global_step, masks, revived_masks, rewired)
+        rewired.clear()
         return mean_return
+
+    def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
+        """Each network's loss on replay data, drawn so that the random numbers of training do not shift."""
+        with torch.random.fork_rng():
+            data, alpha = rb.sample(batch_size), log_alpha.detach().exp()
+            qf1_loss, qf2_loss, _, _ = critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data, args)
+            actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
+        return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
     actor_scalars = {}
     episodic_return, episodic_length = 0.0, 0
@@ -417,14 +461,7 @@ def train(args: Args) -> Path:
     for global_step in progress:
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
         if global_step == args.prune_at:
-            losses = {}
-            if args.criterion in ("snip", "grasp"):
-                with torch.random.fork_rng():  # scoring must not shift the random numbers of training
-                    data, alpha = rb.sample(10 * args.batch_size), log_alpha.detach().exp()
-                    losses["actor"], _ = policy_loss(actor, qf1, qf2, alpha, data)
-                    losses["qf1"], losses["qf2"], _, _ = critic_losses(
-                        actor, qf1, qf2, qf1_target, qf2_target, alpha, data, args
-                    )
+            losses = own_losses(10 * args.batch_size) if args.criterion in ("snip", "grasp") else {}
             # prune: K - R connections of each network survive, the highest by score
             static_masks = {}
             for name, (budget, reserve) in budgets.items():
@@ -432,21 +469,42 @@ def train(args: Args) -> Path:
                     weights[name], budget - reserve, args.criterion, args.distribution, mask_generator, losses.get(name)
                 )
             # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
-            revival_budgets = sparse_utils.uniform_budgets if args.method == "uniform" else sparse_utils.tar_budgets
             for name, static in static_masks.items():
-                _, reserve = budgets[name]  # 0 for static and dense
-                masks[name] = sparse_utils.revive(static, revival_budgets(static, reserve), mask_generator)
+                _, reserve = budgets[name]  # 0 but for tar and uniform
+                spread = sparse_utils.uniform_budgets if methods[name] == "uniform" else sparse_utils.tar_budgets
+                revived_masks[name] = sparse_utils.revive(static, spread(static, reserve), mask_generator)
+            masks = copy.deepcopy(revived_masks)  # set and rigl change them in place
             # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
-            use_kernels, why = sparse_utils.choose_sparse_compute(args.compute, args.method, device, networks, masks)
-            tqdm.write(f"compute: {'sparse' if use_kernels else 'masked'}, since {why}")
-            if args.method != "dense":
-                sparse_utils.fix_masks(networks, targets, optimizers, masks, use_kernels)
-                actor_params, q_params, target_params = (
-                    parameters_of(actor),
-                    parameters_of(qf1, qf2),
-                    parameters_of(*targets.values()),
-                )
+            to_compact = sparse_utils.choose_sparse_compute(args.compute, methods, device, networks, masks)
+            gradient_masks = sparse_utils.fix_masks(networks, targets, optimizers, masks, to_compact)
+            actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
+            active = {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
+            flops = count_flops(active, args.batch_size)
             sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
+
+        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
+        if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
+            fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
+            losses, previous = own_losses(args.batch_size), {}
+            for name in dynamic:
+                previous[name] = {layer: mask.clone() for layer, mask in masks[name].items()}
+                # dense gradients of the network's own loss
+                gradients = torch.autograd.grad(losses[name], list(weights[name].values()))
+                for (layer, weight), gradient in zip(weights[name].items(), gradients, strict=True):
+                    mask = masks[name][layer]
+                    count = min(int(fraction * int(mask.sum())), int((~mask).sum()))
+                    kept = sparse_utils.drop(weight, gradient, mask, count, args.drop_criterion, mask_generator)
+                    grown = sparse_utils.grow(gradient, mask, count, methods[name], mask_generator)
+                    mask.copy_(kept | grown)
+                    gradient_masks[name][layer].copy_(mask)
+                # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
+                sparse_utils.zero_pruned(networks[name], masks[name], optimizers[name])
+                if name in targets:
+                    sparse_utils.zero_pruned(targets[name], masks[name])
+                training_flops += args.batch_size * sparse_utils.rewiring_flops(
+                    active[name], sizes[name], methods[name], args.drop_criterion
+                )
+            rewired = sparse_utils.log_rewiring(run_dir, global_step, previous, masks)
 
         if global_step == sps_from_step:
             sps_from_time = time.perf_counter()
@@ -463,6 +521,7 @@ def train(args: Args) -> Path:
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
                 action, _ = actor.get_action(obs_tensor, with_log_prob=False)
             action = action[0].cpu().numpy()
+            training_flops += flops.action
 
         # TRY NOT TO MODIFY: execute the game and store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -489,6 +548,7 @@ def train(args: Args) -> Path:
             zero_grad(q_params)
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
+            training_flops += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
                 for param in q_params:  # the critics' weights need no gradient of the actor's loss
@@ -504,6 +564,7 @@ def train(args: Args) -> Path:
                     zero_grad([*actor_params, log_alpha])
                     total_loss.backward()
                     actor_optimizer.step()
+                    training_flops += flops.actor_update
                 for param in q_params:
                     param.requires_grad_(True)
 

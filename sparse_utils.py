@@ -1,4 +1,4 @@
-"""Masks for sparse reinforcement learning: budgets, static pruning, Topology-Aware Revival, masked gradients.
+"""Masks for sparse reinforcement learning: budgets, static pruning, Topology-Aware Revival, rewiring, masked gradients.
 
 Shared by `sac_tar.py` and `td3_tar.py`. Everything works on one network at a time. `weights` and `masks` are
 dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 Masks = dict[str, Tensor]
 FIXED_METHODS = ("tar", "static", "uniform")  # arms whose mask never changes after pruning and revival
+MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
 
 
@@ -37,14 +38,23 @@ def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
 # BUDGETS: how many connections, and in which layer
 
 
-def connection_budget(weights: dict[str, Tensor], sparsity: float, reserve: float) -> tuple[int, int]:
-    """Active connections K = round((1 - sparsity) * n) of a network with n weights, and how many of them,
-    R = round(reserve * K), are left to revival. Raises ValueError if no connection would be left."""
+def connection_budget(weights: dict[str, Tensor], method: str, sparsity: float, reserve: float) -> tuple[int, int]:
+    """Active connections K = round((1 - sparsity) * n) of a network with n weights (all n for dense and tiny), and how
+    many of them, R = round(reserve * K), are left to revival (tar and uniform; otherwise 0). Raises ValueError if no
+    connection would be left."""
     size = sum(weight.numel() for weight in weights.values())
-    budget = round((1 - sparsity) * size)
+    budget = size if method in ("dense", "tiny") else round((1 - sparsity) * size)
     if budget < 1:
         raise ValueError(f"--sparsity {sparsity} keeps none of a network's {size} connections; choose a lower sparsity")
-    return budget, round(reserve * budget)
+    return budget, round(reserve * budget) if method in ("tar", "uniform") else 0
+
+
+def tiny_size(n_in: int, hidden_size: int, n_out: int, sparsity: float) -> int:
+    """Neurons in each of two hidden layers of the widest dense network that has no more weights than a network of
+    `hidden_size` has connections at this sparsity: the largest w with w * w + (n_in + n_out) * w <= K. May be 0."""
+    ends = n_in + n_out
+    budget = round((1 - sparsity) * hidden_size * (hidden_size + ends))
+    return (math.isqrt(ends * ends + 4 * budget) - ends) // 2
 
 
 def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[int]:
@@ -221,6 +231,70 @@ def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator) -> 
     return revived
 
 
+# DYNAMIC SPARSE TRAINING: what set and rigl do to one layer at a rewiring
+
+
+def drop_scores(weight: Tensor, gradient: Tensor, criterion: str, generator: torch.Generator) -> Tensor:
+    """How much each active connection is worth, the lowest being dropped first; `weight` w and the gradient g of the
+    loss there are vectors. The criteria compared by Nowak et al. 2023:
+
+    magnitude: |w| (Han et al. 2015). set: the positive weights closest to zero and the negative ones apart, the same
+    fraction of both (Mocanu et al. 2018). mest: |w| + lambda |g|, lambda = MEST_LAMBDA (Yuan et al. 2021). snip: |w g|
+    (Lee et al. 2019). sensitivity: |g| / |w| and reciprocal_sensitivity: |w| / |g| (Nowak et al.; 0 / 0 counts as 0).
+    random: uniform noise from `generator`, on the CPU.
+    """
+    magnitude, slope = weight.abs(), gradient.abs()
+    if criterion == "magnitude":
+        return magnitude
+    if criterion == "set":
+        rank = torch.empty_like(weight)  # within the weights of one sign, as a fraction of their number
+        for same_sign in (weight >= 0, weight < 0):
+            order = magnitude[same_sign].argsort(stable=True).argsort()
+            rank[same_sign] = (order + 1) / max(1, len(order))
+        return rank
+    if criterion == "mest":
+        return magnitude + MEST_LAMBDA * slope
+    if criterion == "snip":
+        return magnitude * slope
+    if criterion == "sensitivity":
+        return (slope / magnitude).nan_to_num(nan=0.0)
+    if criterion == "reciprocal_sensitivity":
+        return (magnitude / slope).nan_to_num(nan=0.0)
+    if criterion == "random":
+        return torch.rand(len(weight), generator=generator).to(weight.device)
+    raise ValueError(f"unknown drop criterion {criterion!r}")
+
+
+def drop(
+    weight: Tensor, gradient: Tensor, mask: Tensor, count: int, criterion: str, generator: torch.Generator
+) -> Tensor:
+    """The mask without its `count` active connections of lowest `drop_scores`; ties go to the lower index."""
+    active = mask.flatten().nonzero().squeeze(1)
+    scores = drop_scores(weight.detach().flatten()[active], gradient.flatten()[active], criterion, generator)
+    return mask.flatten().index_fill(0, active[scores.argsort(stable=True)[:count]], False).view_as(mask)
+
+
+def grow(gradient: Tensor, mask: Tensor, count: int, method: str, generator: torch.Generator) -> Tensor:
+    """A mask of `count` connections that are inactive in `mask`, which is the one before dropping, so that nothing is
+    regrown at once. `rigl`: those of largest |gradient|, the dense gradient of the loss (Evci et al. 2020), ties to the
+    lower index; `set`: uniformly at random by `generator`, on the CPU (Mocanu et al. 2018)."""
+    inactive = (~mask).flatten().nonzero().squeeze(1)
+    if method == "rigl":
+        order = gradient.flatten()[inactive].abs().argsort(descending=True, stable=True)
+    else:
+        order = torch.randperm(len(inactive), generator=generator).to(mask.device)
+    return torch.zeros_like(mask).flatten().index_fill(0, inactive[order[:count]], True).view_as(mask)
+
+
+def rewiring_flops(active: int, size: int, method: str, criterion: str) -> int:
+    """Floating-point operations per sample for the gradient that a rewiring of a network needs: 2 per active connection
+    forward and 2 backward to the inputs; for the weights' gradient 2 per weight, active or not, with rigl (Evci et al.
+    2020), 2 per active one where only dropping needs it, and nothing at all where neither does."""
+    if method == "rigl":
+        return 4 * active + 2 * size
+    return 0 if criterion in ("magnitude", "set", "random") else 6 * active
+
+
 # MASKED TRAINING
 
 
@@ -235,11 +309,10 @@ def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimiz
                 tensor.mul_(masks[name])
 
 
-def mask_gradients(optimizer: torch.optim.Optimizer, networks: Sequence[nn.Module], masks: Sequence[Masks]) -> None:
-    """Hook the optimizer so that every step first zeroes the gradients of pruned weights, in place, in one fused call.
-    Adam's moments and steps there are then exactly zero, and what `zero_pruned` zeroed stays zero."""
-    weights = [weight for network in networks for weight in linear_weights(network).values()]
-    factors = [m.to(weights[0].dtype) for network_masks in masks for m in network_masks.values()]
+def mask_gradients(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], factors: list[Tensor]) -> None:
+    """Hook the optimizer so that every step first multiplies the gradients of `weights` by `factors`, 0 where pruned
+    and 1 elsewhere, in place, in one fused call. Adam's moments and steps there are then exactly zero, and what
+    `zero_pruned` zeroed stays zero."""
 
     def zero_pruned_gradients(*_) -> None:
         torch._foreach_mul_([weight.grad for weight in weights], factors)
@@ -380,29 +453,37 @@ class _SparseMLPFunction(torch.autograd.Function):
 
 
 def choose_sparse_compute(
-    compute: str, method: str, device: torch.device, networks: dict[str, nn.Module], masks: dict[str, Masks]
-) -> tuple[bool, str]:
-    """Whether to train on stored values only, and why. `auto` does where the mask is fixed, the device is the CPU,
-    every network is a chain of Linear and ReLU, the kernels can be built and at most SPARSE_PAYS_UP_TO of all
-    connections are active. `sparse` overrules the last condition, unless nothing at all is pruned."""
-    layers = [mask for network_masks in masks.values() for mask in network_masks.values()]
-    density = sum(int(mask.sum()) for mask in layers) / sum(mask.numel() for mask in layers)
-    if method not in FIXED_METHODS:
-        return False, f"--method {method} has no mask to compile"
-    if compute == "masked":
-        return False, "--compute masked asks for it"
-    if device.type != "cpu":
-        return False, f"the kernels are for the CPU and the networks are on {device.type}"
-    if not all(is_mlp(network) for network in networks.values()):
-        return False, "a network is not a chain of Linear layers with bias and a ReLU after all but the last"
-    if density == 1 or (compute == "auto" and density > SPARSE_PAYS_UP_TO):
-        return False, f"the networks are {density:.1%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
-    try:
-        load_kernels()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-        return False, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
-    return True, f"the networks are {density:.1%} dense"
+    compute: str, methods: dict[str, str], device: torch.device, networks: dict[str, nn.Module], masks: dict[str, Masks]
+) -> list[str]:
+    """The names of the networks to train on stored values only; says on the console which they are and why. `auto`
+    takes a network whose mask is fixed, on the CPU, a chain of Linear and ReLU of which at most SPARSE_PAYS_UP_TO is
+    active, if the kernels can be built. `sparse` overrules the density, unless nothing at all is pruned."""
+
+    def choose(name: str) -> tuple[bool, str]:
+        density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
+        if methods[name] not in FIXED_METHODS:
+            return False, f"--method {methods[name]} has no fixed mask to compile"
+        if compute == "masked":
+            return False, "--compute masked asks for it"
+        if device.type != "cpu":
+            return False, f"the kernels are for the CPU and the networks are on {device.type}"
+        if not is_mlp(networks[name]):
+            return False, "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+        if density == 1 or (compute == "auto" and density > SPARSE_PAYS_UP_TO):
+            return False, f"it is {density:.0%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
+        try:
+            load_kernels()
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+            return False, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
+        return True, f"it is {density:.0%} dense"
+
+    choices = {name: choose(name) for name in networks}
+    for choice in dict.fromkeys(choices.values()):
+        sparse, why = choice
+        names = ", ".join(name for name in networks if choices[name] == choice)
+        tqdm.write(f"compute: {names} {'sparse' if sparse else 'masked'}, since {why}")
+    return [name for name, (sparse, _) in choices.items() if sparse]
 
 
 def is_mlp(network: nn.Module) -> bool:
@@ -452,23 +533,34 @@ def fix_masks(
     targets: dict[str, nn.Sequential],
     optimizers: dict[str, torch.optim.Optimizer],
     masks: dict[str, Masks],
-    use_kernels: bool,
-) -> None:
+    to_compact: list[str],
+) -> dict[str, Masks]:
     """From here on each network and its target train within its masks. What is pruned is zeroed once, Adam's moments
-    included, and then held at zero by one gradient hook per optimizer or, with the kernels, not stored at all."""
+    included, and then held at zero by one gradient hook per optimizer or, in the networks `to_compact`, not stored at
+    all. Returns the hook's masks of the others as float tensors; changing them in place changes what stays zero."""
     for name, network in networks.items():
         zero_pruned(network, masks[name], optimizers[name])
     for name, target in targets.items():
         zero_pruned(target, masks[name])
-    if use_kernels:
-        for name, network in networks.items():
-            compact(network, masks[name], optimizers[name])
-        for name, target in targets.items():
-            compact(target, masks[name])
-    else:
-        for optimizer in set(optimizers.values()):
-            names = [name for name in networks if optimizers[name] is optimizer]
-            mask_gradients(optimizer, [networks[name] for name in names], [masks[name] for name in names])
+    for name in to_compact:
+        compact(networks[name], masks[name], optimizers[name])
+        if name in targets:
+            compact(targets[name], masks[name])
+    factors = {
+        name: {layer: mask.float() for layer, mask in masks[name].items()}
+        for name in networks
+        if name not in to_compact
+    }
+    for optimizer in dict.fromkeys(optimizers.values()):
+        pairs = [
+            (weight, factors[name][layer])
+            for name in factors
+            if optimizers[name] is optimizer and not all(bool(mask.all()) for mask in masks[name].values())
+            for layer, weight in linear_weights(networks[name]).items()
+        ]
+        if pairs:
+            mask_gradients(optimizer, *map(list, zip(*pairs, strict=True)))
+    return factors
 
 
 # WHAT A MASK LOOKS LIKE
@@ -563,18 +655,50 @@ def log_topology(
     if warnings:
         tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
-    log_sparsity(writer, global_step, masks)
+    log_sparsity(writer, global_step, masks, masks, {})
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
             image = mask_image(static_masks[name][layer], mask)
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
 
 
-def log_sparsity(writer: SummaryWriter, global_step: int, masks: dict[str, Masks]) -> None:
-    """The sparsity of each network and the density of each layer, counted from the masks."""
+def log_rewiring(
+    run_dir: Path, global_step: int, previous: dict[str, Masks], masks: dict[str, Masks]
+) -> dict[str, float]:
+    """Put what the rewiring of the networks in `previous`, their masks before it, has done into topology.json. Returns
+    the fraction of each one's active connections that it replaced."""
+    report, replaced = json.loads((run_dir / "topology.json").read_text()), {}
+    for name in previous:
+        layers = report[name]["layers"]
+        for layer, mask in masks[name].items():
+            layers[layer]["last_rewiring"] = {
+                "step": global_step,
+                "replaced": int((mask & ~previous[name][layer]).sum()),
+                "active": int(mask.sum()),
+                "blind_inputs": int((~mask.any(0)).sum()),
+                "dead_units": int((~mask.any(1)).sum()),
+            }
+        replaced[name] = sum(layer["last_rewiring"]["replaced"] for layer in layers.values()) / report[name]["budget"]
+    (run_dir / "topology.json.tmp").write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(run_dir / "topology.json.tmp", run_dir / "topology.json")
+    return replaced
+
+
+def log_sparsity(
+    writer: SummaryWriter,
+    global_step: int,
+    masks: dict[str, Masks],
+    first_masks: dict[str, Masks],
+    rewired: dict[str, float],
+) -> None:
+    """The sparsity of each network and the density of each layer, counted from the masks; how far the masks have moved
+    from the first ones; and the fraction that the last rewiring replaced, 0 where there was none."""
     for name, network_masks in masks.items():
         active = sum(int(mask.sum()) for mask in network_masks.values())
         size = sum(mask.numel() for mask in network_masks.values())
+        lost = sum(int((first_masks[name][layer] & ~mask).sum()) for layer, mask in network_masks.items())
         writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
+        writer.add_scalar(f"sparsity/{name}_distance", lost / active, global_step)
+        writer.add_scalar(f"sparsity/{name}_rewired", rewired.get(name, 0.0), global_step)
         for layer, mask in network_masks.items():
             writer.add_scalar(f"density/{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)

@@ -34,9 +34,14 @@ class Benchmark:
     """threads, and cores that a process may use"""
     env_id: str = "Hopper-v4"
     """environment to train on"""
-    tables: tuple[Literal["peers", "widths", "rule", "inference"], ...] = ("peers", "widths", "inference")
-    """tables to print: peers (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, and rule (the cells that
-    the rule of --compute auto rests on)"""
+    tables: tuple[Literal["peers", "arms", "widths", "rule", "inference"], ...] = (
+        "peers",
+        "arms",
+        "widths",
+        "inference",
+    )
+    """tables to print: peers and arms (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, and rule (the
+    cells that the rule of --compute auto rests on)"""
 
 
 def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, steps: int, **flags) -> float:
@@ -120,6 +125,16 @@ def peers(benchmark: Benchmark) -> None:
             print(f"| {name} | {spread(values)} | {ratio(values, results[reference])} |")
 
 
+def arms(benchmark: Benchmark) -> None:
+    methods = ("dense", "tar", "uniform", "static", "set", "rigl", "tiny")
+    for algorithm in ("sac", "td3"):
+        base = {"framework": "ours", "algorithm": algorithm, "steps": 2000, "rewire_stop": 1.0}
+        results = measure({method: base | {"method": method} for method in methods}, benchmark)
+        print(f"\n| {algorithm.upper()}, 256 wide, 90% | steps per second | against dense |\n|---|---|---|")
+        for name, values in results.items():
+            print(f"| {name} | {spread(values)} | {ratio(values, results['dense'])} |", flush=True)
+
+
 WIDTHS = [(256, 2000), (512, 400), (1024, 200)]  # hidden neurons, measured steps
 CELLS = {
     "widths": [(width, sparsity, steps) for width, steps in WIDTHS for sparsity in (0.9, 0.95)],
@@ -155,7 +170,7 @@ def inference(benchmark: Benchmark) -> None:
             sparse = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
             sparse.load_state_dict(dense.state_dict())
             weights = sparse_utils.linear_weights(dense)
-            keep, _ = sparse_utils.connection_budget(weights, sparsity, 0.0)
+            keep, _ = sparse_utils.connection_budget(weights, "static", sparsity, 0.0)
             masks = sparse_utils.static_prune(weights, keep, "random", "er", torch.Generator())
             sparse_utils.compact(sparse, masks)
             dense_bytes = sum(4 * p.numel() for p in dense.parameters())
@@ -187,7 +202,7 @@ def main(benchmark: Benchmark) -> None:
         if table in CELLS:
             sparse_over_masked(benchmark, CELLS[table])
         else:
-            {"peers": peers, "inference": inference}[table](benchmark)
+            {"peers": peers, "arms": arms, "inference": inference}[table](benchmark)
 
 
 if __name__ == "__main__":

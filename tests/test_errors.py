@@ -46,6 +46,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"tau": 0.0}, "--tau must be above 0"),
         ({"seed": -1}, "--seed must be at least 0"),
         ({"criterion": "snip", "prune_at": 0}, "--criterion snip needs replay data"),
+        ({"critic_sparsity": 1.0}, "--critic-sparsity must be at least 0 and below 1, got 1.0"),
+        ({"actor_sparsity": -0.5}, "--actor-sparsity must be at least 0 and below 1, got -0.5"),
+        ({"actor_sparsity": 0.9999999}, "--sparsity 0.9999999 keeps none of a network's"),
+        ({"rewire_every": 0}, "--rewire-every must be positive"),
+        ({"rewire_fraction": 1.1}, "--rewire-fraction must be in [0, 1]"),
+        ({"rewire_stop": -0.1}, "--rewire-stop must be in [0, 1]"),
+        ({"method": "rigl", "compute": "sparse"}, "--compute sparse needs masks that stay fixed, and --method rigl"),
+        ({"critic_method": "set", "compute": "sparse"}, "--method set has none; use --compute auto"),
+        ({"actor_method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
     ],
 )
 def test_bad_input(run, tmp_path, capsys, arguments, sentence):

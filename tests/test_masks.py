@@ -78,10 +78,14 @@ def test_connection_budget(n, sparsity, reserve):
     weights = {"fc": torch.empty(1, n, device="meta")}
     if round((1 - sparsity) * n) < 1:
         with pytest.raises(ValueError, match="keeps none"):
-            su.connection_budget(weights, sparsity, reserve)
+            su.connection_budget(weights, "tar", sparsity, reserve)
         return
-    budget, r = su.connection_budget(weights, sparsity, reserve)
+    budget, r = su.connection_budget(weights, "tar", sparsity, reserve)
     assert budget == round((1 - sparsity) * n) and r == round(reserve * budget) and 0 <= r <= budget <= n
+    assert su.connection_budget(weights, "uniform", sparsity, reserve) == (budget, r)
+    assert su.connection_budget(weights, "rigl", sparsity, reserve) == (budget, 0)
+    assert su.connection_budget(weights, "dense", sparsity, reserve) == (n, 0)
+    assert su.connection_budget(weights, "tiny", sparsity, reserve) == (n, 0)
 
 
 @given(st.data(), SHAPES, st.sampled_from(["er", "uniform"]))
@@ -174,7 +178,7 @@ def test_worked_case_er_base_at_95_percent():
     """K = 3571, R = 357. er: 3214 split 273 : 512 : 262 is 838, 1572, 804; one deficit, of 26, in fc2; the other 331 go
     766 : 1597 : 730 (topology need), 82, 171, 78."""
     weights = {"fc1": torch.zeros(256, 17), "fc2": torch.zeros(256, 256), "fc3": torch.zeros(6, 256)}
-    budget, reserve = su.connection_budget(weights, 0.95, 0.1)
+    budget, reserve = su.connection_budget(weights, "tar", 0.95, 0.1)
     static = su.static_prune(weights, budget - reserve, "random", "er", generator())
     assert counts(su.revive(static, su.tar_budgets(static, reserve), generator())) == [920, 1769, 882]
 
@@ -302,7 +306,7 @@ def test_static_prune_keeps_the_exact_count_and_no_weight_is_touched(criterion, 
     network, loss = toy_network()
     weights = su.linear_weights(network)
     before = {name: w.detach().clone() for name, w in weights.items()}
-    keep, _ = su.connection_budget(weights, sparsity, 0.0)
+    keep, _ = su.connection_budget(weights, "static", sparsity, 0.0)
     masks = su.static_prune(weights, keep, criterion, distribution, generator(), loss())
     assert sum(counts(masks)) == keep
     assert all(torch.equal(before[name], w) for name, w in weights.items())
@@ -335,7 +339,7 @@ def test_zero_pruned_and_mask_gradients_hold_weights_and_moments_at_zero():
 
     train(5)
     su.zero_pruned(network, masks, optimizer)
-    su.mask_gradients(optimizer, [network], [masks])
+    su.mask_gradients(optimizer, [*su.linear_weights(network).values()], [mask.float() for mask in masks.values()])
     active_before = {name: w[masks[name]].clone() for name, w in su.linear_weights(network).items()}
     train(5)
     for name, weight in su.linear_weights(network).items():

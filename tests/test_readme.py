@@ -10,10 +10,13 @@ from test_runs import events
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("flag", ["method", "sparsity", "reserve", "criterion", "distribution", "compute"])
+SPARSITY_FLAGS = "method sparsity reserve criterion distribution compute drop_criterion rewire_every rewire_fraction"
+
+
+@pytest.mark.parametrize("flag", [*SPARSITY_FLAGS.split(), "rewire_stop"])
 def test_sparsity_flags_stand_with_their_defaults(script, flag):
     field = script.Args.__dataclass_fields__[flag]
-    assert f"| `--{flag}` | `{field.default}` |" in README
+    assert f"| `--{flag.replace('_', '-')}` | `{field.default}` |" in README
     for choice in get_args(field.type):
         assert re.search(rf"`{choice}`", README), choice
 
@@ -21,7 +24,7 @@ def test_sparsity_flags_stand_with_their_defaults(script, flag):
 def test_every_tag_of_a_run_is_in_the_table(run, script, monkeypatch):
     monkeypatch.setattr(script, "SPS_BURN_IN", 20)
     run_dir = run(total_timesteps=210)
-    tags = {re.sub(r"(sparsity)/\w+$", r"\1/<network>", tag) for tag in events(run_dir).Tags()["scalars"]}
+    tags = {re.sub(r"(sparsity)/[a-z0-9]+", r"\1/<network>", tag) for tag in events(run_dir).Tags()["scalars"]}
     tags = {re.sub(r"(density)/.*", r"\1/<network>.<layer>", tag) for tag in tags}
     assert len(tags) > 10
     for tag in tags:

@@ -16,7 +16,7 @@ import sac_tar
 import sparse_utils
 import td3_tar
 
-METHODS = ["tar", "static", "uniform", "dense"]
+METHODS = ["tar", "static", "uniform", "dense"]  # those of one size whose masks stay
 
 
 def load(run_dir):
@@ -217,7 +217,8 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     expected = {f"losses/{loss}" for loss in losses}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     expected |= {"eval/episodic_return", "eval/episodic_length"}
-    expected |= {f"sparsity/{name}" for name in topology} | {f"density/{layer}" for layer in layers}
+    expected |= {f"sparsity/{name}{what}" for name in topology for what in ("", "_distance", "_rewired")}
+    expected |= {f"density/{layer}" for layer in layers} | {"flops/inference", "flops/training"}
     assert set(log.Tags()["scalars"]) == expected
     assert set(log.Tags()["images"]) == {f"topology/{layer}" for layer in layers}
     texts = set(log.Tags()["tensors"])

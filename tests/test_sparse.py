@@ -162,11 +162,11 @@ def test_one_seed_one_result_on_the_kernels(run):
 
 def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
     for arguments, sentence in [
-        ({"sparsity": 0.9}, "compute: sparse, since the networks are"),
-        ({"sparsity": 0.4}, "compute: masked, since the networks are 60"),
-        ({"compute": "masked"}, "compute: masked, since --compute masked asks for it"),
-        ({"method": "dense"}, "compute: masked, since --method dense has no mask to compile"),
-        ({"compute": "sparse", "sparsity": 0.0}, "compute: masked, since the networks are 100.0% dense"),
+        ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
+        ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and"),
+        ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
+        ({"method": "dense"}, "compute: actor, qf1, qf2 masked, since --method dense has no fixed mask"),
+        ({"compute": "sparse", "sparsity": 0.0}, "compute: actor, qf1, qf2 masked, since it is 100% dense"),
     ]:
         run(**{"compute": "auto"} | arguments)
         assert sentence in capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_a_network_that_a_reader_changed_is_not_replaced_by_another_one(run, scr
     else:
         monkeypatch.setattr(script, "mlp_layers", edited)
     final = load(run(compute="auto"))
-    assert "compute: masked, since a network is not a chain" in capsys.readouterr().out
+    assert "masked, since it is not a chain" in capsys.readouterr().out
     assert final["global_step"] == 160
 
 
@@ -229,7 +229,7 @@ def test_without_a_working_compiler_the_run_goes_on_masked(run, monkeypatch, cap
         final = load(run(compute=compute))
     finally:
         su.load_kernels.cache_clear()
-    assert "compute: masked, since sparse_kernels.cpp cannot be built here" in capsys.readouterr().out
+    assert "compute: actor, qf1, qf2 masked, since sparse_kernels.cpp cannot be built here" in capsys.readouterr().out
     assert final["global_step"] == 160
 
 
@@ -263,7 +263,7 @@ def test_the_kernels_are_built_once(monkeypatch, tmp_path):
 def test_sparse_compute_needs_a_fixed_mask(run, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         run(compute="sparse", method="dense")
-    assert stop.value.code == 2 and "--compute sparse needs a mask that stays fixed" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--compute sparse needs masks that stay fixed" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,0 +1,318 @@
+"""The dynamic arms: dropping and growing on tensors alone, set and rigl in runs, arms per network, tiny, FLOPs."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_runs import events, load, same_weights
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import sac_tar
+import sparse_utils as su
+import td3_tar
+
+CRITERIA = ["magnitude", "set", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def layer(seed, shape=(7, 5), density=0.5):
+    """Weight, gradient and mask of a layer; weights outside the mask are zero, one inside too (freshly grown)."""
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.random(shape) < density)
+    weight = torch.from_numpy(rng.normal(size=shape).astype(np.float32)) * mask
+    gradient = torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+    if mask.any():
+        fresh = mask.nonzero()[0]
+        weight[tuple(fresh)] = 0.0
+    return weight, gradient, mask
+
+
+# on tensors alone
+
+
+@given(st.integers(0, 10**6), st.sampled_from(CRITERIA), st.sampled_from(["set", "rigl"]), st.floats(0, 1), st.data())
+def test_as_many_grow_as_are_dropped_and_nothing_is_regrown(seed, criterion, method, density, data):
+    weight, gradient, mask = layer(seed, density=density)
+    before = mask.clone()
+    count = data.draw(st.integers(0, min(int(mask.sum()), int((~mask).sum()))))
+    kept = su.drop(weight, gradient, mask, count, criterion, generator(seed))
+    grown = su.grow(gradient, mask, count, method, generator(seed))
+    assert torch.equal(mask, before)
+    assert int((mask & ~kept).sum()) == count and not (kept & ~mask).any()
+    assert int(grown.sum()) == count and not (grown & mask).any()
+    assert int((kept | grown).sum()) == int(mask.sum())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA[:-1])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_dropped_is_lowest_by_the_published_formula(criterion, seed):
+    weight, gradient, mask = layer(seed, (9, 8))
+    rows, columns = np.nonzero(mask.numpy())
+    w, g = weight.numpy()[rows, columns].astype(float), gradient.numpy()[rows, columns].astype(float)
+    count = len(w) // 3
+    dropped = mask & ~su.drop(weight, gradient, mask, count, criterion, generator())
+    if criterion == "set":
+        positive, negative = np.sort(w[w >= 0]), -np.sort(-w[w < 0])
+        lost = weight[dropped]
+        lost_positive, lost_negative = lost[lost >= 0].sort().values, lost[lost < 0].sort(descending=True).values
+        assert lost_positive.tolist() == pytest.approx(positive[: len(lost_positive)])
+        assert lost_negative.tolist() == pytest.approx(negative[: len(lost_negative)])
+        assert len(lost_positive) == pytest.approx(count * len(positive) / len(w), abs=1)
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = {
+            "magnitude": abs(w), "mest": abs(w) + abs(g), "snip": abs(w * g),
+            "sensitivity": abs(g) / abs(w), "reciprocal_sensitivity": abs(w) / abs(g),
+        }[criterion]  # fmt: skip
+    expected = np.zeros(mask.shape, bool)
+    lowest = np.argsort(score)[:count]
+    expected[rows[lowest], columns[lowest]] = True
+    assert np.array_equal(dropped.numpy(), expected)
+
+
+def test_a_weight_and_gradient_of_zero_count_as_zero_sensitivity():
+    weight, gradient, mask = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 4.0]]), torch.ones(1, 3).bool()
+    for criterion in ("sensitivity", "reciprocal_sensitivity"):
+        assert su.drop(weight, gradient, mask, 1, criterion, generator()).tolist() == [[False, True, True]]
+
+
+def test_rigl_grows_where_the_gradient_is_largest_and_set_anywhere():
+    _, gradient, mask = layer(3, (20, 20), 0.25)
+    grown = su.grow(gradient, mask, 30, "rigl", generator())
+    assert gradient[grown].abs().min() >= gradient[~mask & ~grown].abs().max()
+    hits = sum(su.grow(gradient, mask, 30, "set", generator(seed)).float() for seed in range(2000)) / 2000
+    expected = 30 / int((~mask).sum())
+    assert hits[~mask].tolist() == pytest.approx([expected] * int((~mask).sum()), abs=0.033)  # five standard deviations
+
+
+def test_random_dropping_is_uniform_and_an_unknown_criterion_is_refused():
+    weight, gradient, mask = layer(3, (10, 10), 0.6)
+    drops = [mask & ~su.drop(weight, gradient, mask, 10, "random", generator(seed)) for seed in range(2000)]
+    hits, expected = sum(d.float() for d in drops) / 2000, 10 / int(mask.sum())
+    assert hits[mask].tolist() == pytest.approx([expected] * int(mask.sum()), abs=0.043)  # five standard deviations
+    with pytest.raises(ValueError, match="unknown drop criterion"):
+        su.drop(weight, gradient, mask, 10, "smallest", generator())
+
+
+# whole runs
+
+REWIRING = {"sparsity": 0.8, "total_timesteps": 200, "rewire_every": 40, "rewire_fraction": 0.47, "rewire_stop": 0.75}
+
+
+@pytest.mark.parametrize("prune_at", [None, 90])
+@pytest.mark.parametrize("method, criterion", [("set", "magnitude"), ("rigl", "magnitude"), ("rigl", "snip")])
+def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, method, criterion, prune_at):
+    """Rewirings at 80 (unless pruning comes later) and 120; from 0.75 * 200 on the masks stay."""
+    networks, history, checked = {}, [], {"online": 0, "target": 0}
+    fix_masks, log_rewiring, polyak_update = su.fix_masks, su.log_rewiring, script.polyak_update
+
+    def spy_fix(nets, targets, optimizers, masks, to_compact):
+        networks.update(nets=nets, targets=targets, optimizers=optimizers, masks=masks)
+        history.append((None, {n: {k: m.clone() for k, m in layers.items()} for n, layers in masks.items()}))
+        return fix_masks(nets, targets, optimizers, masks, to_compact)
+
+    def outside_is_zero(nets, optimizers):
+        for name, network in nets.items():
+            for key, weight in su.linear_weights(network).items():
+                outside = ~networks["masks"][name][key]
+                state = optimizers[name].state.get(weight, {}) if optimizers else {}
+                for tensor in (weight, state.get("exp_avg"), state.get("exp_avg_sq")):
+                    assert tensor is None or not tensor[outside].any(), (name, key)
+
+    def spy_rewiring(run_dir, step, previous, masks):
+        assert set(previous) == {"actor", "qf1", "qf2"}
+        outside_is_zero(networks["nets"], networks["optimizers"])
+        outside_is_zero(networks["targets"], None)
+        for name, layers in masks.items():
+            for key, mask in layers.items():
+                old, grown = previous[name][key], mask & ~previous[name][key]
+                assert torch.equal(old, history[-1][1][name][key])
+                assert int(mask.sum()) == int(old.sum())
+                fraction = 0.235 * (1 + math.cos(math.pi * step / 150))
+                assert int(grown.sum()) == min(int(fraction * int(old.sum())), int((~old).sum()))
+                weight = su.linear_weights(networks["nets"][name])[key]
+                state = networks["optimizers"][name].state.get(weight, {})
+                for tensor in (weight, *(state[k] for k in ("exp_avg", "exp_avg_sq") if state)):
+                    assert not tensor[grown].any()
+        history.append((step, {n: {k: m.clone() for k, m in layers.items()} for n, layers in masks.items()}))
+        return log_rewiring(run_dir, step, previous, masks)
+
+    def after_step(optimizer, *_):
+        if networks:
+            outside_is_zero(networks["nets"], networks["optimizers"])
+            checked["online"] += 1
+
+    def spy_polyak(*arguments):
+        polyak_update(*arguments)
+        if networks:
+            outside_is_zero(networks["targets"], None)
+            checked["target"] += 1
+
+    monkeypatch.setattr(su, "fix_masks", spy_fix)
+    monkeypatch.setattr(su, "log_rewiring", spy_rewiring)
+    monkeypatch.setattr(script, "polyak_update", spy_polyak)
+    hook = register_optimizer_step_post_hook(after_step)
+    try:
+        run_dir = run(method=method, drop_criterion=criterion, prune_at=prune_at, **REWIRING)
+    finally:
+        hook.remove()
+    assert checked["online"] > 100 and checked["target"] > 40
+    assert [step for step, _ in history] == [None, *([80] if prune_at is None else []), 120]
+    final = load(run_dir)
+    for name, layers in final["masks"].items():
+        assert sum(int(m.sum()) for m in layers.values()) == round(0.2 * sum(m.numel() for m in layers.values()))
+        for key, mask in layers.items():  # frozen after the last rewiring, and moved since pruning
+            assert torch.equal(mask, history[-1][1][name][key])
+        assert any(not torch.equal(mask, history[0][1][name][key]) for key, mask in layers.items())
+
+
+def test_rigl_grows_by_the_gradient_of_each_networks_own_loss(run, script, monkeypatch):
+    """With losses that anyone can differentiate; the actor's loss runs through the critics too and must not leak in."""
+    sample, drop, fix_masks = script.ReplayBuffer.sample, su.drop, su.fix_masks
+    seen = {"networks": None, "batch": None, "calls": []}
+
+    def simple_critic_losses(*arguments):
+        data = next(a for a in arguments if isinstance(a, script.Batch))
+        qf1, qf2 = seen["networks"]["qf1"], seen["networks"]["qf2"]
+        values = [qf(data.observations, data.actions) for qf in (qf1, qf2)]
+        return values[0].square().mean(), 3 * values[1].square().mean(), *values
+
+    def spy_sample(self, batch_size):
+        seen["batch"] = sample(self, batch_size)
+        return seen["batch"]
+
+    def spy_fix(networks, *rest):
+        seen["networks"] = networks
+        return fix_masks(networks, *rest)
+
+    def spy_drop(weight, gradient, *rest):
+        seen["calls"].append(gradient.clone())
+        if len(seen["calls"]) % 9 == 0:  # three networks of three layers: one rewiring
+            qf = seen["networks"]["qf1"], seen["networks"]["qf2"]
+            data = seen["batch"]
+            for i, (critic, scale) in enumerate(zip(qf, (1, 3), strict=True)):
+                loss = scale * critic(data.observations, data.actions).square().mean()
+                weights = list(su.linear_weights(critic).values())
+                for layer, expected in enumerate(torch.autograd.grad(loss, weights)):
+                    got = seen["calls"][-9 + 3 * (i + 1) + layer]
+                    assert layer != 1 or got.count_nonzero() > 2 * 73  # dense: fc2 has 73 active connections
+                    if i == 1:  # the second critic is rewired last, so its weights are as they were
+                        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-8)
+                    else:
+                        before = seen["first critic"][layer]
+                        assert torch.allclose(got, before, rtol=1e-4, atol=1e-8)
+        elif len(seen["calls"]) % 9 == 4:  # the first critic comes next and is untouched so far
+            critic, data = seen["networks"]["qf1"], seen["batch"]
+            loss = critic(data.observations, data.actions).square().mean()
+            seen["first critic"] = torch.autograd.grad(loss, list(su.linear_weights(critic).values()))
+        return drop(weight, gradient, *rest)
+
+    monkeypatch.setattr(script, "critic_losses", simple_critic_losses)
+    monkeypatch.setattr(script.ReplayBuffer, "sample", spy_sample)
+    monkeypatch.setattr(su, "fix_masks", spy_fix)
+    monkeypatch.setattr(su, "drop", spy_drop)
+    run(method="rigl", **REWIRING)
+    assert len(seen["calls"]) == 9 * 2
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_i4_i6_for_the_dynamic_arms(run, method):
+    assert same_weights(load(run(method=method, **REWIRING | {"sparsity": 0.0})), load(run(method="dense", **REWIRING)))
+    a, b = (load(run(method=method, drop_criterion="random", **REWIRING)) for _ in range(2))
+    assert same_weights(a, b)
+    assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
+
+
+def test_set_and_rigl_start_from_the_static_mask(run):
+    static, *dynamic = (load(run(method=m, total_timesteps=100, rewire_every=30)) for m in ("static", "set", "rigl"))
+    for other in dynamic:  # the first rewiring would be at 90, past 0.8 of training
+        assert all(torch.equal(other["masks"][n][k], m) for n, ls in static["masks"].items() for k, m in ls.items())
+        assert same_weights(static, other)
+
+
+@pytest.mark.parametrize("compute", ["masked", "auto"])
+def test_each_network_may_have_an_arm_and_a_sparsity_of_its_own(run, capsys, compute):
+    flags = {"actor_method": "static", "critic_method": "rigl", "actor_sparsity": 0.9, "compute": compute}
+    flags |= {"total_timesteps": 300, "rewire_stop": 0.5}
+    run_dir = run(method="tar", **REWIRING | flags)
+    assert "__static+rigl__s0.9+0.8__" in run_dir.name
+    console = capsys.readouterr().out
+    assert "compute: qf1, qf2 masked, since --method rigl" in console
+    assert ("compute: actor sparse, since" in console) == (compute == "auto")
+    topology, final = json.loads((run_dir / "topology.json").read_text()), load(run_dir)
+    log = events(run_dir)
+    for name, sparsity in (("actor", 0.9), ("qf1", 0.8), ("qf2", 0.8)):
+        layers, rows = final["masks"][name], topology[name]["layers"]
+        size = sum(m.numel() for m in layers.values())
+        assert sum(int(m.sum()) for m in layers.values()) == topology[name]["budget"] == round((1 - sparsity) * size)
+        distance = [(e.step, e.value) for e in log.Scalars(f"sparsity/{name}_distance")]
+        rewired = [e.value for e in log.Scalars(f"sparsity/{name}_rewired")]
+        if name == "actor":
+            assert all("last_rewiring" not in row for row in rows.values())
+            assert distance == [(60, 0), (100, 0), (200, 0), (300, 0)] and rewired == [0, 0, 0, 0]
+            continue
+        assert [row["last_rewiring"]["step"] for row in rows.values()] == [120] * 3
+        for layer_name, row in rows.items():
+            last, mask = row["last_rewiring"], layers[layer_name]
+            assert last["active"] == row["active"] == int(mask.sum())
+            assert last["blind_inputs"] == int((~mask.any(0)).sum())
+            assert last["dead_units"] == int((~mask.any(1)).sum())
+        replaced = sum(row["last_rewiring"]["replaced"] for row in rows.values())
+        assert replaced > 0 and rewired[0] == 0 and rewired[1] > rewired[2] > 0 == rewired[3]
+        assert rewired[2] == pytest.approx(replaced / topology[name]["budget"])
+        assert distance[0] == (60, 0) and distance[2][1] > 0.1
+        assert [step for step, _ in distance] == [60, 100, 200, 300]
+
+
+@given(st.integers(1, 400), st.integers(1, 300), st.integers(1, 30), st.floats(0, 0.999))
+def test_tiny_is_the_widest_dense_network_within_the_budget(n_in, hidden, n_out, sparsity):
+    width, budget = (
+        su.tiny_size(n_in, hidden, n_out, sparsity),
+        round((1 - sparsity) * hidden * (n_in + hidden + n_out)),
+    )
+    assert width * (n_in + width + n_out) <= budget < (width + 1) * (n_in + width + 1 + n_out)
+
+
+def test_tiny_runs_dense_within_the_budget(run):
+    final, static = load(run(method="tiny", sparsity=0.8)), load(run(method="static", sparsity=0.8))
+    for name, layers in final["masks"].items():
+        budget = sum(int(m.sum()) for m in static["masks"][name].values())
+        assert all(m.all() for m in layers.values())
+        assert 0.8 * budget < sum(m.numel() for m in layers.values()) <= budget
+
+
+# floating-point operations
+
+
+@pytest.mark.parametrize("method", ["tar", "dense", "set", "rigl"])
+def test_flops_are_those_of_the_textbook_count(run, script, method):
+    """Pendulum: 60 random steps, then 150 steps that act, of which 149 learn; rewirings at 80 and 120."""
+    log = events(run(method=method, **REWIRING | {"total_timesteps": 210, "rewire_stop": 150 / 210}))
+    head = 2 if script is sac_tar else 1
+    size = {"actor": 24 * (3 + 24 + head), "qf": 24 * (4 + 24 + 1)}
+    active = {name: n if method == "dense" else round(0.2 * n) for name, n in size.items()}
+    assert [e.value for e in log.Scalars("flops/inference")][-1] == 2 * active["actor"]
+    actor, critics = 2 * active["actor"], 2 * 2 * active["qf"]
+    total = 150 * actor + 149 * 32 * (actor + critics + 3 * critics)
+    if script is td3_tar:
+        total += 74 * 32 * (3 * actor + critics)  # every second step, one critic
+    else:
+        total += 2 * 74 * 32 * (3 * actor + 2 * critics)
+    if method == "rigl":
+        for name, networks in (("actor", 1), ("qf", 2)):
+            total += 2 * 32 * networks * (4 * active[name] + 2 * size[name])
+    assert log.Scalars("flops/training")[0].value == 0
+    assert log.Scalars("flops/training")[-1].value == pytest.approx(total, rel=1e-6)
+
+
+def test_flops_of_a_rewiring():
+    assert su.rewiring_flops(10, 100, "rigl", "magnitude") == 2 * 10 + 2 * 10 + 2 * 100
+    assert su.rewiring_flops(10, 100, "set", "snip") == 60
+    assert su.rewiring_flops(10, 100, "set", "random") == 0
