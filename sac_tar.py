@@ -6,35 +6,30 @@ tensorboard --logdir runs
 """
 
 import copy
-import difflib
-import json
 import math
-import os
-import platform
 import random
-import subprocess
+import signal
 import sys
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from gymnasium.wrappers import RecordVideo
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import sparse_utils
+from sparse_utils import fail
 
 Method = Literal["tar", "uniform", "static", "set", "rigl", "tiny", "dense"]
 DropCriterion = Literal["magnitude", "set", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"]
@@ -43,7 +38,7 @@ DropCriterion = Literal["magnitude", "set", "mest", "snip", "sensitivity", "reci
 @dataclass
 class Args:
     env_id: str = "Hopper-v4"  # Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # name of this experiment, part of the run folder's name
+    exp_name: str = Path(__file__).stem  # name of this experiment, part of the run folder's name
     seed: int = 1  # seed of the networks, the environment, its action space, the replay indices and the masks
     runs_dir: str = "runs"  # folder in which the run makes a folder of its own
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and replay buffer live; auto: cuda if there is one
@@ -80,6 +75,14 @@ class Args:
     eval_frequency: int = 5000  # environment steps between evaluations; also at step 0 and the end (Fujimoto et al.)
     eval_episodes: int = 10  # noise-free episodes per evaluation, on an environment of its own (Fujimoto et al. 2018)
 
+    # Interrupt, resume, watch
+
+    resume: str | None = None  # run folder to continue from its last checkpoint; other flags are then those of the run
+    checkpoint_frequency: int = 10_000  # environment steps between checkpoints
+    save_buffer: bool = True  # keep the replay buffer in checkpoints; if not, a resumed run collects a new one first
+    evaluate: str | None = None  # run folder or .pt file: run its policy noise-free for --eval-episodes, train nothing
+    capture_video: bool = False  # write an mp4 of each evaluation's first episode into the run folder
+
     # Algorithm (defaults are CleanRL's)
 
     total_timesteps: int = 1_000_000  # environment steps of training (CleanRL)
@@ -100,68 +103,8 @@ class Args:
     autotune: bool = True
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
-    sys.exit(code)
-
-
-def complete_args(args: Args) -> None:
-    """Put in what defaults to another flag, in place."""
-    args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
-    args.actor_method, args.critic_method = args.actor_method or args.method, args.critic_method or args.method
-    for network in ("actor", "critic"):
-        own = getattr(args, f"{network}_sparsity")
-        sparsity = 0.0 if getattr(args, f"{network}_method") == "dense" else args.sparsity if own is None else own
-        setattr(args, f"{network}_sparsity", sparsity)
-
-
-def check_args(args: Args) -> None:
-    """End the program with one sentence if a value cannot work."""
-    positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr policy_frequency "
-    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every"
-    rules = {name: (0 < getattr(args, name) < math.inf, "positive and finite") for name in positive.split()}
-    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve"):
-        rules[name] = (0 <= getattr(args, name) < 1, "at least 0 and below 1")
-    for name in ("gamma", "rewire_fraction", "rewire_stop"):
-        rules[name] = (0 <= getattr(args, name) <= 1, "in [0, 1]")
-    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
-    rules["alpha"] = (0 <= args.alpha < math.inf, "at least 0 and finite")
-    rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
-    for name in ("learning_starts", "prune_at"):
-        within = f"at least 0 and below the end of training, --total-timesteps {args.total_timesteps}"
-        rules[name] = (0 <= getattr(args, name) < args.total_timesteps, within)
-    for name, (holds, rule) in rules.items():
-        if not holds:
-            fail(f"--{name.replace('_', '-')} must be {rule}, got {getattr(args, name)}")
-    if args.criterion in ("snip", "grasp") and args.prune_at == 0:
-        fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
-    for method in (args.actor_method, args.critic_method):
-        if args.compute == "sparse" and method not in sparse_utils.FIXED_METHODS:
-            fail(f"--compute sparse needs masks that stay fixed, and --method {method} has none; use --compute auto")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
-
-
-def make_env(env_id: str) -> gym.Env:
-    # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
-    try:
-        env = gym.make(env_id)
-    except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3)
-        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
-    except (ImportError, gym.error.Error) as error:
-        fail(
-            f"cannot make {env_id}: {error}; `pip install -r requirements.txt` brings the MuJoCo and Box2D environments"
-        )
-    action_space, observation_space = env.action_space, env.observation_space
-    if not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()):
-        fail(f"{env_id} has the action space {action_space}; this script needs a bounded 1-D Box")
-    if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
-        fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
-    return env
-
-
+SCRIPT = Path(__file__).stem
+STOP_SIGNALS = []  # SIGINT or SIGTERM, once received
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 
 
@@ -266,37 +209,36 @@ def policy_loss(actor, qf1, qf2, alpha, data: Batch):
     return (alpha * log_pi - min_qf_pi).mean(), log_pi
 
 
-class Flops(NamedTuple):
-    action: int
-    critic_update: int
-    actor_update: int
-
-
-def count_flops(connections: dict[str, int], batch_size: int) -> Flops:
-    """Floating-point operations as the field counts them (Evci et al. 2020): 2 per connection and sample forward;
-    backward 2 for the gradient of the inputs and 2 for that of the weights. A critic update runs the actor and both
-    targets forward, and both critics forward and backward. An actor update runs the actor forward and backward, and
-    both critics forward and back to their inputs. Biases, activations, optimizers and one-off pruning are left out."""
+def count_flops(connections: dict[str, int], batch_size: int) -> tuple[int, int, int]:
+    """Floating-point operations of an action, a critic update and an actor update, as the field counts them (Evci et
+    al. 2020): 2 per connection and sample forward; backward 2 for the gradient of the inputs and 2 for that of the
+    weights. A critic update runs the actor and both targets forward, and both critics forward and backward. An actor
+    update runs the actor forward and backward, and both critics forward and back to their inputs. Biases, activations,
+    optimizers and one-off pruning are left out."""
     actor, qf1, qf2 = (2 * connections[name] for name in ("actor", "qf1", "qf2"))
     actor_update = 3 * actor + 2 * (qf1 + qf2)
-    return Flops(actor, batch_size * (actor + 4 * (qf1 + qf2)), batch_size * actor_update)
+    return actor, batch_size * (actor + 4 * (qf1 + qf2)), batch_size * actor_update
 
 
 @torch.no_grad()
-def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.device) -> tuple[float, float]:
-    """Mean return and length of noise-free episodes. Reseeded, so that every evaluation starts from the same states."""
-    total_return, total_length = 0.0, 0
-    obs, _ = env.reset(seed=seed)
-    for _ in range(episodes):
+def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.device, video: str = ""):
+    """Lists of the returns and lengths of noise-free episodes. Reseeded, so that every evaluation starts from the same
+    states. With `video`, the first episode is filmed under that name."""
+    returns, lengths = [0.0] * episodes, [0] * episodes
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        if video and episode == 0:
+            env.start_recording(video)
         done = False
         while not done:
             action = policy(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))[0]
             obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
             done = terminated or truncated
-            total_return += float(reward)
-            total_length += 1
-        obs, _ = env.reset()
-    return total_return / episodes, total_length / episodes
+            returns[episode] += float(reward)
+            lengths[episode] += 1
+        if video and episode == 0:
+            env.stop_recording()
+    return returns, lengths
 
 
 def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict[str, float]) -> None:
@@ -322,53 +264,32 @@ def polyak_update(target_params: list[torch.Tensor], params: list[torch.Tensor],
     torch._foreach_lerp_(target_params, params, tau)
 
 
-def git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def make_run_dir(args: Args) -> Path:
-    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json.
-    Method and sparsity are <actor's>+<critics'> where these differ."""
-    method = "+".join(dict.fromkeys([args.actor_method, args.critic_method]))
-    sparsity = "+".join(dict.fromkeys([str(args.actor_sparsity), str(args.critic_sparsity)]))
-    unix_time = int(time.time())
-    while True:
-        name = f"{args.env_id}__{args.exp_name}__{method}__s{sparsity}__{args.seed}__{unix_time}"
-        run_dir = Path(args.runs_dir) / name.replace("/", "-")
-        try:
-            run_dir.mkdir(parents=True)
-            break
-        except FileExistsError:
-            unix_time += 1  # its twin started in the same second
-        except OSError as error:
-            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
-    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
-    config = {
-        "args": asdict(args),
-        "versions": {"python": platform.python_version(), **versions},
-        "git_commit": git_commit(),
-        "processor": processor(),
-    }
-    (run_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return run_dir
+def evaluate_saved(args: Args) -> None:
+    """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
+    path = Path(args.evaluate)
+    if path.is_dir():
+        path = path / ("final.pt" if (path / "final.pt").exists() else "checkpoint.pt")
+    saved = sparse_utils.load_state(path, SCRIPT)
+    env = sparse_utils.make_env(saved["args"]["env_id"], args.capture_video)
+    if args.capture_video:
+        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
+    actor = Actor(env.observation_space.shape[0], env.action_space, len(saved["actor"]["fc1.bias"]))
+    actor.load_state_dict(saved["actor"])
+    video = f"evaluate-{path.stem}" if args.capture_video else ""
+    seed = saved["args"]["seed"] + 2**31
+    returns, _ = evaluate(env, actor.get_mean_action, args.eval_episodes, seed, torch.device("cpu"), video)
+    env.close()
+    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")
 
 
 def train(args: Args) -> Path:
-    """Train, log and save one run. Returns the run folder."""
-    complete_args(args)
-    check_args(args)
-    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
+    sparse_utils.complete_args(args)
+    sparse_utils.check_args(args)
+    env, eval_env = sparse_utils.make_env(args.env_id), sparse_utils.make_env(args.env_id, args.capture_video)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    checkpoint = sparse_utils.load_state(Path(args.resume) / "checkpoint.pt", SCRIPT, device) if args.resume else None
     torch.set_num_threads(args.torch_threads)
 
     # TRY NOT TO MODIFY: seeding
@@ -419,24 +340,73 @@ def train(args: Args) -> Path:
         fail(str(error))
     masks, revived_masks, rewired = {}, {}, {}
     dynamic = [name for name, method in methods.items() if method in ("set", "rigl")]
-    rewire_from, rewire_until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
     sizes = {name: sum(weight.numel() for weight in w.values()) for name, w in weights.items()}
-    training_flops, flops = 0, count_flops(sizes, args.batch_size)
+    training_flops = 0
+    action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
-    run_dir = make_run_dir(args)  # no file or folder is written before this line
+    run_dir = Path(args.resume) if checkpoint else sparse_utils.make_run_dir(args)  # nothing is written before this
+    modules = networks | {f"{name}_target": target for name, target in targets.items()}
+    actor_scalars, episode_actions, episode_generator, start_step, learn_from = {}, [], None, 0, args.learning_starts
+    sps_from_time = time.perf_counter()
+    if checkpoint:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        for name, network in networks.items():
+            sparse_utils.load_adam_state(network, optimizers[name], checkpoint["adam"][name])
+        log_alpha.data.copy_(checkpoint["log_alpha"])
+        actor_optimizer.state[log_alpha].update(checkpoint["log_alpha_adam"])
+        masks, revived_masks, actor_scalars = (checkpoint[key] for key in ("masks", "revived_masks", "actor_scalars"))
+        rewired, training_flops, start_step = (checkpoint[key] for key in ("rewired", "training_flops", "global_step"))
+        episode_generator, replayed_actions = checkpoint["episode"]
+        sps_from_time -= checkpoint["sps_seconds"]
+        if args.save_buffer or start_step <= args.prune_at:
+            rb.added = checkpoint["added"]
+        else:  # collect anew before learning goes on
+            learn_from += start_step
+        args.resume = None  # from here on it is that run
+        sparse_utils.rewind(run_dir, args, checkpoint["log_sizes"], rb.rows, rb.added)
+    rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    metrics = dict.fromkeys(("eval/episodic_return", "charts/episodic_return", "charts/SPS"), 0)
-    for summary in hparams(asdict(args), metrics):
-        writer.file_writer.add_summary(summary)
+    if not checkpoint:
+        sparse_utils.log_args(writer, args)
+
+    def snapshot(global_step: int) -> dict:
+        """What final.pt holds: dense tensors on the CPU, zero where pruned."""
+        state = {name: sparse_utils.dense_state_dict(module) for name, module in modules.items()}
+        state["masks"] = {name: {layer: mask.cpu() for layer, mask in m.items()} for name, m in masks.items()}
+        form = {"script": SCRIPT, "format": sparse_utils.CHECKPOINT_FORMAT}
+        return state | form | {"args": asdict(args), "global_step": global_step}
+
+    def save_checkpoint(global_step: int) -> None:
+        """All that the rest of the run depends on, the environment as its generator and actions since the reset."""
+        writer.flush()
+        checkpoint = snapshot(global_step) | {
+            "adam": {name: sparse_utils.dense_adam_state(net, optimizers[name]) for name, net in networks.items()},
+            "log_alpha": log_alpha.detach(),
+            "log_alpha_adam": actor_optimizer.state.get(log_alpha, {}),
+            "revived_masks": revived_masks,
+            "rewired": rewired,
+            "training_flops": training_flops,
+            "actor_scalars": {name: value.detach() for name, value in actor_scalars.items()},
+            "episode": (episode_generator, np.array(episode_actions).tolist()),
+            "random": sparse_utils.random_states(mask_generator, env.action_space),
+            "added": rb.added,
+            "sps_seconds": time.perf_counter() - sps_from_time,
+        }
+        with_buffer = args.save_buffer or global_step <= args.prune_at  # pruning may need it
+        sparse_utils.save_checkpoint(run_dir, checkpoint, rb.rows if with_buffer else None, rb.added)
+
+    if args.capture_video:
+        eval_env = RecordVideo(eval_env, run_dir / "videos", lambda episode: False)
 
     def log_evaluation(global_step: int) -> float:
-        mean_return, mean_length = evaluate(eval_env, actor.get_mean_action, args.eval_episodes, eval_seed, device)
+        video = f"step-{global_step}" if args.capture_video else ""
+        returns, lengths = evaluate(eval_env, actor.get_mean_action, args.eval_episodes, eval_seed, device, video)
+        mean_return = float(np.mean(returns))
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
-        writer.add_scalar("eval/episodic_length", mean_length, global_step)
+        writer.add_scalar("eval/episodic_length", float(np.mean(lengths)), global_step)
         stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
-        writer.add_scalar("flops/inference", flops.action, global_step)
+        writer.add_scalar("flops/inference", action_flops, global_step)
         writer.add_scalar("flops/training", training_flops, global_step)
         sparse_utils.log_sparsity(writer, global_step, masks, revived_masks, rewired)
         rewired.clear()
@@ -450,15 +420,34 @@ def train(args: Args) -> Path:
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    actor_scalars = {}
     episodic_return, episodic_length = 0.0, 0
     sps_from_step = max(args.learning_starts, args.prune_at) + SPS_BURN_IN
-    sps_from_time = 0.0
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
-    steps = range(args.total_timesteps)
-    progress = tqdm(steps, unit=" steps", mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True)
+    if checkpoint:  # back to the middle of its episode: the same reset, the same actions
+        if episode_generator:
+            env.unwrapped.np_random.bit_generator.state = episode_generator
+            obs, _ = env.reset()
+        for action in np.array(replayed_actions, dtype=env.action_space.dtype):
+            obs, reward, _, _, _ = env.step(action)
+            episode_actions.append(action)
+            episodic_return += float(reward)
+            episodic_length += 1
+        sparse_utils.set_random_states(checkpoint["random"], mask_generator, env.action_space)
+    steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
+    wait = 0.5 if sys.stderr.isatty() else 60
+    progress = tqdm(
+        steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True
+    )
     for global_step in progress:
+        last = global_step == args.total_timesteps
+        if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:
+            save_checkpoint(global_step)
+        if STOP_SIGNALS:
+            writer.close()
+            tqdm.write(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run_dir}")
+            sys.exit(128 + STOP_SIGNALS[0])
+
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
         if global_step == args.prune_at:
             losses = own_losses(10 * args.batch_size) if args.criterion in ("snip", "grasp") else {}
@@ -474,13 +463,14 @@ def train(args: Args) -> Path:
                 spread = sparse_utils.uniform_budgets if methods[name] == "uniform" else sparse_utils.tar_budgets
                 revived_masks[name] = sparse_utils.revive(static, spread(static, reserve), mask_generator)
             masks = copy.deepcopy(revived_masks)  # set and rigl change them in place
-            # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
+            sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
+        # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
+        if global_step == args.prune_at or (global_step == start_step and masks):
             to_compact = sparse_utils.choose_sparse_compute(args.compute, methods, device, networks, masks)
             gradient_masks = sparse_utils.fix_masks(networks, targets, optimizers, masks, to_compact)
             actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
             active = {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
-            flops = count_flops(active, args.batch_size)
-            sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
+            action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
 
         # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
         if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
@@ -508,10 +498,12 @@ def train(args: Args) -> Path:
 
         if global_step == sps_from_step:
             sps_from_time = time.perf_counter()
-        if global_step % args.eval_frequency == 0:
+        if last or global_step % args.eval_frequency == 0:
             eval_from_time = time.perf_counter()
-            log_evaluation(global_step)
+            mean_return = log_evaluation(global_step)
             sps_from_time += time.perf_counter() - eval_from_time  # SPS counts training only
+        if last:
+            break
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts:
@@ -521,13 +513,14 @@ def train(args: Args) -> Path:
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
                 action, _ = actor.get_action(obs_tensor, with_log_prob=False)
             action = action[0].cpu().numpy()
-            training_flops += flops.action
+            training_flops += action_flops
 
         # TRY NOT TO MODIFY: execute the game and store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # CRUCIAL, easy to overlook: a truncated episode is not over, so only `terminated` ends the bootstrapping
         rb.add(obs, next_obs, action, reward, terminated)
         obs = next_obs
+        episode_actions.append(action)
         episodic_return += float(reward)
         episodic_length += 1
         stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
@@ -536,10 +529,11 @@ def train(args: Args) -> Path:
             writer.add_scalar("charts/episodic_length", episodic_length, global_step)
             progress.set_postfix({"return": f"{episodic_return:.1f}"}, refresh=False)
             episodic_return, episodic_length = 0.0, 0
+            episode_generator, episode_actions = env.unwrapped.np_random.bit_generator.state, []
             obs, _ = env.reset()
 
         # ALGO LOGIC: training
-        if global_step > args.learning_starts:
+        if global_step > learn_from:
             data = rb.sample(args.batch_size)
             alpha = log_alpha.detach().exp()
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
@@ -548,7 +542,7 @@ def train(args: Args) -> Path:
             zero_grad(q_params)
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
-            training_flops += flops.critic_update
+            training_flops += critic_flops
 
             if global_step % args.policy_frequency == 0:
                 for param in q_params:  # the critics' weights need no gradient of the actor's loss
@@ -564,7 +558,7 @@ def train(args: Args) -> Path:
                     zero_grad([*actor_params, log_alpha])
                     total_loss.backward()
                     actor_optimizer.step()
-                    training_flops += flops.actor_update
+                    training_flops += actor_flops
                 for param in q_params:
                     param.requires_grad_(True)
 
@@ -589,14 +583,8 @@ def train(args: Args) -> Path:
                     sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)
                     writer.add_scalar("charts/SPS", sps, global_step)
 
-    mean_return = log_evaluation(args.total_timesteps)
-    # dense tensors on the CPU, zero where pruned; renamed when whole, so that a final.pt is never half a file
-    modules = networks | {f"{name}_target": target for name, target in targets.items()}
-    final = {name: sparse_utils.dense_state_dict(module) for name, module in modules.items()}
-    final["masks"] = {name: {layer: mask.cpu() for layer, mask in layers.items()} for name, layers in masks.items()}
-    final |= {"args": asdict(args), "global_step": args.total_timesteps}
-    torch.save(final, run_dir / "final.pt.tmp")
-    os.replace(run_dir / "final.pt.tmp", run_dir / "final.pt")
+    final = snapshot(args.total_timesteps)
+    sparse_utils.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
     writer.close()
     env.close()
     eval_env.close()
@@ -604,5 +592,21 @@ def train(args: Args) -> Path:
     return run_dir
 
 
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.evaluate:
+        return evaluate_saved(args)
+    if args.resume:  # what is not given is as it was
+        saved = sparse_utils.resumed_args(Args, args.resume, SCRIPT)
+        args = tyro.cli(Args, default=saved)
+        sparse_utils.check_resumed_args(args, saved)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: STOP_SIGNALS.append(number))
+    try:
+        train(args)
+    except OSError as error:  # TensorBoard's writer, on a full disk
+        fail(f"{error}; the last checkpoint is whole: make room, then go on with --resume", code=1)
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    main()

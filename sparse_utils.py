@@ -5,23 +5,39 @@ dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in
 boolean and True marks an active connection. Nothing here draws from torch's global random generator.
 """
 
+import contextlib
 import ctypes
+import difflib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import pickle
+import platform
+import random
 import shlex
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
+import gymnasium as gym
+import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 Masks = dict[str, Tensor]
@@ -525,6 +541,25 @@ def dense_state_dict(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def dense_adam_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Adam's step and moments by parameter name, dense as in `dense_state_dict`; empty before the first step."""
+    if (mlp := getattr(network, "sparse", None)) is None:
+        return {name: dict(optimizer.state.get(param, {})) for name, param in network.named_parameters()}
+    state = optimizer.state.get(mlp.flat, {})
+    moments = {key: mlp.expand(tensor) for key, tensor in state.items() if key != "step"}
+    names = mlp.expand(mlp.flat.detach())
+    return {
+        name: {"step": state["step"]} | {key: m[name] for key, m in moments.items()} if state else {} for name in names
+    }
+
+
+def load_adam_state(network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
+    """Take over what `dense_adam_state` gave, before the network is made sparse."""
+    for name, param in network.named_parameters():
+        if state[name]:
+            optimizer.state[param] = {key: tensor.clone() for key, tensor in state[name].items()}
+
+
 # FROM PRUNING TO TRAINING
 
 
@@ -647,7 +682,7 @@ def log_topology(
     """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
     TensorBoard, one image per layer there."""
     report = {name: topology_report(static_masks[name], masks[name], *budgets[name]) for name in masks}
-    (run_dir / "topology.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(run_dir / "topology.json", report)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
     writer.add_text("topology/revival", table, global_step)
@@ -679,8 +714,7 @@ def log_rewiring(
                 "dead_units": int((~mask.any(1)).sum()),
             }
         replaced[name] = sum(layer["last_rewiring"]["replaced"] for layer in layers.values()) / report[name]["budget"]
-    (run_dir / "topology.json.tmp").write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(run_dir / "topology.json.tmp", run_dir / "topology.json")
+    write_json(run_dir / "topology.json", report)
     return replaced
 
 
@@ -702,3 +736,305 @@ def log_sparsity(
         writer.add_scalar(f"sparsity/{name}_rewired", rewired.get(name, 0.0), global_step)
         for layer, mask in network_masks.items():
             writer.add_scalar(f"density/{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
+
+
+# ARGUMENTS AND ENVIRONMENTS
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
+    sys.exit(code)
+
+
+def complete_args(args) -> None:
+    """Put in what defaults to another flag, in place. `args` is the dataclass of a script's arguments."""
+    args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
+    args.actor_method, args.critic_method = args.actor_method or args.method, args.critic_method or args.method
+    for network in ("actor", "critic"):
+        own = getattr(args, f"{network}_sparsity")
+        sparsity = 0.0 if getattr(args, f"{network}_method") == "dense" else args.sparsity if own is None else own
+        setattr(args, f"{network}_sparsity", sparsity)
+
+
+def check_args(args) -> None:
+    """End the program with one sentence if a value cannot work."""
+    positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr learning_rate policy_frequency "
+    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every checkpoint_frequency"
+    given, rules = asdict(args), {}
+    for name in filter(given.__contains__, positive.split()):
+        rules[name] = (0 < given[name] < math.inf, "positive and finite")
+    for name in filter(given.__contains__, ("alpha", "policy_noise", "noise_clip", "exploration_noise")):
+        rules[name] = (0 <= given[name] < math.inf, "at least 0 and finite")
+    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve"):
+        rules[name] = (0 <= given[name] < 1, "at least 0 and below 1")
+    for name in ("gamma", "rewire_fraction", "rewire_stop"):
+        rules[name] = (0 <= given[name] <= 1, "in [0, 1]")
+    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
+    rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
+    for name in ("learning_starts", "prune_at"):
+        within = f"at least 0 and below the end of training, --total-timesteps {args.total_timesteps}"
+        rules[name] = (0 <= given[name] < args.total_timesteps, within)
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} must be {rule}, got {given[name]}")
+    if args.criterion in ("snip", "grasp") and args.prune_at == 0:
+        fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    for method in (args.actor_method, args.critic_method):
+        if args.compute == "sparse" and method not in FIXED_METHODS:
+            fail(f"--compute sparse needs masks that stay fixed, and --method {method} has none; use --compute auto")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
+
+
+class NewWorld(gym.Wrapper):
+    """A new Box2D world for each episode. BipedalWalker keeps one for life, and its past shows in the last bits; with a
+    new one an episode is a function of the generator and the actions, so that a resumed run can replay it."""
+
+    def reset(self, **kwargs):
+        self.unwrapped._destroy()
+        self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
+        return super().reset(**kwargs)
+
+
+def make_env(env_id: str, video: bool = False) -> gym.Env:
+    # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
+        if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
+            env = NewWorld(env)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
+    except (ImportError, TypeError, gym.error.Error) as error:
+        fail(
+            f"cannot make {env_id}: {error}; `pip install -r requirements.txt` brings the MuJoCo and Box2D environments"
+        )
+    action_space, observation_space = env.action_space, env.observation_space
+    if not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()):
+        fail(f"{env_id} has the action space {action_space}; this script needs a bounded 1-D Box")
+    if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
+        fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
+    if video:
+        check_video(env)
+    return env
+
+
+def check_video(env: gym.Env) -> None:
+    """End the program with one sentence if `env` cannot be filmed here."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    if importlib.util.find_spec("moviepy") is None:
+        fail("--capture-video needs moviepy; `pip install moviepy`")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # every backend has errors of its own
+        fail(f"--capture-video cannot render here ({error}); without a screen install EGL (Debian: libegl1)")
+
+
+# RUN FOLDERS AND CHECKPOINTS
+
+CHECKPOINT_FORMAT = 1  # raised whenever a checkpoint of before can no longer be resumed
+REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that much is copied in memory
+MAY_CHANGE = (
+    "resume",
+    "total_timesteps",
+    "compute",
+    "device",
+    "torch_threads",
+    "checkpoint_frequency",
+    "capture_video",
+)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The file is there as a whole or not at all, whenever the process or the machine dies. Ends the program with one
+    sentence if it cannot be written."""
+    part = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        why = error.__context__ or error  # torch hides the system's own words
+        fail(f"cannot write {path} ({why}); the last checkpoint is whole: make room, then go on with --resume", code=1)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
+
+
+def log_args(writer: SummaryWriter, args) -> None:
+    """All arguments as a table and, to filter and compare runs by them, through TensorBoard's HParams plugin."""
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    shown = {key: str(value) if value is None else value for key, value in asdict(args).items()}
+    metrics = dict.fromkeys(("eval/episodic_return", "charts/episodic_return", "charts/SPS"), 0)
+    for summary in hparams(shown, metrics):
+        writer.file_writer.add_summary(summary)
+
+
+def git_commit(folder: Path) -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def make_run_dir(args) -> Path:
+    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json.
+    Method and sparsity are <actor's>+<critics'> where these differ. `args` is the script's dataclass of arguments."""
+    method = "+".join(dict.fromkeys([args.actor_method, args.critic_method]))
+    sparsity = "+".join(dict.fromkeys([str(args.actor_sparsity), str(args.critic_sparsity)]))
+    unix_time = int(time.time())
+    while True:
+        name = f"{args.env_id}__{args.exp_name}__{method}__s{sparsity}__{args.seed}__{unix_time}"
+        run_dir = Path(args.runs_dir) / name.replace("/", "-")
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            unix_time += 1  # its twin started in the same second
+        except OSError as error:
+            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
+    config = {
+        "args": asdict(args),
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": git_commit(Path(__file__).parent),
+        "processor": processor(),
+    }
+    write_json(run_dir / "config.json", config)
+    return run_dir
+
+
+def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
+    """What torch.save has written, checked against the file's checksums. Runs no code from the file; ends the program
+    with one sentence if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no {path}; check the path, or start the run anew")
+    except (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
+
+
+def load_state(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
+    """The dictionary in a final.pt or checkpoint.pt, checked as above and to be one of this script and format."""
+    state = load_checked(path, device)
+    if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
+        fail(f"{path} is not a file of {script}.py; use one of its final.pt or checkpoint.pt")
+    if state["script"] != script:
+        fail(f"{path} is of {state['script']}.py; use that script instead of {script}.py")
+    if state["format"] != CHECKPOINT_FORMAT:
+        fail(
+            f"{path} has format {state['format']} and this version reads {CHECKPOINT_FORMAT}; use the one that wrote it"
+        )
+    return state
+
+
+def resumed_args(arguments: type, run_dir: str, script: str):
+    """The arguments of the run in this folder, of the script's dataclass."""
+    saved = load_state(Path(run_dir) / "checkpoint.pt", script)["args"]
+    try:
+        return arguments(**saved | {"resume": run_dir})
+    except TypeError as error:
+        fail(
+            f"the flags of the run in {run_dir} are not those of this {script}.py ({error}); use the one that began it"
+        )
+
+
+def check_resumed_args(given, saved) -> None:
+    """End the program with one sentence if the arguments `given` with --resume, in which what the user left out is as
+    `saved`, contradict the run."""
+    for name, value in asdict(given).items():
+        before = getattr(saved, name)
+        if name not in MAY_CHANGE and value != before:
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
+    if given.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+
+
+def random_states(mask_generator: torch.Generator, action_space: gym.Space) -> dict:
+    """The state of every random generator but the environment's, in types that torch.load takes as data."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+        "masks": mask_generator.get_state(),
+        "actions": action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_states(states: dict, mask_generator: torch.Generator, action_space: gym.Space) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"].cpu())
+    torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    mask_generator.set_state(states["masks"].cpu())
+    action_space.np_random.bit_generator.state = states["actions"]
+
+
+def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
+    """The files replay/<start>-<stop>.pt with transitions start to stop, in order."""
+    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in run_dir.glob("replay/*-*.pt")}
+    return dict(sorted(ranges.items(), key=lambda item: item[1]))
+
+
+def save_checkpoint(run_dir: Path, state: dict, rows: Tensor | None, added: int) -> None:
+    """Write checkpoint.pt as a whole, with the sizes of the event files. Of the replay buffer, `rows` (transition i of
+    `added` in row i % len(rows)), only what is new is written, in files of its own; none of it if `rows` is None."""
+    if rows is not None:
+        start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
+        while start < added:
+            first = start % len(rows)
+            stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
+            piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
+            write_whole(run_dir / "replay" / f"{start}-{stop}.pt", functools.partial(torch.save, piece))
+            start = stop
+    state = state | {"log_sizes": {path.name: path.stat().st_size for path in run_dir.glob("*tfevents*")}}
+    write_whole(run_dir / "checkpoint.pt", functools.partial(torch.save, state))
+    for path, (_, stop) in replay_files(run_dir).items():
+        if rows is None or stop <= added - len(rows):
+            path.unlink()
+
+
+def rewind(run_dir: Path, args, log_sizes: dict[str, int], rows: Tensor, added: int) -> None:
+    """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
+    `added` transitions into `rows`. config.json takes over `args`, since some may change."""
+    for path in run_dir.glob("*tfevents*"):
+        if path.name in log_sizes:
+            os.truncate(path, log_sizes[path.name])
+        else:
+            path.unlink()
+    write_json(run_dir / "config.json", json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)})
+    read = max(0, added - len(rows))
+    for path, (start, stop) in replay_files(run_dir).items():
+        if stop > added:
+            path.unlink()
+        elif start <= read < stop:
+            rows[torch.arange(start, stop) % len(rows)] = load_checked(path).to(rows.device)
+            read = stop
+    if read < added:
+        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")

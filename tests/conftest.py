@@ -20,7 +20,7 @@ class ProbeEnv(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     action_space = gym.spaces.Box(np.array([-1, -2], np.float32), np.array([1, 6], np.float32))
 
-    def __init__(self, bad_reward_at: int | None = None):
+    def __init__(self, bad_reward_at: int | None = None, render_mode: str | None = None):
         self.episode, self.total, self.bad_reward_at = -1, 0, bad_reward_at
 
     def reset(self, *, seed=None, options=None):
@@ -44,7 +44,7 @@ class UnboundedEnv(ProbeEnv):
 
 
 class NeedsPackageEnv(ProbeEnv):
-    def __init__(self):
+    def __init__(self, render_mode=None):
         raise gym.error.DependencyNotInstalled("rare_physics is not installed")
 
 

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_runs import events
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import AffineTransform, TanhTransform
 
@@ -192,25 +193,27 @@ def test_polyak_update(script):
     assert online[0].tolist() == [3.0, 0.0]
 
 
-def test_evaluate_takes_the_mean_over_episodes(script):
+def test_evaluate_gives_the_return_and_length_of_each_episode(script):
     """Episodes of 7, 7 and 5 steps with a reward of 1 each, see ProbeEnv; the observation arrives as float32 (1, 3)."""
     env = gym.make("Probe-v0")
     seen = []
     policy = lambda x: (seen.append(x), torch.zeros(1, 2))[1]  # noqa: E731
-    assert script.evaluate(env, policy, 3, 0, torch.device("cpu")) == (19 / 3, 19 / 3)
+    assert script.evaluate(env, policy, 3, 0, torch.device("cpu")) == ([7.0, 7.0, 5.0], [7, 7, 5])
     assert len(seen) == 19 and seen[0].shape == (1, 3) and seen[0].dtype == torch.float32
 
 
 def test_training_evaluates_without_noise_from_the_same_states(run, script, monkeypatch):
     policies, seeds = [], []
 
-    def record(env, policy, episodes, seed, device):
+    def record(env, policy, episodes, seed, device, video):
         x = torch.randn(1, 3)
         policies.append(torch.equal(policy(x), policy(x)))
         seeds.append(seed)
-        return 0.0, 0.0
+        return [2.0, 4.0], [7, 8]
 
     monkeypatch.setattr(script, "evaluate", record)
-    run(seed=7)
+    log = events(run(seed=7))
     assert policies == [True, True, True]
+    assert {e.value for e in log.Scalars("eval/episodic_return")} == {3.0}
+    assert {e.value for e in log.Scalars("eval/episodic_length")} == {7.5}
     assert len(set(seeds)) == 1 and seeds[0] != 7

@@ -24,7 +24,7 @@ def load(run_dir):
 
 
 def same_weights(a, b):
-    networks = [n for n in a if n not in ("masks", "args", "global_step")]
+    networks = [n for n in a if n.split("_")[0] in ("actor", "qf1", "qf2")]
     return all(torch.equal(a[n][key], b[n][key]) for n in networks for key in a[n])
 
 
@@ -179,8 +179,10 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     monkeypatch.setattr(script, "SPS_BURN_IN", 20)
     run_dir = run(method=method, criterion=criterion, distribution="global", sparsity=0.9, total_timesteps=310)
     assert sorted(p.name for p in run_dir.iterdir() if "tfevents" not in p.name) == [
+        "checkpoint.pt",
         "config.json",
         "final.pt",
+        "replay",
         "topology.json",
     ]
     exp_name = "sac_tar" if script is sac_tar else "td3_tar"

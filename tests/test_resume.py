@@ -1,0 +1,436 @@
+"""Interrupted and resumed runs end as the undisturbed one; damaged or foreign files are refused; evaluation."""
+
+import errno
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ProbeEnv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_runs import events, load
+
+import sac_tar
+import sparse_utils as su
+import td3_tar
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def scalars(run_dir):
+    """Everything logged but the speed, as tag -> [(step, value)]."""
+    log = events(run_dir)
+    return {t: [(e.step, e.value) for e in log.Scalars(t)] for t in log.Tags()["scalars"] if t != "charts/SPS"}
+
+
+def assert_same_run(run_dir, undisturbed):
+    final, expected = load(run_dir), load(undisturbed)
+    for state in (final, expected):
+        state["args"] = state["args"] | {"runs_dir": ""}
+    assert same(final, expected)
+    assert scalars(run_dir) == scalars(undisturbed)
+    topology = [json.loads((folder / "topology.json").read_text()) for folder in (run_dir, undisturbed)]
+    assert topology[0] == topology[1]
+    assert json.loads((run_dir / "config.json").read_text())["args"]["resume"] is None
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+@pytest.fixture
+def stop_after(script, monkeypatch):
+    """Ask the run to stop, as a signal does, after so many transitions."""
+    add = script.ReplayBuffer.add
+
+    def stop_after(transitions):
+        count = []
+
+        def counted(self, *transition):
+            add(self, *transition)
+            count.append(1)
+            if len(count) == transitions:
+                script.STOP_SIGNALS.append(signal.SIGTERM)
+
+        monkeypatch.setattr(script.ReplayBuffer, "add", counted)
+
+    yield stop_after
+    script.STOP_SIGNALS.clear()
+
+
+@pytest.fixture
+def resume(script):
+    def resume(run_dir, **changes):
+        script.STOP_SIGNALS.clear()
+        return script.train(
+            script.Args(**asdict(su.resumed_args(script.Args, str(run_dir), run_script(script))) | changes)
+        )
+
+    return resume
+
+
+def run_script(script):
+    return Path(script.__file__).stem
+
+
+def interrupted(run, **flags):
+    """The folder of a run that stops by itself, with exit code 143."""
+    with pytest.raises(SystemExit) as stop:
+        run(**flags)
+    assert stop.value.code == 143
+    return next(Path(flags["runs_dir"]).iterdir())
+
+
+CASES = {
+    "before pruning": (30, {}),
+    "at pruning": (60, {}),
+    "late pruning by snip": (80, {"prune_at": 110, "criterion": "snip", "save_buffer": False}),
+    "after pruning": (111, {"checkpoint_frequency": 50}),
+    "on the kernels": (111, {"compute": "sparse"}),
+    "rigl": (131, {"method": "rigl", "rewire_every": 25, "total_timesteps": 210, "drop_criterion": "random"}),
+    "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
+    "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
+    "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
+    "an odd policy frequency": (150, {"policy_frequency": 3, "total_timesteps": 205}),
+    "dense": (100, {"method": "dense"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_undisturbed_run(run, resume, stop_after, tmp_path, case):
+    transitions, flags = CASES[case]
+    undisturbed = run(**flags, runs_dir=str(tmp_path / "a"))
+    stop_after(transitions)
+    run_dir = interrupted(run, **flags, runs_dir=str(tmp_path / "b"))
+    assert load_checkpoint(run_dir)["global_step"] == transitions
+    assert resume(run_dir) == run_dir
+    assert_same_run(run_dir, undisturbed)
+
+
+def load_checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("script, env_id", [(sac_tar, "BipedalWalker-v3"), (td3_tar, "Hopper-v4")])
+def test_killed_at_random_moments_a_process_still_ends_as_the_undisturbed_run(script, tmp_path, env_id):
+    """kill -9 five times: twice in a row before the resumed process can write, at any moment, and during a write."""
+    flags = "--total-timesteps 1500 --learning-starts 300 --hidden-size 32 --batch-size 32 --eval-episodes 1 "
+    flags += "--eval-frequency 400 --checkpoint-frequency 90 --device cpu --method rigl --rewire-every 200 --runs-dir"
+    command = [sys.executable, script.__file__, "--env-id", env_id, *flags.split()]
+    subprocess.run([*command, str(tmp_path / "a")], check=True, capture_output=True)
+    rng = random.Random(f"{env_id} {run_script(script)}")
+    runs, begin, deaths = tmp_path / "b", [*command, str(tmp_path / "b")], []
+    for death in ("any moment", "at once", "in a write", "any moment", "in a write"):
+        process = subprocess.Popen(begin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while not list(runs.glob("*/checkpoint.pt")):
+            assert process.poll() is None
+        run_dir = next(runs.iterdir())
+        written = os.stat(run_dir / "checkpoint.pt").st_mtime_ns
+        while process.poll() is None and death != "at once":
+            if os.stat(run_dir / "checkpoint.pt").st_mtime_ns != written:
+                if death == "any moment":
+                    time.sleep(rng.uniform(0, 0.3))
+                    break
+                if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
+                    break
+        deaths.append(process.poll())
+        process.kill()
+        process.communicate()
+        begin = [sys.executable, script.__file__, "--resume", str(run_dir)]
+    assert deaths.count(None) >= 3  # most of the five met a living process
+    subprocess.run(begin, check=True, capture_output=True)
+    assert_same_run(run_dir, next((tmp_path / "a").iterdir()))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, tmp_path, number, code):
+    flags = "--env-id Pendulum-v1 --total-timesteps 100000 --learning-starts 100 --hidden-size 16 --batch-size 16"
+    command = [sys.executable, script.__file__, *flags.split(), "--runs-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/topology.json")):
+        assert process.poll() is None
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    run_dir, line = next(tmp_path.iterdir()), out.strip().splitlines()[-1]
+    step = load_checkpoint(run_dir)["global_step"]
+    assert step > 100 and step % 10_000
+    assert line == f"stopped at step {step}; go on with: python {run_script(script)}.py --resume {run_dir}"
+    help_of_the_line = line.split("python ")[1].split()
+    resumed = [sys.executable, *help_of_the_line, "--total-timesteps", "100000", "--compute", "masked"]
+    process = subprocess.Popen(resumed, cwd=Path(script.__file__).parent, stderr=subprocess.PIPE)
+    time.sleep(4)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert load_checkpoint(run_dir)["global_step"] > step
+
+
+@pytest.mark.parametrize("before, after", [("sparse", "masked"), ("masked", "sparse")])
+def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, tmp_path, before, after):
+    undisturbed = run(compute="masked", runs_dir=str(tmp_path / "a"), sparsity=0.8)
+    stop_after(90)
+    run_dir = interrupted(run, compute=before, runs_dir=str(tmp_path / "b"), sparsity=0.8)
+    resume(run_dir, compute=after)
+    final, expected = load(run_dir), load(undisturbed)
+    assert same(final["masks"], expected["masks"])
+    for name in ("actor", "qf1", "qf1_target"):
+        for key, tensor in expected[name].items():
+            assert torch.allclose(final[name][key], tensor, rtol=1e-3, atol=1e-4), (name, key)
+
+
+def test_training_may_grow(run, resume, tmp_path):
+    undisturbed = run(total_timesteps=300, runs_dir=str(tmp_path / "a"))
+    run_dir = run(total_timesteps=200, runs_dir=str(tmp_path / "b"))
+    resume(run_dir, total_timesteps=300)
+    assert_same_run_but_the_last_losses(run_dir, undisturbed)
+
+
+def assert_same_run_but_the_last_losses(run_dir, undisturbed):
+    """A run logs its losses once more at its last step, which the longer one does not."""
+    assert same({**load(run_dir), "args": 0}, {**load(undisturbed), "args": 0})
+    assert json.loads((run_dir / "config.json").read_text())["args"]["total_timesteps"] == 300
+    logged, expected = scalars(run_dir), scalars(undisturbed)
+    assert logged["eval/episodic_return"] == expected["eval/episodic_return"]
+    assert [p for p in logged["losses/qf_loss"] if p[0] != 199] == expected["losses/qf_loss"]
+
+
+def test_resuming_a_finished_run_changes_nothing(run, resume):
+    run_dir = run()
+    final, logged = load(run_dir), scalars(run_dir)
+    resume(run_dir)
+    assert same(load(run_dir), final) and scalars(run_dir) == logged
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--gamma 0.5", "--gamma 0.5 contradicts the run, which has 0.99; leave it out or start a new run"),
+        ("--env-id Hopper-v4", "--env-id Hopper-v4 contradicts the run, which has Pendulum-v1"),
+        ("--no-save-buffer", "--save-buffer False contradicts the run, which has True"),
+        ("--total-timesteps 120", "--total-timesteps may grow but not shrink; the run has 160"),
+    ],
+)
+def test_flags_that_contradict_the_run_are_refused_by_name(run, script, monkeypatch, capsys, flags, sentence):
+    run_dir = run()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_a_flag_that_repeats_the_run_is_welcome(run, script, monkeypatch):
+    run_dir = run()
+    trained = []
+    monkeypatch.setattr(script, "train", trained.append)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir), "--hidden-size", "24"])
+    script.main()
+    assert trained[0].resume == str(run_dir) and trained[0].hidden_size == 24 and trained[0].total_timesteps == 160
+
+
+# files that are not what they should be
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of each script, small."""
+    folders = {}
+    for script in (sac_tar, td3_tar):
+        args = script.Args(
+            env_id="Pendulum-v1", runs_dir=str(tmp_path_factory.mktemp("runs")), total_timesteps=90, learning_starts=50,
+            hidden_size=16, batch_size=16, buffer_size=200, eval_episodes=1, checkpoint_frequency=40, device="cpu",
+        )  # fmt: skip
+        folders[script] = script.train(args)
+    return folders
+
+
+def refused(capsys, call, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    message = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message.startswith("error: ") and len(message.splitlines()) == 1
+    return message
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(st.data())
+def test_damaged_checkpoints_are_refused_or_harmless(finished, capsys, tmp_path, data):
+    """Any truncation is refused. A flipped bit is refused too, unless it lies where the format keeps no data."""
+    good = finished[sac_tar] / "checkpoint.pt"
+    content, bad = bytearray(good.read_bytes()), tmp_path / "checkpoint.pt"
+    if data.draw(st.booleans()):
+        bad.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+        refused(capsys, su.load_state, bad, "sac_tar")
+        return
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    bad.write_bytes(content)
+    try:
+        state = su.load_state(bad, "sac_tar")
+    except SystemExit as stop:
+        assert stop.code == 2
+        assert str(bad) in capsys.readouterr().err
+    else:
+        assert same(state, su.load_state(good, "sac_tar"))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sac, td3 = finished[sac_tar], finished[td3_tar]
+    assert "is of td3_tar.py; use that script" in refused(capsys, su.load_state, td3 / "checkpoint.pt", "sac_tar")
+    assert "is of sac_tar.py; use that script" in refused(capsys, su.load_state, sac / "final.pt", "td3_tar")
+    assert "there is no" in refused(capsys, su.load_state, tmp_path / "checkpoint.pt", "sac_tar")
+    state, file = su.load_state(sac / "checkpoint.pt", "sac_tar"), tmp_path / "x.pt"
+    for bad, sentence in [
+        ({"weights": torch.ones(3)}, "is not a file of sac_tar.py"),
+        (torch.ones(3), "is not a file of sac_tar.py"),
+        (state | {"format": 99}, "has format 99 and this version reads"),
+        (state | {"actor": Payload()}, "holds more than tensors and numbers"),
+    ]:
+        torch.save(bad, file)
+        assert sentence in refused(capsys, su.load_state, file, "sac_tar")
+    assert not Path("executed").exists()
+    for content in (b"", b"not a checkpoint"):
+        file.write_bytes(content)
+        assert "cannot read" in refused(capsys, su.load_state, file, "sac_tar")
+    torch.save(state | {"args": state["args"] | {"colour": 1}}, tmp_path / "checkpoint.pt")
+    message = refused(capsys, su.resumed_args, sac_tar.Args, str(tmp_path), "sac_tar")
+    assert "are not those of this sac_tar.py" in message and "colour" in message
+
+
+def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, resume, capsys):
+    run_dir = run(checkpoint_frequency=50)
+    files = sorted((run_dir / "replay").iterdir(), key=lambda path: int(path.stem.split("-")[0]))
+    assert [path.name for path in files] == ["0-50.pt", "50-100.pt", "100-150.pt", "150-160.pt"]
+    content = files[1].read_bytes()
+    capsys.readouterr()
+    files[1].write_bytes(content[:-100])
+    assert "50-100.pt" in refused(capsys, lambda: resume(run_dir, total_timesteps=170))
+    files[1].unlink()
+    assert "replay lacks transitions 50 to 160" in refused(capsys, lambda: resume(run_dir, total_timesteps=170))
+    files[1].write_bytes(content)
+    resume(run_dir, total_timesteps=170)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
+    run, resume, monkeypatch, capsys, tmp_path, at
+):
+    """At the first, second or third file written after the checkpoint of step 50: the topology of the pruning at
+    60, the replay buffer and the checkpoint of step 100. Then there is room again."""
+    undisturbed = run(checkpoint_frequency=50, runs_dir=str(tmp_path / "a"))
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        if (runs := list((tmp_path / "b").glob("*/checkpoint.pt"))) and load_checkpoint(runs[0].parent)[
+            "global_step"
+        ] == 50:
+            calls.append(1)
+            if len(calls) >= at:
+                os.ftruncate(descriptor, 10)
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(su.os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        run(checkpoint_frequency=50, runs_dir=str(tmp_path / "b"))
+    assert stop.value.code == 1
+    run_dir = next((tmp_path / "b").iterdir())
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "make room, then go on with --resume" in message
+    assert load_checkpoint(run_dir)["global_step"] == 50
+    monkeypatch.setattr(su.os, "fsync", fsync)
+    resume(run_dir)
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(run, resume, script, stop_after, tmp_path):
+    stop_after(130)
+    run_dir = interrupted(run, save_buffer=False, total_timesteps=300, runs_dir=str(tmp_path / "b"))
+    assert not list((run_dir / "replay").iterdir())
+    checkpoint = load_checkpoint(run_dir)
+    sampled = []
+    sample = script.ReplayBuffer.sample
+    script.ReplayBuffer.sample = lambda self, size: sampled.append(self.added) or sample(self, size)
+    try:
+        resume(run_dir)
+    finally:
+        script.ReplayBuffer.sample = sample
+    assert sampled[0] == 62 and len(sampled) == 300 - 130 - 61  # 60 steps of --learning-starts, as at first
+    assert load(run_dir)["global_step"] == 300 and checkpoint["global_step"] == 130
+
+
+def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatch):
+    monkeypatch.setattr(su, "REPLAY_FILE_ROWS", 64)
+    rows = torch.arange(1000.0).reshape(250, 4)
+    for added in (100, 240, 260, 600):
+        su.save_checkpoint(tmp_path, {}, rows, added)
+    names = [path.name for path in su.replay_files(tmp_path)]
+    assert names == ["350-414.pt", "414-478.pt", "478-500.pt", "500-564.pt", "564-600.pt"]
+    assert all(os.path.getsize(tmp_path / "replay" / name) < 64 * 16 + 2000 for name in names)
+    assert torch.equal(torch.load(tmp_path / "replay" / "500-564.pt"), rows[:64])
+
+
+# evaluate and watch
+
+
+def evaluate(script, monkeypatch, capsys, *flags):
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags])
+    script.main()
+    return capsys.readouterr().out.strip().splitlines()
+
+
+def test_evaluate_gives_the_last_evaluation_of_the_run_again(run, script, monkeypatch, capsys):
+    run_dir = run(eval_episodes=3)
+    logged = scalars(run_dir)["eval/episodic_return"][-1][1]
+    capsys.readouterr()
+    for target in (run_dir, run_dir / "final.pt", run_dir / "checkpoint.pt"):
+        head, returns = evaluate(script, monkeypatch, capsys, "--evaluate", str(target), "--eval-episodes", "3")
+        values = [float(value) for value in returns.removeprefix("returns: ").split(", ")]
+        assert "step 160: mean" in head and len(values) == 3
+        assert float(head.split("mean ")[1].split(",")[0]) == pytest.approx(logged, abs=0.06)
+        assert float(head.split("deviation ")[1]) == pytest.approx(np.std(values), abs=0.11)
+    (run_dir / "final.pt").unlink()
+    assert "checkpoint.pt, step 160" in evaluate(script, monkeypatch, capsys, "--evaluate", str(run_dir))[0]
+
+
+def test_videos_of_training_and_of_a_saved_policy(run, script, monkeypatch, capsys):
+    run_dir = run(capture_video=True, eval_frequency=80)
+    assert {path.name for path in (run_dir / "videos").iterdir()} == {"step-0.mp4", "step-80.mp4", "step-160.mp4"}
+    evaluate(script, monkeypatch, capsys, "--evaluate", str(run_dir), "--capture-video", "--eval-episodes", "1")
+    videos = list((run_dir / "videos").iterdir())
+    assert "evaluate-final.mp4" in [path.name for path in videos]
+    assert all(path.read_bytes()[4:8] == b"ftyp" and path.stat().st_size > 5000 for path in videos)
+
+
+def test_filming_changes_nothing(run, tmp_path):
+    plain, filmed = (run(capture_video=video, runs_dir=str(tmp_path / str(video))) for video in (False, True))
+    assert same(load(plain)["actor"], load(filmed)["actor"]) and scalars(plain) == scalars(filmed)
+
+
+def test_what_videos_need_is_said_before_anything_is_written(run, monkeypatch, capsys, tmp_path):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(su.importlib.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    assert "needs moviepy; `pip install moviepy`" in refused(capsys, lambda: run(capture_video=True))
+    monkeypatch.undo()
+    monkeypatch.setattr(ProbeEnv, "metadata", {"render_modes": ["rgb_array"]})
+    message = refused(capsys, lambda: run(capture_video=True, env_id="Probe-v0"))
+    assert "--capture-video cannot render here" in message and "libegl1" in message
+    assert not (tmp_path / "runs").exists()
