@@ -191,7 +191,7 @@ def inference(benchmark: Benchmark) -> None:
 
 
 def main(benchmark: Benchmark) -> None:
-    from sac_tar import processor
+    from sparse_utils import processor
 
     names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names}
