@@ -6,8 +6,10 @@ tensorboard --logdir runs
 """
 
 import copy
+import errno
 import math
 import random
+import shlex
 import signal
 import sys
 import time
@@ -80,7 +82,7 @@ class Args:
     resume: str | None = None  # run folder to continue from its last checkpoint; other flags are then those of the run
     checkpoint_frequency: int = 10_000  # environment steps between checkpoints
     save_buffer: bool = True  # keep the replay buffer in checkpoints; if not, a resumed run collects a new one first
-    evaluate: str | None = None  # run folder or .pt file: run its policy noise-free for --eval-episodes, train nothing
+    evaluate: str | None = None  # run folder or .pt file whose policy to run noise-free, --eval-episodes times, instead
     capture_video: bool = False  # write an mp4 of each evaluation's first episode into the run folder
 
     # Algorithm (defaults are CleanRL's)
@@ -266,6 +268,8 @@ def polyak_update(target_params: list[torch.Tensor], params: list[torch.Tensor],
 
 def evaluate_saved(args: Args) -> None:
     """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
+    sparse_utils.complete_args(args)
+    sparse_utils.check_args(args)
     path = Path(args.evaluate)
     if path.is_dir():
         path = path / ("final.pt" if (path / "final.pt").exists() else "checkpoint.pt")
@@ -274,7 +278,7 @@ def evaluate_saved(args: Args) -> None:
     if args.capture_video:
         env = RecordVideo(env, path.parent / "videos", lambda episode: False)
     actor = Actor(env.observation_space.shape[0], env.action_space, len(saved["actor"]["fc1.bias"]))
-    actor.load_state_dict(saved["actor"])
+    sparse_utils.load_networks({"actor": actor}, saved)
     video = f"evaluate-{path.stem}" if args.capture_video else ""
     seed = saved["args"]["seed"] + 2**31
     returns, _ = evaluate(env, actor.get_mean_action, args.eval_episodes, seed, torch.device("cpu"), video)
@@ -289,7 +293,7 @@ def train(args: Args) -> Path:
     sparse_utils.check_args(args)
     env, eval_env = sparse_utils.make_env(args.env_id), sparse_utils.make_env(args.env_id, args.capture_video)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    checkpoint = sparse_utils.load_state(Path(args.resume) / "checkpoint.pt", SCRIPT, device) if args.resume else None
+    checkpoint = None if args.resume is None else sparse_utils.load_checkpoint(args.resume, SCRIPT, device)
     torch.set_num_threads(args.torch_threads)
 
     # TRY NOT TO MODIFY: seeding
@@ -349,8 +353,7 @@ def train(args: Args) -> Path:
     actor_scalars, episode_actions, episode_generator, start_step, learn_from = {}, [], None, 0, args.learning_starts
     sps_from_time = time.perf_counter()
     if checkpoint:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
+        sparse_utils.load_networks(modules, checkpoint)
         for name, network in networks.items():
             sparse_utils.load_adam_state(network, optimizers[name], checkpoint["adam"][name])
         log_alpha.data.copy_(checkpoint["log_alpha"])
@@ -364,7 +367,7 @@ def train(args: Args) -> Path:
         else:  # collect anew before learning goes on
             learn_from += start_step
         args.resume = None  # from here on it is that run
-        sparse_utils.rewind(run_dir, args, checkpoint["log_sizes"], rb.rows, rb.added)
+        sparse_utils.rewind(run_dir, args, checkpoint, rb.rows, rb.added)
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
@@ -445,7 +448,9 @@ def train(args: Args) -> Path:
             save_checkpoint(global_step)
         if STOP_SIGNALS:
             writer.close()
-            tqdm.write(f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {run_dir}")
+            tqdm.write(
+                f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {shlex.quote(str(run_dir))}"
+            )
             sys.exit(128 + STOP_SIGNALS[0])
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
@@ -594,9 +599,9 @@ def train(args: Args) -> Path:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_saved(args)
-    if args.resume:  # what is not given is as it was
+    if args.resume is not None:  # what is not given is as it was
         saved = sparse_utils.resumed_args(Args, args.resume, SCRIPT)
         args = tyro.cli(Args, default=saved)
         sparse_utils.check_resumed_args(args, saved)
@@ -605,6 +610,8 @@ def main() -> None:
     try:
         train(args)
     except OSError as error:  # TensorBoard's writer, on a full disk
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
         fail(f"{error}; the last checkpoint is whole: make room, then go on with --resume", code=1)
 
 

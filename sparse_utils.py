@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -303,9 +304,9 @@ def grow(gradient: Tensor, mask: Tensor, count: int, method: str, generator: tor
 
 
 def rewiring_flops(active: int, size: int, method: str, criterion: str) -> int:
-    """Floating-point operations per sample for the gradient that a rewiring of a network needs: 2 per active connection
-    forward and 2 backward to the inputs; for the weights' gradient 2 per weight, active or not, with rigl (Evci et al.
-    2020), 2 per active one where only dropping needs it, and nothing at all where neither does."""
+    """Floating-point operations per sample of a rewiring, for the gradient of the network's own layers alone: 2 per
+    active connection forward and 2 backward to the inputs; for the weights' gradient 2 per weight, active or not, with
+    rigl (Evci et al. 2020), 2 per active one where only dropping needs it, and nothing at all where neither does."""
     if method == "rigl":
         return 4 * active + 2 * size
     return 0 if criterion in ("magnitude", "set", "random") else 6 * active
@@ -690,7 +691,6 @@ def log_topology(
     if warnings:
         tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
-    log_sparsity(writer, global_step, masks, masks, {})
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
             image = mask_image(static_masks[name][layer], mask)
@@ -799,6 +799,7 @@ class NewWorld(gym.Wrapper):
 def make_env(env_id: str, video: bool = False) -> gym.Env:
     # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
     warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # on resuming
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
         if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
@@ -863,7 +864,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             part.unlink()
         why = error.__context__ or error  # torch hides the system's own words
-        fail(f"cannot write {path} ({why}); the last checkpoint is whole: make room, then go on with --resume", code=1)
+        resumable = (path.parent / "checkpoint.pt").exists() or path.parent.name == "replay"
+        how = (
+            "the last checkpoint is whole: make room, then go on with --resume"
+            if resumable
+            else "make room, start anew"
+        )
+        fail(f"cannot write {path} ({why}); {how}", code=1)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -910,15 +917,19 @@ def make_run_dir(args) -> Path:
             unix_time += 1  # its twin started in the same second
         except OSError as error:
             fail(f"cannot make the run folder ({error}); choose another --runs-dir")
-    versions = {module.__name__: module.__version__ for module in (torch, gym, mujoco, np)}
-    config = {
-        "args": asdict(args),
-        "versions": {"python": platform.python_version(), **versions},
-        "git_commit": git_commit(Path(__file__).parent),
-        "processor": processor(),
-    }
-    write_json(run_dir / "config.json", config)
+    write_config(run_dir, args)
     return run_dir
+
+
+def versions() -> dict[str, str]:
+    modules = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
+    return {"python": platform.python_version(), **modules}
+
+
+def write_config(run_dir: Path, args) -> None:
+    commit = git_commit(Path(__file__).parent)
+    config = {"args": asdict(args), "versions": versions(), "git_commit": commit, "processor": processor()}
+    write_json(run_dir / "config.json", config)
 
 
 def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
@@ -930,15 +941,16 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        fail(f"there is no {path}; check the path, or start the run anew")
+        fail(f"there is no {path}; check the path")
     except (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
 
 
-def load_state(path: Path, script: str, device: torch.device | str = "cpu") -> dict:
-    """The dictionary in a final.pt or checkpoint.pt, checked as above and to be one of this script and format."""
+def load_state(path: Path, script: str, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:
+    """The dictionary in a final.pt or checkpoint.pt, checked as above, to be one of this script and format, and to have
+    `keys`."""
     state = load_checked(path, device)
     if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
         fail(f"{path} is not a file of {script}.py; use one of its final.pt or checkpoint.pt")
@@ -948,12 +960,31 @@ def load_state(path: Path, script: str, device: torch.device | str = "cpu") -> d
         fail(
             f"{path} has format {state['format']} and this version reads {CHECKPOINT_FORMAT}; use the one that wrote it"
         )
+    if missing := sorted(set(keys) - state.keys()):
+        fail(f"{path} lacks {', '.join(missing)} and is no checkpoint; use another or start the run anew")
     return state
+
+
+def load_checkpoint(run_dir: str, script: str, device: torch.device | str = "cpu") -> dict:
+    """The checkpoint of a run folder, checked."""
+    if Path(run_dir).is_file():
+        fail(f"--resume takes the run folder, not a file; try --resume {shlex.quote(str(Path(run_dir).parent))}")
+    keys = ("adam", "revived_masks", "rewired", "actor_scalars", "training_flops", "episode", "random", "added")
+    return load_state(Path(run_dir) / "checkpoint.pt", script, device, (*keys, "masks", "log_sizes", "versions"))
+
+
+def load_networks(modules: dict[str, nn.Module], state: dict) -> None:
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        fail(f"the saved networks are not those of this script ({why}); use the one that saved them")
 
 
 def resumed_args(arguments: type, run_dir: str, script: str):
     """The arguments of the run in this folder, of the script's dataclass."""
-    saved = load_state(Path(run_dir) / "checkpoint.pt", script)["args"]
+    saved = load_checkpoint(run_dir, script)["args"]
     try:
         return arguments(**saved | {"resume": run_dir})
     except TypeError as error:
@@ -998,7 +1029,8 @@ def set_random_states(states: dict, mask_generator: torch.Generator, action_spac
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
     """The files replay/<start>-<stop>.pt with transitions start to stop, in order."""
-    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in run_dir.glob("replay/*-*.pt")}
+    paths = [path for path in run_dir.glob("replay/*.pt") if re.fullmatch(r"\d+-\d+", path.stem)]
+    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in paths}
     return dict(sorted(ranges.items(), key=lambda item: item[1]))
 
 
@@ -1013,22 +1045,33 @@ def save_checkpoint(run_dir: Path, state: dict, rows: Tensor | None, added: int)
             piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
             write_whole(run_dir / "replay" / f"{start}-{stop}.pt", functools.partial(torch.save, piece))
             start = stop
-    state = state | {"log_sizes": {path.name: path.stat().st_size for path in run_dir.glob("*tfevents*")}}
+    logs = list(run_dir.glob("*tfevents*"))
+    for path in logs:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    state = state | {"log_sizes": {path.name: path.stat().st_size for path in logs}, "versions": versions()}
     write_whole(run_dir / "checkpoint.pt", functools.partial(torch.save, state))
     for path, (_, stop) in replay_files(run_dir).items():
         if rows is None or stop <= added - len(rows):
             path.unlink()
 
 
-def rewind(run_dir: Path, args, log_sizes: dict[str, int], rows: Tensor, added: int) -> None:
+def rewind(run_dir: Path, args, checkpoint: dict, rows: Tensor, added: int) -> None:
     """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
-    `added` transitions into `rows`. config.json takes over `args`, since some may change."""
-    for path in run_dir.glob("*tfevents*"):
-        if path.name in log_sizes:
-            os.truncate(path, log_sizes[path.name])
+    `added` transitions into `rows`. config.json takes over `args`, since some may change. Warns if a log is lost or the
+    packages are others."""
+    logs = {path.name: path for path in run_dir.glob("*tfevents*")}
+    for name, size in checkpoint["log_sizes"].items():
+        if name not in logs or logs[name].stat().st_size < size:
+            tqdm.write(f"warning: {name} has lost some of what was logged before the checkpoint")
         else:
-            path.unlink()
-    write_json(run_dir / "config.json", json.loads((run_dir / "config.json").read_text()) | {"args": asdict(args)})
+            os.truncate(logs[name], size)
+    for name in logs.keys() - checkpoint["log_sizes"].keys():
+        logs[name].unlink()
+    (run_dir / "final.pt").unlink(missing_ok=True)  # the run is not at its end
+    if checkpoint["versions"] != versions():
+        tqdm.write(f"warning: the run began with {checkpoint['versions']} and goes on with {versions()}")
+    write_config(run_dir, args)
     read = max(0, added - len(rows))
     for path, (start, stop) in replay_files(run_dir).items():
         if stop > added:

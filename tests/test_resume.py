@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ def same(a, b):
 def scalars(run_dir):
     """Everything logged but the speed, as tag -> [(step, value)]."""
     log = events(run_dir)
-    return {t: [(e.step, e.value) for e in log.Scalars(t)] for t in log.Tags()["scalars"] if t != "charts/SPS"}
+    return {t: sorted((e.step, e.value) for e in log.Scalars(t)) for t in log.Tags()["scalars"] if t != "charts/SPS"}
 
 
 def assert_same_run(run_dir, undisturbed):
@@ -98,12 +99,13 @@ CASES = {
     "late pruning by snip": (80, {"prune_at": 110, "criterion": "snip", "save_buffer": False}),
     "after pruning": (111, {"checkpoint_frequency": 50}),
     "on the kernels": (111, {"compute": "sparse"}),
-    "rigl": (131, {"method": "rigl", "rewire_every": 25, "total_timesteps": 210, "drop_criterion": "random"}),
+    "rigl": (90, {"method": "rigl", "rewire_every": 25, "total_timesteps": 210, "drop_criterion": "random"}),
     "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
     "an odd policy frequency": (150, {"policy_frequency": 3, "total_timesteps": 205}),
     "dense": (100, {"method": "dense"}),
+    "the third episode": (430, {"total_timesteps": 450}),
 }
 
 
@@ -113,7 +115,13 @@ def test_a_resumed_run_is_the_undisturbed_run(run, resume, stop_after, tmp_path,
     undisturbed = run(**flags, runs_dir=str(tmp_path / "a"))
     stop_after(transitions)
     run_dir = interrupted(run, **flags, runs_dir=str(tmp_path / "b"))
-    assert load_checkpoint(run_dir)["global_step"] == transitions
+    first = load_checkpoint(run_dir)
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        resume(run_dir)
+    second = load_checkpoint(run_dir)
+    assert (first["global_step"], second["global_step"]) == (transitions, transitions + 5)
+    assert second["sps_seconds"] > first["sps_seconds"] > 0 or transitions < 60
     assert resume(run_dir) == run_dir
     assert_same_run(run_dir, undisturbed)
 
@@ -177,6 +185,20 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, tmp_path, nu
     assert load_checkpoint(run_dir)["global_step"] >= step
 
 
+def test_every_generator_is_put_back():
+    generator, space = torch.Generator().manual_seed(1), gym.spaces.Box(-1, 1, (2,), seed=2)
+
+    def draw():
+        masks = torch.rand(3, generator=generator).tolist()
+        return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist(), masks, space.sample().tolist()
+
+    draw()
+    states = su.random_states(generator, space)
+    drawn = draw()
+    su.set_random_states(states, generator, space)
+    assert draw() == drawn
+
+
 @pytest.mark.parametrize("before, after", [("sparse", "masked"), ("masked", "sparse")])
 def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, tmp_path, before, after):
     undisturbed = run(compute="masked", runs_dir=str(tmp_path / "a"), sparsity=0.8)
@@ -188,6 +210,27 @@ def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, tmp_path, b
     for name in ("actor", "qf1", "qf1_target"):
         for key, tensor in expected[name].items():
             assert torch.allclose(final[name][key], tensor, rtol=1e-3, atol=1e-4), (name, key)
+
+
+def test_a_log_that_lost_something_is_said(run, resume, capsys):
+    run_dir = run()
+    (log,) = run_dir.glob("*tfevents*")
+    os.truncate(log, 100)
+    resume(run_dir, total_timesteps=170)
+    assert f"warning: {log.name} has lost some of what was logged" in capsys.readouterr().out
+
+
+def test_other_packages_are_said(run, resume, capsys, monkeypatch):
+    run_dir = run()
+    monkeypatch.setattr(su.mujoco, "__version__", "9.9")
+    resume(run_dir, total_timesteps=170)
+    assert "'mujoco': '9.9'" in capsys.readouterr().out
+    assert json.loads((run_dir / "config.json").read_text())["versions"]["mujoco"] == "9.9"
+
+
+def test_an_evaluation_at_the_pruning_step_logs_once(run):
+    logged = scalars(run(learning_starts=100))
+    assert all(len({step for step, _ in points}) == len(points) for points in logged.values())
 
 
 def test_training_may_grow(run, resume, tmp_path):
@@ -311,6 +354,15 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     for content in (b"", b"not a checkpoint"):
         file.write_bytes(content)
         assert "cannot read" in refused(capsys, su.load_state, file, "sac_tar")
+    (tmp_path / "checkpoint.pt").write_bytes((sac / "final.pt").read_bytes())
+    message = refused(capsys, su.resumed_args, sac_tar.Args, str(tmp_path), "sac_tar")
+    assert "lacks actor_scalars, adam, added, episode" in message and "is no checkpoint" in message
+    message = refused(capsys, su.resumed_args, sac_tar.Args, str(sac / "checkpoint.pt"), "sac_tar")
+    assert f"--resume takes the run folder, not a file; try --resume {sac}" in message
+    torch.save(state | {"qf1": {"fc1.weight": torch.ones(3, 3)}}, tmp_path / "checkpoint.pt")
+    assert "networks are not those of this script" in refused(
+        capsys, sac_tar.train, sac_tar.Args(**state["args"] | {"resume": str(tmp_path)})
+    )
     torch.save(state | {"args": state["args"] | {"colour": 1}}, tmp_path / "checkpoint.pt")
     message = refused(capsys, su.resumed_args, sac_tar.Args, str(tmp_path), "sac_tar")
     assert "are not those of this sac_tar.py" in message and "colour" in message
@@ -343,8 +395,9 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
         if (runs := list((tmp_path / "b").glob("*/checkpoint.pt"))) and load_checkpoint(runs[0].parent)[
             "global_step"
         ] == 50:
+            writing = os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp")
             calls.append(1)
-            if len(calls) >= at:
+            if len(calls) >= at and writing:
                 os.ftruncate(descriptor, 10)
                 raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
