@@ -194,7 +194,8 @@ def main(benchmark: Benchmark) -> None:
     from sparse_utils import processor
 
     names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"] in names}
+    installed = [(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()]
+    found = {name.replace("_", "-"): version for name, version in installed}
     versions = ", ".join(f"{name} {found[name]}" for name in names if name in found)
     print(f"{datetime.date.today()}, {processor()}, {benchmark.threads} thread(s), {benchmark.env_id}, batch 256")
     print(f"Python {sys.version.split()[0]}, {versions}; median of {benchmark.rounds} rounds (smallest-largest)")

@@ -103,7 +103,7 @@ CASES = {
     "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
-    "an odd policy frequency": (150, {"policy_frequency": 3, "total_timesteps": 205}),
+    "an odd policy frequency": (200, {"policy_frequency": 3, "total_timesteps": 210}),
     "dense": (100, {"method": "dense"}),
     "the third episode": (430, {"total_timesteps": 450}),
 }
