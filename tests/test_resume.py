@@ -20,6 +20,7 @@ from conftest import ProbeEnv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_runs import events, load
+from torch.utils.tensorboard import SummaryWriter
 
 import sac_tar
 import sparse_utils as su
@@ -48,6 +49,11 @@ def assert_same_run(run_dir, undisturbed):
     assert topology[0] == topology[1]
     assert json.loads((run_dir / "config.json").read_text())["args"]["resume"] is None
     assert not list(run_dir.rglob("*.tmp"))
+    if not final["args"]["save_buffer"]:
+        return
+    rows = [torch.cat([torch.load(path) for path in su.replay_files(folder)]) for folder in (run_dir, undisturbed)]
+    kept = min(map(len, rows))  # files may begin at other steps
+    assert torch.equal(rows[0][-kept:], rows[1][-kept:])
 
 
 @pytest.fixture
@@ -99,7 +105,7 @@ CASES = {
     "late pruning by snip": (80, {"prune_at": 110, "criterion": "snip", "save_buffer": False}),
     "after pruning": (111, {"checkpoint_frequency": 50}),
     "on the kernels": (111, {"compute": "sparse"}),
-    "rigl": (90, {"method": "rigl", "rewire_every": 25, "total_timesteps": 210, "drop_criterion": "random"}),
+    "rigl": (90, {"method": "rigl", "rewire_every": 40, "total_timesteps": 210, "drop_criterion": "random"}),
     "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
@@ -210,6 +216,19 @@ def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, tmp_path, b
     for name in ("actor", "qf1", "qf1_target"):
         for key, tensor in expected[name].items():
             assert torch.allclose(final[name][key], tensor, rtol=1e-3, atol=1e-4), (name, key)
+
+
+def test_what_a_dead_process_left_after_its_checkpoint_is_cleared(run, resume, stop_after, tmp_path):
+    undisturbed = run(runs_dir=str(tmp_path / "a"))
+    stop_after(100)
+    run_dir = interrupted(run, runs_dir=str(tmp_path / "b"))
+    torch.save(torch.zeros(50, 9), run_dir / "replay" / "100-150.pt")
+    late = SummaryWriter(run_dir, filename_suffix=".late")
+    late.add_scalar("eval/episodic_return", 1.0, 140)
+    late.close()
+    resume(run_dir)
+    assert_same_run(run_dir, undisturbed)
+    assert not list(run_dir.glob("*.late"))
 
 
 def test_a_log_that_lost_something_is_said(run, resume, capsys):
