@@ -1059,7 +1059,14 @@ def save_checkpoint(run_dir: Path, state: dict, rows: Tensor | None, added: int)
 def rewind(run_dir: Path, args, checkpoint: dict, rows: Tensor, added: int) -> None:
     """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
     `added` transitions into `rows`. config.json takes over `args`, since some may change. Warns if a log is lost or the
-    packages are others."""
+    packages are others. Nothing is changed before the replay buffer is known to be whole."""
+    read = max(0, added - len(rows))
+    for path, (start, stop) in replay_files(run_dir).items():
+        if stop <= added and start <= read < stop:
+            rows[torch.arange(start, stop) % len(rows)] = load_checked(path).to(rows.device)
+            read = stop
+    if read < added:
+        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")
     logs = {path.name: path for path in run_dir.glob("*tfevents*")}
     for name, size in checkpoint["log_sizes"].items():
         if name not in logs or logs[name].stat().st_size < size:
@@ -1068,16 +1075,10 @@ def rewind(run_dir: Path, args, checkpoint: dict, rows: Tensor, added: int) -> N
             os.truncate(logs[name], size)
     for name in logs.keys() - checkpoint["log_sizes"].keys():
         logs[name].unlink()
-    (run_dir / "final.pt").unlink(missing_ok=True)  # the run is not at its end
+    (run_dir / "final.pt").unlink(missing_ok=True)  # it comes anew at the end
     if checkpoint["versions"] != versions():
         tqdm.write(f"warning: the run began with {checkpoint['versions']} and goes on with {versions()}")
     write_config(run_dir, args)
-    read = max(0, added - len(rows))
-    for path, (start, stop) in replay_files(run_dir).items():
+    for path, (_, stop) in replay_files(run_dir).items():
         if stop > added:
             path.unlink()
-        elif start <= read < stop:
-            rows[torch.arange(start, stop) % len(rows)] = load_checked(path).to(rows.device)
-            read = stop
-    if read < added:
-        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")

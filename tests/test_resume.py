@@ -398,6 +398,7 @@ def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, resume, capsys
     files[1].unlink()
     assert "replay lacks transitions 50 to 160" in refused(capsys, lambda: resume(run_dir, total_timesteps=170))
     files[1].write_bytes(content)
+    assert (run_dir / "final.pt").exists() and len(list(run_dir.glob("*tfevents*"))) == 1  # a refusal changes nothing
     resume(run_dir, total_timesteps=170)
 
 
