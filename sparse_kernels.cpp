@@ -13,41 +13,65 @@ static int omp_get_thread_num() { return 0; }
 #endif
 
 #if defined(__AVX512F__)
-constexpr int W = 16;
+constexpr int W = 16, R = 4;
 #elif defined(__AVX__)
-constexpr int W = 8;
+constexpr int W = 8, R = 2;
 #else
-constexpr int W = 4;
+constexpr int W = 4, R = 2;
 #endif
+// W: floats in a vector; R: rows of a dense layer that share what is loaded, as many as the registers hold
 constexpr int V = 4;  // vectors per tile row: with two partial sums each enough to hide the latency, in 16 registers
 typedef float vector __attribute__((vector_size(W * sizeof(float))));
 
+#define INLINE __attribute__((always_inline)) static inline
+
 struct Layer {
-    int64_t n_in, n_out;
+    int64_t n_in, n_out, dense;                    // dense: every connection is stored
     int64_t input, output;                         // where they start in a tile of the workspace, in rows of T
     const int32_t *row_start, *column;             // the stored values of output o: row_start[o] to row_start[o + 1]
     const int32_t *column_start, *row, *position;  // the same by input, and where each one stands in the order above
     int64_t values, bias;                          // where they start among the network's parameters
 };
 
-// sum = bias + the sum of values[k] * x[index[k]] over the k of row i, for one tile.
-template <typename vec, int V>
-__attribute__((always_inline)) static inline void product(int64_t i, const int32_t *start, const int32_t *index,
-                                                          const float *values, float bias, const vec *x, vec *sum) {
-    vec odd[V];
-    for (int v = 0; v < V; v++) {
-        sum[v] = vec{} + bias;
-        odd[v] = vec{};
-    }
-    int32_t k = start[i], end = start[i + 1];
-    for (; k + 1 < end; k += 2) {
+// Adds to sum[r] the values[k] * x[index[k]] over the k of row i + r, for one tile. Rows that are taken together have one
+// index list, so that what is loaded of x serves them all; one row has two partial sums, to hide the latency.
+template <typename vec, int V, int rows>
+INLINE void product(int64_t i, const int32_t *start, const int32_t *index, const float *values, const vec *x,
+                    vec (*sum)[V]) {
+    const int32_t count = start[i + 1] - start[i];
+    values += start[i], index += start[i];
+    vec odd[V]{};
+    int32_t k = 0;
+    for (; rows == 1 && k + 1 < count; k += 2) {
         const vec *a = x + (int64_t)index[k] * V, *b = x + (int64_t)index[k + 1] * V;
-        for (int v = 0; v < V; v++) sum[v] += values[k] * a[v];
+        for (int v = 0; v < V; v++) sum[0][v] += values[k] * a[v];
         for (int v = 0; v < V; v++) odd[v] += values[k + 1] * b[v];
     }
-    if (k < end)
-        for (int v = 0; v < V; v++) sum[v] += values[k] * x[(int64_t)index[k] * V + v];
-    for (int v = 0; v < V; v++) sum[v] += odd[v];
+    for (; k < count; k++)
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < V; v++) sum[r][v] += values[r * count + k] * x[(int64_t)index[k] * V + v];
+    if (rows == 1)
+        for (int v = 0; v < V; v++) sum[0][v] += odd[v];
+}
+
+// Calls write(i, sum) with `bias[i]` (0 without) plus the product of each of the n rows.
+template <typename vec, int V, typename Write>
+INLINE void products(int64_t n, bool dense, const int32_t *start, const int32_t *index, const float *values,
+                     const float *bias, const vec *x, Write write) {
+    int64_t i = 0;
+    for (; dense && i + R <= n; i += R) {
+        vec sum[R][V];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < V; v++) sum[r][v] = vec{} + (bias ? bias[i + r] : 0.0f);
+        product<vec, V, R>(i, start, index, values, x, sum);
+        for (int r = 0; r < R; r++) write(i + r, sum[r]);
+    }
+    for (; i < n; i++) {
+        vec sum[1][V];
+        for (int v = 0; v < V; v++) sum[0][v] = vec{} + (bias ? bias[i] : 0.0f);
+        product<vec, V, 1>(i, start, index, values, x, sum);
+        write(i, sum[0]);
+    }
 }
 
 static inline float total(float x) { return x; }
@@ -73,6 +97,33 @@ static void out_of_tile(const float *tile, int64_t first, int64_t batch, int64_t
         for (int64_t i = 0; i < n; i++) samples[(first + j) * n + i] = tile[i * T + j];
 }
 
+// The gradients of the biases and values of `outputs` outputs from o on, which have one index list, `columns` at a time.
+template <typename vec, int V, int outputs, int columns>
+INLINE void value_gradients(const Layer &layer, int64_t o, int64_t tile_count, int64_t rows, const vec *x, const vec *g,
+                            float *grad_params) {
+    for (int r = 0; r < outputs; r++) {
+        vec sum{};
+        for (int64_t t = 0; t < tile_count; t++)
+            for (int v = 0; v < V; v++) sum += g[(t * rows + o + r) * V + v];
+        grad_params[layer.bias + o + r] = total(sum);
+    }
+    const int32_t *index = layer.column + layer.row_start[o], count = layer.row_start[o + 1] - layer.row_start[o];
+    float *grad_values = grad_params + layer.values + layer.row_start[o];
+    for (int32_t k = 0; k < count; k += columns) {
+        vec dot[outputs][columns]{};
+        const vec *column[columns];
+        for (int j = 0; j < columns; j++) column[j] = x + (int64_t)index[k + j < count ? k + j : k] * V;
+        for (int64_t t = 0; t < tile_count; t++)
+            for (int v = 0; v < V; v++)
+                for (int r = 0; r < outputs; r++) {
+                    const vec g_v = g[(t * rows + o + r) * V + v];
+                    for (int j = 0; j < columns; j++) dot[r][j] += g_v * column[j][t * rows * V + v];
+                }
+        for (int r = 0; r < outputs; r++)
+            for (int j = 0; j < columns && k + j < count; j++) grad_values[r * count + k + j] = total(dot[r][j]);
+    }
+}
+
 template <typename vec, int V>
 static void forward(const Layer *layers, int count, const float *params, int64_t batch, const float *x, float *y,
                     float *workspace, bool keep, int threads) {
@@ -88,12 +139,11 @@ static void forward(const Layer *layers, int count, const float *params, int64_t
             const float *values = params + layer.values, *bias = params + layer.bias;
             const vec *in = (const vec *)(tile + layer.input * T);
             vec *out = (vec *)(tile + layer.output * T);
-            for (int64_t o = 0; o < layer.n_out; o++) {
-                vec sum[V];
-                product<vec, V>(o, layer.row_start, layer.column, values, bias[o], in, sum);
+            auto activate = [&](int64_t o, const vec *sum) {
                 for (int v = 0; v < V; v++)  // ReLU that lets NaN pass
                     out[o * V + v] = &layer == &last ? sum[v] : sum[v] < 0 ? vec{} : sum[v];
-            }
+            };
+            products<vec, V>(layer.n_out, layer.dense, layer.row_start, layer.column, values, bias, in, activate);
         }
         out_of_tile<T>(tile + last.output * T, t * T, batch, last.n_out, y);
     }
@@ -118,26 +168,13 @@ static void backward(const Layer *layers, int count, const float *params, int64_
             const vec *x = (const vec *)tiles + layer.input * V, *g = (const vec *)tiles + layer.output * V;
             if (grad_params) {
 #pragma omp for schedule(static)
-                for (int64_t o = 0; o < layer.n_out; o++) {
-                    vec sum{};
-                    for (int64_t t = 0; t < tile_count; t++)
-                        for (int v = 0; v < V; v++) sum += g[(t * rows + o) * V + v];
-                    grad_params[layer.bias + o] = total(sum);
-                    const int32_t end = layer.row_start[o + 1];
-                    for (int32_t k = layer.row_start[o]; k < end; k += 8) {
-                        vec dot[8];
-                        const vec *column[8];
-                        for (int j = 0; j < 8; j++) {
-                            dot[j] = vec{};
-                            column[j] = x + (int64_t)layer.column[k + j < end ? k + j : k] * V;
-                        }
-                        for (int64_t t = 0; t < tile_count; t++)
-                            for (int v = 0; v < V; v++) {
-                                const vec g_v = g[(t * rows + o) * V + v];
-                                for (int j = 0; j < 8; j++) dot[j] += g_v * column[j][t * rows * V + v];
-                            }
-                        for (int j = 0; j < 8 && k + j < end; j++) grad_params[layer.values + k + j] = total(dot[j]);
-                    }
+                for (int64_t o = 0; o < layer.n_out; o += R) {
+                    const int64_t stop = o + R < layer.n_out ? o + R : layer.n_out;
+                    if (layer.dense && stop - o == R)
+                        value_gradients<vec, V, R, 4>(layer, o, tile_count, rows, x, g, grad_params);
+                    else
+                        for (int64_t r = o; r < stop; r++)
+                            value_gradients<vec, V, 1, 8>(layer, r, tile_count, rows, x, g, grad_params);
                 }
             }
             if (l == 0 && !grad_x) continue;
@@ -147,12 +184,12 @@ static void backward(const Layer *layers, int count, const float *params, int64_
             for (int64_t t = 0; t < tile_count; t++) {
                 const vec *g_out = (const vec *)tiles + (t * rows + layer.output) * V;
                 vec *in = (vec *)tiles + (t * rows + layer.input) * V;
-                for (int64_t i = 0; i < layer.n_in; i++) {
-                    vec sum[V];
-                    product<vec, V>(i, layer.column_start, layer.row, transposed, 0.0f, g_out, sum);
+                auto overwrite = [&](int64_t i, const vec *sum) {
                     for (int v = 0; v < V; v++)  // through the ReLU that made the input
                         in[i * V + v] = l == 0 ? sum[v] : in[i * V + v] > 0 ? sum[v] : vec{};
-                }
+                };
+                products<vec, V>(layer.n_in, layer.dense, layer.column_start, layer.row, transposed, nullptr, g_out,
+                                 overwrite);
                 if (l == 0) out_of_tile<T>((const float *)in, t * T, batch, layer.n_in, grad_x);
             }
         }

@@ -344,7 +344,7 @@ class _Layer(ctypes.Structure):
     """`Layer` of sparse_kernels.cpp."""
 
     _fields_ = (
-        [(name, ctypes.c_int64) for name in ("n_in", "n_out", "input", "output")]
+        [(name, ctypes.c_int64) for name in ("n_in", "n_out", "dense", "input", "output")]
         + [(name, ctypes.c_void_p) for name in ("row_start", "column", "column_start", "row", "position")]
         + [(name, ctypes.c_int64) for name in ("values", "bias")]
     )
@@ -404,6 +404,7 @@ class SparseMLP(nn.Module):
                 self.indices.append(tensor.to(torch.int32).contiguous())  # kept alive for the kernels
                 setattr(layer, name, self.indices[-1].data_ptr())
             layer.n_out, layer.n_in = mask.shape
+            layer.dense = bool(mask.all())
             layer.input, layer.output = row, row + layer.n_in
             layer.values, layer.bias = position, position + len(by_row)
             row, position = layer.output, layer.bias + layer.n_out

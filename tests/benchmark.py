@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,14 +35,14 @@ class Benchmark:
     """threads, and cores that a process may use"""
     env_id: str = "Hopper-v4"
     """environment to train on"""
-    tables: tuple[Literal["peers", "arms", "widths", "rule", "inference"], ...] = (
+    tables: tuple[Literal["peers", "arms", "widths", "inference", "layers", "rule"], ...] = (
         "peers",
         "arms",
         "widths",
         "inference",
     )
-    """tables to print: peers and arms (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, and rule (the
-    cells that the rule of --compute auto rests on)"""
+    """tables to print: peers and arms (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, layers (dense
+    layers in torch or in the kernels), and rule (the cells that the rule of --compute auto rests on)"""
 
 
 def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, steps: int, **flags) -> float:
@@ -152,6 +153,46 @@ def sparse_over_masked(benchmark: Benchmark, cells: list[tuple[int, float, int]]
         print(f"| {row} |", flush=True)
 
 
+def microseconds(*calls) -> list[float]:
+    """The median time of each of these calls, over 300 turns."""
+    times = [[] for _ in calls]
+    for _ in range(300):
+        for call, so_far in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            so_far.append(1e6 * (time.perf_counter() - started))
+    return [statistics.median(values) for values in times]
+
+
+def layers(benchmark: Benchmark) -> None:
+    """Where the wholly dense layer of an otherwise sparse network is computed best."""
+    import torch
+    import torch.nn as nn
+
+    import sparse_utils
+
+    def kernels(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> nn.Module:
+        return sparse_utils.SparseMLP(linears, {name: masks[name] for name in linears})
+
+    def step(network: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> None:
+        torch.autograd.grad(network(x), [x, *network.parameters()], grad_y)
+
+    torch.set_num_threads(benchmark.threads)
+    print("\n| dense layer | others, 5% | it in torch, us | all in the kernels, us | ratio |\n|---|---|---|---|---|")
+    small, large = (11, 256, 256, 1), (376, 256, 256, 34)
+    for sizes, first in ((small, True), (large, True), (small, False), (large, False)):
+        torch.manual_seed(0)
+        linears = {f"{a}x{b}": nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])}
+        name = list(linears)[0 if first else -1]
+        masks = {n: torch.rand(m.weight.shape) < (1 if n == name else 0.05) for n, m in linears.items()}
+        rest = {n: m for n, m in linears.items() if n != name}
+        parts = [linears[name], nn.ReLU(inplace=True), kernels(rest, masks)]
+        beside = nn.Sequential(*(parts if first else reversed(parts)))
+        data = torch.randn(256, sizes[0], requires_grad=True), torch.randn(256, sizes[-1])
+        t, k = microseconds(partial(step, beside, *data), partial(step, kernels(linears, masks), *data))
+        print(f"| {name} | {', '.join(rest)} | {t:.0f} | {k:.0f} | {t / k:.2f}x |")
+
+
 def inference(benchmark: Benchmark) -> None:
     import gymnasium as gym
     import torch
@@ -178,14 +219,8 @@ def inference(benchmark: Benchmark) -> None:
             sparse_bytes = sum(t.numel() * t.element_size() for t in (mlp.flat, *mlp.indices, *mlp.masks.values()))
             for batch in (1, 256):
                 x = torch.randn(batch, env.observation_space.shape[0])
-                times = {"dense": [], "sparse": []}
                 with torch.no_grad():
-                    for _ in range(300):
-                        for name, actor in (("dense", dense), ("sparse", sparse)):
-                            started = time.perf_counter()
-                            actor(x)
-                            times[name].append(1e6 * (time.perf_counter() - started))
-                d, s = (statistics.median(times[name]) for name in ("dense", "sparse"))
+                    d, s = microseconds(partial(dense, x), partial(sparse, x))
                 memory = f"{dense_bytes / 1024:.0f} | {sparse_bytes / 1024:.0f}"
                 print(f"| {width} wide | {sparsity:.0%} | {batch} | {d:.0f} | {s:.0f} | {d / s:.1f}x | {memory} |")
 
@@ -203,7 +238,7 @@ def main(benchmark: Benchmark) -> None:
         if table in CELLS:
             sparse_over_masked(benchmark, CELLS[table])
         else:
-            {"peers": peers, "arms": arms, "inference": inference}[table](benchmark)
+            {"peers": peers, "arms": arms, "inference": inference, "layers": layers}[table](benchmark)
 
 
 if __name__ == "__main__":
