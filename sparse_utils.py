@@ -8,6 +8,7 @@ boolean and True marks an active connection. Nothing here draws from torch's glo
 import contextlib
 import ctypes
 import difflib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +27,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -747,6 +748,14 @@ def fail(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict[str, float]) -> None:
+    """End the program with one sentence, the log closed, if one of these is NaN or infinite."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            writer.close()
+            fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
+
+
 def complete_args(args) -> None:
     """Put in what defaults to another flag, in place. `args` is the dataclass of a script's arguments."""
     args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
@@ -872,6 +881,17 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             else "make room, start anew"
         )
         fail(f"cannot write {path} ({why}); {how}", code=1)
+
+
+@contextlib.contextmanager
+def full_disk_in_a_sentence() -> Iterator[None]:
+    """End the program with one sentence if TensorBoard's writer finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        fail(f"{error}; the last checkpoint is whole: make room, then go on with --resume", code=1)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -6,7 +6,6 @@ tensorboard --logdir runs
 """
 
 import copy
-import errno
 import math
 import random
 import shlex
@@ -31,7 +30,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from sparse_utils import fail
 
 Method = Literal["tar", "uniform", "static", "set", "rigl", "tiny", "dense"]
 DropCriterion = Literal["magnitude", "set", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"]
@@ -223,13 +221,6 @@ def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.devic
     return returns, lengths
 
 
-def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict[str, float]) -> None:
-    for name, value in quantities.items():
-        if not math.isfinite(value):
-            writer.close()
-            fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
-
-
 def parameters_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
@@ -295,7 +286,7 @@ def train(args: Args) -> Path:
     if args.critic_method == "tiny":
         critic_hidden = sparse_utils.tiny_size(observation_size + action_size, critic_hidden, 1, args.critic_sparsity)
     if min(actor_hidden, critic_hidden) < 1:
-        fail("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
+        sparse_utils.fail("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
     actor = Actor(observation_size, env.action_space, actor_hidden).to(device)
     qf1 = QNetwork(observation_size, action_size, critic_hidden).to(device)
     qf2 = QNetwork(observation_size, action_size, critic_hidden).to(device)
@@ -318,7 +309,7 @@ def train(args: Args) -> Path:
             for name, w in weights.items()
         }
     except ValueError as error:
-        fail(str(error))
+        sparse_utils.fail(str(error))
     masks, revived_masks, rewired = {}, {}, {}
     dynamic = [name for name, method in methods.items() if method in ("set", "rigl")]
     sizes = {name: sum(weight.numel() for weight in w.values()) for name, w in weights.items()}
@@ -381,7 +372,7 @@ def train(args: Args) -> Path:
         mean_return = float(np.mean(returns))
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
         writer.add_scalar("eval/episodic_length", float(np.mean(lengths)), global_step)
-        stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
+        sparse_utils.stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
         writer.add_scalar("flops/inference", action_flops, global_step)
         writer.add_scalar("flops/training", training_flops, global_step)
         sparse_utils.log_sparsity(writer, global_step, masks, revived_masks, rewired)
@@ -412,18 +403,15 @@ def train(args: Args) -> Path:
         sparse_utils.set_random_states(checkpoint["random"], mask_generator, env.action_space)
     steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
     wait = 0.5 if sys.stderr.isatty() else 60
-    progress = tqdm(
-        steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True
-    )
-    for global_step in progress:
+    bar = tqdm(steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
+    for global_step in bar:
         last = global_step == args.total_timesteps
         if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:
             save_checkpoint(global_step)
         if STOP_SIGNALS:
             writer.close()
-            tqdm.write(
-                f"stopped at step {global_step}; go on with: python {SCRIPT}.py --resume {shlex.quote(str(run_dir))}"
-            )
+            command = f"python {SCRIPT}.py --resume {shlex.quote(str(run_dir))}"
+            tqdm.write(f"stopped at step {global_step}; go on with: {command}")
             sys.exit(128 + STOP_SIGNALS[0])
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
@@ -469,9 +457,8 @@ def train(args: Args) -> Path:
                 sparse_utils.zero_pruned(networks[name], masks[name], optimizers[name])
                 if name in targets:
                     sparse_utils.zero_pruned(targets[name], masks[name])
-                training_flops += args.batch_size * sparse_utils.rewiring_flops(
-                    active[name], sizes[name], methods[name], args.drop_criterion
-                )
+                flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
+                training_flops += args.batch_size * flops
             rewired = sparse_utils.log_rewiring(run_dir, global_step, previous, masks)
 
         if global_step == sps_from_step:
@@ -501,11 +488,11 @@ def train(args: Args) -> Path:
         episode_actions.append(action)
         episodic_return += float(reward)
         episodic_length += 1
-        stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
+        sparse_utils.stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", episodic_length, global_step)
-            progress.set_postfix({"return": f"{episodic_return:.1f}"}, refresh=False)
+            bar.set_postfix({"return": f"{episodic_return:.1f}"}, refresh=False)
             episodic_return, episodic_length = 0.0, 0
             episode_generator, episode_actions = env.unwrapped.np_random.bit_generator.state, []
             obs, _ = env.reset()
@@ -544,7 +531,7 @@ def train(args: Args) -> Path:
                     **actor_scalars,
                 }
                 scalars = {name: value.item() for name, value in scalars.items()}
-                stop_unless_finite(writer, global_step, scalars)
+                sparse_utils.stop_unless_finite(writer, global_step, scalars)
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)
                 if global_step > sps_from_step:
@@ -570,12 +557,8 @@ def main() -> None:
         sparse_utils.check_resumed_args(args, saved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP_SIGNALS.append(number))
-    try:
+    with sparse_utils.full_disk_in_a_sentence():
         train(args)
-    except OSError as error:  # TensorBoard's writer, on a full disk
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-            raise
-        fail(f"{error}; the last checkpoint is whole: make room, then go on with --resume", code=1)
 
 
 if __name__ == "__main__":
