@@ -133,7 +133,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         indices = torch.randint(min(self.added, len(self.rows)), (batch_size,), device=self.rows.device)
-        return Batch(*self.rows[indices].split(self.widths, 1))
+        return Batch(*self.rows.index_select(0, indices).split(self.widths, 1))
 
 
 # ALGO LOGIC: the networks and their losses
