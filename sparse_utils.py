@@ -1,8 +1,9 @@
-"""Masks for sparse reinforcement learning: budgets, static pruning, Topology-Aware Revival, rewiring, masked gradients.
+"""Masks for sparse reinforcement learning: budgets, static pruning, Topology-Aware Revival, rewiring, masked gradients,
+sparse compute. Then what is not about the algorithm: logging, checks of flags, environments, run folders, checkpoints.
 
-Shared by `sac_tar.py` and `td3_tar.py`. Everything works on one network at a time. `weights` and `masks` are
-dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is
-boolean and True marks an active connection. Nothing here draws from torch's global random generator.
+Shared by `sac_tar.py` and `td3_tar.py`. Of one network, `weights` and `masks` are dictionaries from layer name to a
+tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is boolean and True marks an active
+connection. Nothing here draws from torch's global random generator.
 """
 
 import contextlib
@@ -480,6 +481,8 @@ def choose_sparse_compute(
 
     def choose(name: str) -> tuple[bool, str]:
         density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
+        if methods[name] in ("dense", "tiny"):
+            return False, "nothing is pruned"
         if methods[name] not in FIXED_METHODS:
             return False, f"--method {methods[name]} has no fixed mask to compile"
         if compute == "masked":
@@ -501,7 +504,8 @@ def choose_sparse_compute(
     for choice in dict.fromkeys(choices.values()):
         sparse, why = choice
         names = ", ".join(name for name in networks if choices[name] == choice)
-        tqdm.write(f"compute: {names} {'sparse' if sparse else 'masked'}, since {why}")
+        how = "sparse" if sparse else "dense" if why == "nothing is pruned" else "masked"
+        tqdm.write(f"compute: {names} {how}, since {why}")
     return [name for name, (sparse, _) in choices.items() if sparse]
 
 
@@ -942,6 +946,20 @@ def make_run_dir(args) -> Path:
     return run_dir
 
 
+def claim(run_dir: Path) -> None:
+    """Keep every other process out of a run folder for as long as this one lives; end the program with one sentence if
+    another one has it. Where the system or the file system has no such locks, nothing is kept out."""
+    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process is running {run_dir}; let it end or stop it first")
+    except (ImportError, OSError):
+        os.close(lock)
+
+
 def versions() -> dict[str, str]:
     modules = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
     return {"python": platform.python_version(), **modules}
@@ -1033,7 +1051,7 @@ def random_states(mask_generator: torch.Generator, action_space: gym.Space) -> d
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
         "masks": mask_generator.get_state(),
         "actions": action_space.np_random.bit_generator.state,
     }

@@ -118,7 +118,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last `size` transitions, one float32 row each, in one block that takes memory as it fills."""
+    """The last `size` transitions, one float32 row each, in one block, which on the CPU takes memory as it fills."""
 
     def __init__(self, size: int, observation_size: int, action_size: int, device: torch.device):
         self.widths = [observation_size, observation_size, action_size, 1, 1]
@@ -193,8 +193,8 @@ def count_flops(connections: dict[str, int], batch_size: int) -> tuple[int, int,
     """Floating-point operations of an action, a critic update and an actor update, as the field counts them (Evci et
     al. 2020): 2 per connection and sample forward; backward 2 for the gradient of the inputs and 2 for that of the
     weights. A critic update runs three targets forward, and both critics forward and backward. An actor update runs the
-    actor forward and backward, and one critic forward and back to its inputs. Biases, activations, optimizers and one-
-    off pruning are left out."""
+    actor forward and backward, and one critic forward and back to its inputs. Biases, activations, optimizers and
+    one-off pruning are left out."""
     actor, qf1, qf2 = (2 * connections[name] for name in ("actor", "qf1", "qf2"))
     actor_update = 3 * actor + 2 * qf1
     return actor, batch_size * (actor + 4 * (qf1 + qf2)), batch_size * actor_update
@@ -203,7 +203,7 @@ def count_flops(connections: dict[str, int], batch_size: int) -> tuple[int, int,
 @torch.no_grad()
 def evaluate(env: gym.Env, policy, episodes: int, seed: int, device: torch.device, video: str = ""):
     """Lists of the returns and lengths of noise-free episodes. Reseeded, so that every evaluation starts from the same
-    states. With `video`, the first episode is filmed under that name."""
+    states (if only resets draw random numbers). With `video`, the first episode is filmed under that name."""
     returns, lengths = [0.0] * episodes, [0] * episodes
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
@@ -241,6 +241,7 @@ def evaluate_saved(args: Args) -> None:
     """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
     sparse_utils.complete_args(args)
     sparse_utils.check_args(args)
+    torch.set_num_threads(args.torch_threads)
     path = Path(args.evaluate)
     if path.is_dir():
         path = path / ("final.pt" if (path / "final.pt").exists() else "checkpoint.pt")
@@ -317,9 +318,9 @@ def train(args: Args) -> Path:
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     run_dir = Path(args.resume) if checkpoint else sparse_utils.make_run_dir(args)  # nothing is written before this
+    sparse_utils.claim(run_dir)
     modules = networks | {f"{name}_target": target for name, target in targets.items()}
     actor_scalars, episode_actions, episode_generator, start_step, learn_from = {}, [], None, 0, args.learning_starts
-    sps_from_time = time.perf_counter()
     if checkpoint:
         sparse_utils.load_networks(modules, checkpoint)
         for name, network in networks.items():
@@ -327,7 +328,6 @@ def train(args: Args) -> Path:
         masks, revived_masks, actor_scalars = (checkpoint[key] for key in ("masks", "revived_masks", "actor_scalars"))
         rewired, training_flops, start_step = (checkpoint[key] for key in ("rewired", "training_flops", "global_step"))
         episode_generator, replayed_actions = checkpoint["episode"]
-        sps_from_time -= checkpoint["sps_seconds"]
         if args.save_buffer or start_step <= args.prune_at:
             rb.added = checkpoint["added"]
         else:  # collect anew before learning goes on
@@ -381,7 +381,7 @@ def train(args: Args) -> Path:
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
         """Each network's loss on replay data, drawn so that the random numbers of training do not shift."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data = rb.sample(batch_size)
             qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data, args)
             actor_loss = policy_loss(actor, qf1, data)
@@ -404,6 +404,7 @@ def train(args: Args) -> Path:
     steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
     wait = 0.5 if sys.stderr.isatty() else 60
     bar = tqdm(steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
+    sps_from_time = time.perf_counter() - (checkpoint["sps_seconds"] if checkpoint else 0)
     for global_step in bar:
         last = global_step == args.total_timesteps
         if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:

@@ -59,9 +59,10 @@ STYLES = {
 }
 BASELESS = ("dense", "tiny")  # arms that static pruning's criterion and distribution do not touch
 NETWORKS = ("actor", "critic")
-AXES = {"env_id", "seed", "method", "sparsity", "criterion", "distribution", "runs_dir", "resume"} | {
+AXES = {"env_id", "seed", "method", "sparsity", "criterion", "distribution"} | {
     f"{network}_{what}" for network in NETWORKS for what in ("method", "sparsity")
 }
+NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video", "torch_threads"}
 PUBLISHED_TAGS = ("eval/", "charts/SPS", "sparsity/", "flops/")
 CELL = ["algo", "sparsity", "env_id", "arm"]
 
@@ -111,9 +112,10 @@ def read_runs(folder: Path, notes: list[str]) -> pd.DataFrame:
         returns = pd.Series({point.step: point.value for point in points}).sort_index()
         if len(returns) < len(points):
             notes.append(f"evaluations logged twice, of which the last counts: {run.name}")
-        row = {name: args[name] for name in ("env_id", "method", "sparsity", "seed")}
+        row = {name: args[name] for name in ("env_id", "method", "seed")}
         row |= {"folder": run, "algo": "td3" if "policy_noise" in args else "sac", "arm": arm, "base": base}
-        row |= {"args": {name: value for name, value in args.items() if name not in AXES}, "returns": returns}
+        row |= {"dense": arm == "dense", "sparsity": 0.0 if arm == "dense" else args["sparsity"], "returns": returns}
+        row |= {"args": {name: value for name, value in args.items() if name not in AXES | NOT_OF_THE_RESULT}}
         row |= {"versions": config["versions"] | {"git_commit": config["git_commit"]}}
         row |= {"final": returns[returns.index > 0.9 * args["total_timesteps"]].mean()}
         row |= {"began": log.FirstEventTimestamp(), "drawable": args["method"] == "tar" and bool(log.Tags()["images"])}
@@ -327,13 +329,13 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
 def draw_sparsities(runs: pd.DataFrame, path: Path) -> None:
     figure, cells = panels(runs)
     for axes, _, part in cells:
-        arms, sparsities = arms_of(part), sorted(set(runs.sparsity[runs.method != "dense"])) or [0.0]
+        arms, sparsities = arms_of(part), sorted(set(runs.sparsity[~runs.dense])) or [0.0]
         for i, arm in enumerate(arms):
             rows = part[part.arm == arm]
             line = style(rows.method.iloc[0])
             name = label(arm, rows.base.iloc[0])
             points = {s: t_interval(cell.final.to_numpy()) for s, cell in rows.groupby("sparsity")}
-            if rows.method.iloc[0] == "dense":
+            if rows.dense.all():
                 ((mean, low, high),) = points.values()
                 axes.axhline(mean, label=name, **line)
                 axes.axhspan(low, high, color=line["color"], alpha=0.08, linewidth=0)
@@ -429,9 +431,8 @@ def compare(runs: pd.DataFrame, notes: list[str], drawn: Path | None, out: Path)
     curves[columns].to_csv(out / "evaluations.csv", index=False)
     for algo, of_algo in runs.groupby("algo"):
         draw_sparsities(of_algo, out / f"{algo}_sparsity.png")
-        dense = of_algo.method == "dense"
-        for sparsity in sorted(set(of_algo.sparsity[~dense])) or [0.0]:
-            group = of_algo[dense | (of_algo.sparsity == sparsity)]
+        for sparsity in sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]:
+            group = of_algo[of_algo.dense | (of_algo.sparsity == sparsity)]
             name, found = f"{algo}_s{sparsity}", notes + warnings(group)
             returns, aggregate, paired = returns_table(group), aggregate_table(group, found), paired_table(group)
             for kind, table in (("returns", returns), ("aggregate", aggregate), ("paired", paired)):

@@ -74,6 +74,8 @@ FOLLOWS = {  # a flag that is not set has the value of another
     "actor_sparsity": "sparsity",
     "critic_sparsity": "sparsity",
 }
+# flags that leave the result as it is
+NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video", "torch_threads"}
 GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run writes its checkpoint
 # asks the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1), then becomes the script
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -85,11 +87,14 @@ def fail(message: str) -> NoReturn:
 
 
 def resolve(args: dict) -> dict:
-    """All arguments that make two runs the same one: without the place of the run and what its method ignores."""
+    """All arguments that make two runs the same one: without what leaves the result as it is or its method ignores."""
     args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
     methods = {args.get(name, args["method"]) for name in ("method", "actor_method", "critic_method")}
     ignored = IGNORED.get(args["method"], set()) if len(methods) == 1 else set()
-    return {name: value for name, value in args.items() if name not in ignored | {"runs_dir", "resume"}}
+    for network in ("actor", "critic"):
+        if args.get(f"{network}_method") == "dense":  # as the scripts record it
+            args[f"{network}_sparsity"] = 0.0
+    return {name: value for name, value in args.items() if name not in ignored | NOT_OF_THE_RESULT}
 
 
 @dataclass
@@ -141,7 +146,7 @@ def grid(args: Args, flags: list[str]) -> list[Run]:
         script = importlib.import_module(f"{algo}_tar")
         command = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", value)]
         what = resolve(asdict(tyro.cli(script.Args, args=command + flags)))
-        own = {name: value for name, value in own.items() if name in what or name == "runs_dir"}
+        own = {name: value for name, value in own.items() if name in what.keys() | NOT_OF_THE_RESULT}
         command = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", value)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
         axes = [own[name] for name in ("env_id", *arm, "seed") if name in own]

@@ -96,6 +96,8 @@ def measure(configurations: dict[str, dict], benchmark: Benchmark) -> dict[str, 
             )
             if child.returncode:
                 sys.exit(f"{name} failed:\n{child.stderr}")
+            if configuration.get("compute") == "sparse" and " masked, since" in child.stdout:
+                sys.exit(f"{name} fell back to masked:\n{child.stdout}")
             results[name].append(float(child.stdout.splitlines()[-1]))
             print(f"  {name}: {results[name][-1]:.1f}", file=sys.stderr)
     return results
@@ -182,7 +184,7 @@ def layers(benchmark: Benchmark) -> None:
     small, large = (11, 256, 256, 1), (376, 256, 256, 34)
     for sizes, first in ((small, True), (large, True), (small, False), (large, False)):
         torch.manual_seed(0)
-        linears = {f"{a}x{b}": nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])}
+        linears = {f"{b}x{a}": nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])}
         name = list(linears)[0 if first else -1]
         masks = {n: torch.rand(m.weight.shape) < (1 if n == name else 0.05) for n, m in linears.items()}
         rest = {n: m for n, m in linears.items() if n != name}

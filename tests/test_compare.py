@@ -184,6 +184,19 @@ def test_what_is_missing_or_unequal_is_named(make, comparison, capsys):
     assert "Nothing is missing" not in page
 
 
+def test_dense_is_one_arm_whatever_sparsity_its_flags_say(make, comparison):
+    for sparsity in (0.9, 0.95):
+        make(100, method="static", sparsity=sparsity)
+        make(200, method="dense", sparsity=sparsity, checkpoint_frequency=int(1000 * sparsity))
+    for sparsity in (0.9, 0.95):
+        tables = comparison(sparsity=sparsity)
+        assert list(tables["returns"].arm) == ["dense", "static random+er"] and list(tables["returns"].n) == [1, 1]
+        assert "run again later, so left out: A-v1__td3_tar__dense__s0.9" in tables["page"]
+    make(300, method="dense", critic_method="static", sparsity=0.95)
+    assert "dense random+er critic static" not in comparison(sparsity=0.9)["page"]
+    assert "dense random+er critic static" in comparison(sparsity=0.95)["page"]
+
+
 def test_a_complete_comparison_says_so(make, comparison):
     for method, seed in itertools.product(("dense", "static", "tar"), (1, 2)):
         make(seed, method=method, seed=seed)

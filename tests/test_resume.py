@@ -174,10 +174,14 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(script, tmp_path, nu
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*/topology.json")):
         assert process.poll() is None
+    run_dir = next(tmp_path.iterdir())
+    resume = [sys.executable, script.__file__, "--resume", str(run_dir)]
+    second = subprocess.run(resume, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2 and f"error: another process is running {run_dir}; let it end" in second.stderr
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    run_dir, line = next(tmp_path.iterdir()), out.strip().splitlines()[-1]
+    line = out.strip().splitlines()[-1]
     step = load_checkpoint(run_dir)["global_step"]
     assert step > 100 and step % 10_000
     assert line == f"stopped at step {step}; go on with: python {run_script(script)}.py --resume {run_dir}"

@@ -179,6 +179,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     monkeypatch.setattr(script, "SPS_BURN_IN", 20)
     run_dir = run(method=method, criterion=criterion, distribution="global", sparsity=0.9, total_timesteps=310)
     assert sorted(p.name for p in run_dir.iterdir() if "tfevents" not in p.name) == [
+        ".lock",
         "checkpoint.pt",
         "config.json",
         "final.pt",

@@ -165,7 +165,7 @@ def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
         ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
         ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and"),
         ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
-        ({"method": "dense"}, "compute: actor, qf1, qf2 masked, since --method dense has no fixed mask"),
+        ({"method": "dense"}, "compute: actor, qf1, qf2 dense, since nothing is pruned"),
         ({"compute": "sparse", "sparsity": 0.0}, "compute: actor, qf1, qf2 masked, since it is 100% dense"),
     ]:
         run(**{"compute": "auto"} | arguments)

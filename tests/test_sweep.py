@@ -227,6 +227,7 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         assert (wanted(sparsity=0.6).next_command(runs_dir) is None) == (method == "dense")
         assert wanted(extra=["--prune-at", "60"]).next_command(runs_dir) is None  # what it follows anyway
         assert wanted(extra=["--prune-at", "61"]).next_command(runs_dir) is not None
+        assert wanted(extra=["--checkpoint-frequency", "20"]).next_command(runs_dir) is None  # the result is the same
         config = json.loads((run_dir / "config.json").read_text())
         del config["args"]["reserve"]  # as if the run were older than the flag
         (run_dir / "config.json").write_text(json.dumps(config))
@@ -242,6 +243,18 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         assert wanted().next_command(runs_dir) == [wanted().command[0], "--resume", str(run_dir)]
         (run_dir / "checkpoint.pt").unlink()
         assert wanted().next_command(runs_dir) == wanted().command  # an orphan has nothing to continue
+
+
+@pytest.mark.parametrize("network", ["actor", "critic"])
+def test_a_run_with_one_dense_network_is_recognised_too(run, script, network):
+    """Its sparsity is recorded as 0."""
+    run_dir = run(method="static", total_timesteps=62, **{f"{network}_method": "dense"})
+    args = json.loads((run_dir / "config.json").read_text())["args"]
+    assert args[f"{network}_sparsity"] == 0
+    defaults = {name: value for name, value in args.items() if not name.startswith(("actor_", "critic_"))}
+    given = defaults | {f"{network}_method": "dense"}
+    unset = dict.fromkeys(args.keys() - given.keys())
+    assert sweep.resolve(given | unset) == sweep.resolve(args)
 
 
 def test_failures_are_retried_from_the_checkpoint_and_end_with_their_last_line(project, cluster):
