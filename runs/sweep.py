@@ -2,6 +2,7 @@
 
 python runs/sweep.py --algo td3 sac --env-id Hopper-v4 --method dense static tar --base random+er snip+global \
     --sparsity 0.9 0.95 --seeds 5 --total-timesteps 100000 -- --eval-episodes 5
+python runs/sweep.py --like runs/published    # the runs of a folder, again
 python runs/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
 
 Everything after `--` goes to the scripts as it is. A run is one process with one thread and is known by its full set of
@@ -22,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NoReturn
@@ -51,6 +53,8 @@ class Args:
     """environment steps of each run"""
     runs_dir: str = "runs"
     """folder of the run folders; its sweep_logs holds what the runs print"""
+    like: str | None = None
+    """folder of runs, such as runs/published, to run again with the flags that they record, in place of a grid"""
     published: str | None = None
     """folder of runs that compare.py has published, which count as finished too"""
     ray_address: str | None = None
@@ -63,6 +67,7 @@ class Args:
     """print the commands that are still to be run, and run nothing"""
 
 
+AXES = ("env_id", "method", "criterion", "distribution", "sparsity", "seed")
 IGNORED = {  # flags that a method does not look at are not passed to it
     "dense": {"sparsity", "actor_sparsity", "critic_sparsity", "criterion", "distribution"},
     "tiny": {"criterion", "distribution"},
@@ -95,6 +100,14 @@ def resolve(args: dict) -> dict:
         if args.get(f"{network}_method") == "dense":  # as the scripts record it
             args[f"{network}_sparsity"] = 0.0
     return {name: value for name, value in args.items() if name not in ignored | NOT_OF_THE_RESULT}
+
+
+def command_line(flags: dict) -> list[str]:
+    parts = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        parts += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return parts
 
 
 @dataclass
@@ -130,29 +143,45 @@ class Run:
         return Path(runs_dir) / "sweep_logs" / f"{self.name}.log"
 
 
-def grid(args: Args, flags: list[str]) -> list[Run]:
-    """All runs, each once, seed by seed, so that what is done first is a balanced part of the whole."""
-    runs = {}
+def grid(args: Args) -> Iterator[tuple[str, dict]]:
+    """Script and flags of every combination, seed by seed, so that what is done first is a balanced part of it all."""
     for seed, algo, env_id, sparsity, base, method in itertools.product(
         range(1, args.seeds + 1), args.algo, args.env_id, args.sparsity, args.base, args.method
     ):
-        criterion, _, distribution = base.partition("+")
-        arm = {"method": method, "criterion": criterion, "distribution": distribution, "sparsity": sparsity}
-        place = {"total_timesteps": args.total_timesteps, "runs_dir": args.runs_dir, "torch_threads": 1}
-        own = {name: str(value) for name, value in ({"env_id": env_id} | arm | {"seed": seed} | place).items()}
+        own = dict(zip(AXES, (env_id, method, *base.split("+"), sparsity, seed), strict=True))
+        yield algo, own | {"total_timesteps": args.total_timesteps}
+
+
+def recorded(folder: str) -> list[tuple[str, dict]]:
+    """Script and flags of every run in this folder, seed by seed; most flags at their defaults are left out."""
+    found = []
+    for path in sorted(Path(folder).glob("*/config.json")):
+        args = json.loads(path.read_text())["args"]
+        algo = "td3" if "policy_noise" in args else "sac"
+        defaults = asdict(importlib.import_module(f"{algo}_tar").Args())
+        usual = {name: args.get(FOLLOWS.get(name), default) for name, default in defaults.items()}
+        own = {name: args[name] for name in (*AXES, "total_timesteps")}
+        own |= {n: value for n, value in args.items() if n not in NOT_OF_THE_RESULT and value != usual.get(n)}
+        found.append((algo, own))
+    return sorted(found, key=lambda run: run[1]["seed"])
+
+
+def plan(args: Args, flags: list[str]) -> list[Run]:
+    """All runs, each once."""
+    runs = {}
+    for algo, own in recorded(args.like) if args.like else grid(args):
+        own = own | {"runs_dir": args.runs_dir, "torch_threads": 1}
         for flag in flags:
             if flag.startswith("--") and flag.split("=")[0][2:].replace("-", "_") in own.keys() | {"resume"}:
                 fail(f"{flag} is for the sweep to set; it cannot stand after `--`")
         script = importlib.import_module(f"{algo}_tar")
-        command = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", value)]
-        what = resolve(asdict(tyro.cli(script.Args, args=command + flags)))
+        what = resolve(asdict(tyro.cli(script.Args, args=command_line(own) + flags)))
         own = {name: value for name, value in own.items() if name in what.keys() | NOT_OF_THE_RESULT}
-        command = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", value)]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-        axes = [own[name] for name in ("env_id", *arm, "seed") if name in own]
+        axes = [str(own[name]) for name in AXES if name in own]
         name = "__".join([algo, *axes, digest]).replace("/", "-")
         path = os.path.relpath(SCRIPTS / f"{algo}_tar.py")
-        runs[name] = Run(name, [path, *command, *flags], what, asdict(script.Args()), args.published)
+        runs[name] = Run(name, [path, *command_line(own), *flags], what, asdict(script.Args()), args.published)
     return list(runs.values())
 
 
@@ -297,7 +326,9 @@ def main() -> int:
         fail("--seeds and --cores must be at least 1 and --retries at least 0")
     if args.cores and args.ray_address:
         fail("--cores is for this machine; a cluster's nodes say their own with `ray start --num-cpus`")
-    runs = grid(args, flags)
+    runs = plan(args, flags)
+    if not runs:
+        fail(f"--like {args.like} holds no runs; a run is a folder in it with a config.json")
     commands = [run.next_command(args.runs_dir) for run in runs]
     if args.dry_run:
         print("\n".join(shlex.join(["python", *command]) for command in commands if command))

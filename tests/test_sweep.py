@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -193,6 +194,7 @@ def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing
         ("-- --resume somewhere", "--resume is for the sweep to set"),
         ("-- --no-such-flag 3", "no-such-flag"),
         ("--ray-address 127.0.0.1:1", "Ray does not start"),
+        ("--like nowhere", "--like nowhere holds no runs"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(project, words, sentence):
@@ -218,10 +220,11 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
                 algo=(algo,), env_id=(own["env_id"],), method=(method,), base=("magnitude+uniform",), seeds=1,
                 sparsity=(sparsity,), total_timesteps=total_timesteps, published=published,
             )  # fmt: skip
-            (only,) = sweep.grid(args, [*flags, *extra])
+            (only,) = sweep.plan(args, [*flags, *extra])
             return only
 
         assert wanted().next_command(runs_dir) is None, method
+        assert wanted().args in [again.args for again in sweep.plan(sweep.Args(like=runs_dir), [])]
         assert wanted(total_timesteps=63).next_command(runs_dir) == wanted(total_timesteps=63).command
         assert wanted(extra=["--gamma", "0.9"]).next_command(runs_dir) is not None
         assert (wanted(sparsity=0.6).next_command(runs_dir) is None) == (method == "dense")
@@ -243,6 +246,20 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         assert wanted().next_command(runs_dir) == [wanted().command[0], "--resume", str(run_dir)]
         (run_dir / "checkpoint.pt").unlink()
         assert wanted().next_command(runs_dir) == wanted().command  # an orphan has nothing to continue
+
+
+def test_the_runs_of_a_folder_are_planned_again_with_their_flags(run, script):
+    folder = run(method="dense", seed=2, total_timesteps=62, save_buffer=False).parent
+    run(method="set", seed=1, actor_method="static", prune_at=61, total_timesteps=62, checkpoint_frequency=10)
+    first, second = (
+        shlex.join(again.command) for again in sweep.plan(sweep.Args(like=str(folder)), ["--gamma", "0.5"])
+    )
+    base = "--criterion random --distribution er --sparsity 0.9"
+    assert f"{script.__name__}.py --env-id Pendulum-v1 --method set {base} --seed 1 --total-timesteps 62" in first
+    assert "--actor-method static" in first and "--prune-at 61" in first and "--gamma 0.5" in first
+    assert "--method dense --seed 2" in second and "--no-save-buffer" in second and "--gamma 0.5" in second
+    for unset in ("--checkpoint-frequency", "--critic-method", "--exp-name", "--rewire-every"):
+        assert unset not in first and unset not in second
 
 
 @pytest.mark.parametrize("network", ["actor", "critic"])
