@@ -307,8 +307,14 @@ def label(arm: str, base: str) -> str:
     return " ".join(part for part in arm.split() if part != base)
 
 
+def show(axes, seen: np.ndarray) -> None:
+    """All that was seen; wide intervals may leave the axes."""
+    axes.set_ylim(seen.min() - 0.05 * np.ptp(seen) - 1e-9, seen.max() + 0.05 * np.ptp(seen) + 1e-9)
+
+
 def draw_curves(runs: pd.DataFrame, path: Path) -> None:
-    """Mean over seeds at the steps that all of an arm's seeds have, and its interval."""
+    """Mean over seeds at the steps that all of an arm has in each, with its interval. Two seeds, which would stretch it
+    over the whole panel, are thin lines instead."""
     figure, cells = panels(runs)
     for axes, env_id, part in cells:
         for arm in arms_of(part):
@@ -317,10 +323,11 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
             mean, low, high = t_interval(curves.to_numpy())
             line = style(rows.method.iloc[0])
             axes.plot(curves.index, mean, label=label(arm, rows.base.iloc[0]), **line)
-            if len(rows) > 1:
+            if len(rows) == 2:
+                axes.plot(curves.index, curves, **line, linewidth=0.5, alpha=0.6)
+            elif len(rows) > 2:
                 axes.fill_between(curves.index, low, high, color=line["color"], alpha=0.12, linewidth=0)
-        seen = np.concatenate(list(runs.returns[runs.env_id == env_id]))  # wide intervals may leave the axes
-        axes.set_ylim(seen.min() - 0.05 * np.ptp(seen) - 1e-9, seen.max() + 0.05 * np.ptp(seen) + 1e-9)
+        show(axes, np.concatenate(list(runs.returns[runs.env_id == env_id])))
         axes.set_xlabel("environment steps")
         axes.ticklabel_format(axis="x", scilimits=(-3, 4))
     finish(figure, path)
@@ -328,7 +335,7 @@ def draw_curves(runs: pd.DataFrame, path: Path) -> None:
 
 def draw_sparsities(runs: pd.DataFrame, path: Path) -> None:
     figure, cells = panels(runs)
-    for axes, _, part in cells:
+    for axes, env_id, part in cells:
         arms, sparsities = arms_of(part), sorted(set(runs.sparsity[~runs.dense])) or [0.0]
         for i, arm in enumerate(arms):
             rows = part[part.arm == arm]
@@ -345,6 +352,7 @@ def draw_sparsities(runs: pd.DataFrame, path: Path) -> None:
             axes.errorbar(x, mean, [mean - low, high - mean], marker="o", ms=4, capsize=2, label=name, **line)
         axes.set_xticks(range(len(sparsities)), [f"{s:g}" for s in sparsities])
         axes.set_xlim(-0.6, len(sparsities) - 0.4)
+        show(axes, runs.final[runs.env_id == env_id])
         axes.set_xlabel("sparsity")
     finish(figure, path)
 
@@ -450,6 +458,8 @@ Mean over the evaluations of the last tenth of training, then over n seeds, with
 {markdown(returns)}
 
 ![learning curves]({name}_curves.png)
+
+Lines are means over seeds, shades their 95% t intervals; of two seeds each is a thin line.
 
 ## Across environments
 

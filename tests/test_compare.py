@@ -251,16 +251,19 @@ def test_curves_use_only_steps_that_all_seeds_have_and_show_the_interval(make, c
     monkeypatch.setattr(compare, "finish", lambda figure, path: figures.setdefault(path.name, figure))
     make(100, seed=1)
     make(300, seed=2, steps=[step for step in STEPS if step != 500])
+    make(200, seed=3)
     make(500, method="dense")
+    make(400, method="dense", seed=2)
     make(1e6, method="dense", env_id="B-v1")
     comparison()
     assert figures["td3_s0.9_curves.png"].axes[0].get_ylim() == pytest.approx((50 - 22.5, 500 + 22.5))
     lines = {line.get_label(): line for line in figures["td3_s0.9_curves.png"].axes[0].get_lines()}
-    assert set(lines) == {"tar", "dense"}
+    assert {label for label in lines if label[0] != "_"} == {"tar", "dense"}
+    assert [line.get_ydata()[-1] for label, line in lines.items() if label[0] == "_"] == [500, 400]  # two seeds
     assert list(lines["tar"].get_xdata()) == [step for step in STEPS if step != 500]
     assert list(lines["tar"].get_ydata()) == [100] * 9 + [200]
     (band,) = figures["td3_s0.9_curves.png"].axes[0].collections
-    half = 12.706204736 * 100  # t at one degree of freedom; the standard error of 100 and 300 is 100
+    half = 4.302652730 * 100 / 3**0.5  # t at two degrees of freedom; the standard deviation is 100
     ends = band.get_paths()[0].vertices[:, 1]
     assert (ends.min(), ends.max()) == pytest.approx((200 - half, 200 + half))
     sparsities = figures["td3_sparsity.png"].axes[0]

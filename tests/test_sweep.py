@@ -119,8 +119,8 @@ def project(tmp_path):
     assert not running(tmp_path), "a process outlived its sweep"
 
 
-def start(project, *words):
-    command = [sys.executable, "runs/sweep.py", "--total-timesteps", "10", *map(str, words)]
+def start(project, *words, prefix=()):
+    command = [*prefix, sys.executable, "runs/sweep.py", "--total-timesteps", "10", *map(str, words)]
     return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -329,6 +329,17 @@ def test_ctrl_c_then_sigkill_then_two_sweeps_at_a_time(project, cluster):
     assert finals(project) == names(4)
     assert not [line for line in journal(project) if line[0] == "twice"]
     assert sum(what == "--start" for what, _, _ in journal(project)) == 4
+
+
+def test_a_sweep_that_a_shell_started_with_sigint_ignored_stops_at_sigterm(project):
+    """As in the background of a script; whatever it starts would ignore SIGINT too, by which Ray cancels."""
+    words = (*GRID, "--seeds", 2, "--cores", 2, "--", "--seconds-per-step", 1)
+    process = start(project, *words, prefix=("sh", "-c", "trap '' INT; exec \"$@\"", "sh"))
+    wait_for(lambda: len(journal(project)) == 2)
+    began = time.monotonic()
+    process.terminate()
+    assert "the same command goes on from here" in end(process, code=130) and time.monotonic() - began < 8
+    assert all((project / "runs" / folder / "stopped").exists() for _, folder, _ in journal(project))
 
 
 @pytest.mark.parametrize("deaf", [False, True])
