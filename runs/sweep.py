@@ -227,6 +227,7 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
 def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str]:
     """The Ray task: one run, to its end. Returns done, failed or busy (it runs elsewhere), and why it failed."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; a script's `&` had it ignored
     with run.log(runs_dir).open("a+b") as log:
         give_up, why = time.monotonic() + 3, ""
         while not lock(log, fcntl.LOCK_EX):
@@ -254,7 +255,6 @@ def progress(done: int, running: int, failed: int, total: int, here: int, second
 
 def sweep(args: Args, todo: list[Run], total: int) -> int:
     """Runs what is to be done of the total. Returns the exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` ignores it, and Ray's workers after it
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets must stay below 108 characters
     here = {"num_cpus": args.cores or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}

@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sac_tar
 import td3_tar
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job starts would ignore it
 SCRIPTS = {"sac": sac_tar, "td3": td3_tar}
 
 
