@@ -479,34 +479,33 @@ def choose_sparse_compute(
     takes a network whose mask is fixed, on the CPU, a chain of Linear and ReLU of which at most SPARSE_PAYS_UP_TO is
     active, if the kernels can be built. `sparse` overrules the density, unless nothing at all is pruned."""
 
-    def choose(name: str) -> tuple[bool, str]:
+    def choose(name: str) -> tuple[str, str]:
         density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
         if methods[name] in ("dense", "tiny"):
-            return False, "nothing is pruned"
+            return "dense", "nothing is pruned"
         if methods[name] not in FIXED_METHODS:
-            return False, f"--method {methods[name]} has no fixed mask to compile"
+            return "masked", f"--method {methods[name]} has no fixed mask to compile"
         if compute == "masked":
-            return False, "--compute masked asks for it"
+            return "masked", "--compute masked asks for it"
         if device.type != "cpu":
-            return False, f"the kernels are for the CPU and the networks are on {device.type}"
+            return "masked", f"the kernels are for the CPU and the networks are on {device.type}"
         if not is_mlp(networks[name]):
-            return False, "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+            return "masked", "it is not a chain of Linear layers with bias and a ReLU after all but the last"
         if density == 1 or (compute == "auto" and density > SPARSE_PAYS_UP_TO):
-            return False, f"it is {density:.0%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
+            return "masked", f"it is {density:.0%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
         try:
             load_kernels()
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-            return False, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
-        return True, f"it is {density:.0%} dense"
+            return "masked", f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
+        return "sparse", f"it is {density:.0%} dense"
 
     choices = {name: choose(name) for name in networks}
     for choice in dict.fromkeys(choices.values()):
-        sparse, why = choice
+        how, why = choice
         names = ", ".join(name for name in networks if choices[name] == choice)
-        how = "sparse" if sparse else "dense" if why == "nothing is pruned" else "masked"
         tqdm.write(f"compute: {names} {how}, since {why}")
-    return [name for name, (sparse, _) in choices.items() if sparse]
+    return [name for name, (how, _) in choices.items() if how == "sparse"]
 
 
 def is_mlp(network: nn.Module) -> bool:

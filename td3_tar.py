@@ -476,8 +476,8 @@ def train(args: Args) -> Path:
             action = env.action_space.sample()
         else:
             with torch.no_grad():
-                action = actor(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))
-                action = actor.add_noise(action, args.exploration_noise)
+                obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
+                action = actor.add_noise(actor(obs_tensor), args.exploration_noise)
             action = action[0].cpu().numpy()
             training_flops += action_flops
 

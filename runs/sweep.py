@@ -80,7 +80,7 @@ FOLLOWS = {  # a flag that is not set has the value of another
     "critic_sparsity": "sparsity",
 }
 # flags that leave the result as it is
-NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video", "torch_threads"}
+NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run writes its checkpoint
 # asks the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1), then becomes the script
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
