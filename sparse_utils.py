@@ -44,7 +44,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 Masks = dict[str, Tensor]
-FIXED_METHODS = ("tar", "static", "uniform")  # arms whose mask never changes after pruning and revival
+DYNAMIC_METHODS = ("set", "rigl")  # arms whose masks change during training
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
 
@@ -477,28 +477,27 @@ def choose_sparse_compute(
 ) -> list[str]:
     """The names of the networks to train on stored values only; says on the console which they are and why. `auto`
     takes a network whose mask is fixed, on the CPU, a chain of Linear and ReLU of which at most SPARSE_PAYS_UP_TO is
-    active, if the kernels can be built. `sparse` overrules the density, unless nothing at all is pruned."""
+    active, if the kernels can be built. `sparse` overrules the density."""
 
     def choose(name: str) -> tuple[str, str]:
         density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
-        if methods[name] in ("dense", "tiny"):
-            return "dense", "nothing is pruned"
-        if methods[name] not in FIXED_METHODS:
-            return "masked", f"--method {methods[name]} has no fixed mask to compile"
+        in_torch = "dense" if methods[name] in ("dense", "tiny") else "masked"
+        if methods[name] in DYNAMIC_METHODS:
+            return in_torch, f"--method {methods[name]} has no fixed mask to compile"
         if compute == "masked":
-            return "masked", "--compute masked asks for it"
+            return in_torch, "--compute masked asks for it"
         if device.type != "cpu":
-            return "masked", f"the kernels are for the CPU and the networks are on {device.type}"
+            return in_torch, f"the kernels are for the CPU and the networks are on {device.type}"
         if not is_mlp(networks[name]):
-            return "masked", "it is not a chain of Linear layers with bias and a ReLU after all but the last"
-        if density == 1 or (compute == "auto" and density > SPARSE_PAYS_UP_TO):
-            return "masked", f"it is {density:.0%} dense and the kernels pay off up to {SPARSE_PAYS_UP_TO:.0%}"
+            return in_torch, "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+        if compute == "auto" and density > SPARSE_PAYS_UP_TO:
+            return in_torch, f"it is {density:.0%} dense and auto takes the kernels up to {SPARSE_PAYS_UP_TO:.0%}"
         try:
             load_kernels()
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-            return "masked", f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
-        return "sparse", f"it is {density:.0%} dense"
+            return in_torch, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
+        return "sparse", f"it is {density:.0%} dense" if compute == "auto" else "--compute sparse asks for it"
 
     choices = {name: choose(name) for name in networks}
     for choice in dict.fromkeys(choices.values()):
@@ -793,7 +792,7 @@ def check_args(args) -> None:
     if args.criterion in ("snip", "grasp") and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
     for method in (args.actor_method, args.critic_method):
-        if args.compute == "sparse" and method not in FIXED_METHODS:
+        if args.compute == "sparse" and method in DYNAMIC_METHODS:
             fail(f"--compute sparse needs masks that stay fixed, and --method {method} has none; use --compute auto")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")

@@ -132,7 +132,7 @@ def test_i3_arms_share_weights_transitions_and_replay_indices_up_to_pruning(run,
 @pytest.mark.parametrize("criterion, compute", [("random", "masked"), ("snip", "masked"), ("grasp", "sparse")])
 def test_i4_sparsity_zero_is_dense_bit_for_bit(run, method, criterion, compute):
     sparse = load(run(method=method, criterion=criterion, compute=compute, sparsity=0.0))
-    assert same_weights(sparse, load(run(method="dense")))
+    assert same_weights(sparse, load(run(method="dense", compute=compute)))
 
 
 def test_i6_one_seed_one_result(run):

@@ -136,7 +136,7 @@ def test_compress_and_expand_are_inverse():
 
 
 @pytest.mark.parametrize("prune_at", [None, 80])
-@pytest.mark.parametrize("method", ["tar", "static", "uniform"])
+@pytest.mark.parametrize("method", ["tar", "static", "uniform", "tiny", "dense"])
 def test_sparse_and_masked_runs_agree_over_the_first_updates(run, method, prune_at):
     """Also when pruned after dense training, where Adam's moments move along."""
     small = {"method": method, "prune_at": prune_at, "sparsity": 0.8, "hidden_size": 32, "total_timesteps": 95}
@@ -165,8 +165,9 @@ def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
         ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
         ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and"),
         ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
-        ({"method": "dense"}, "compute: actor, qf1, qf2 dense, since nothing is pruned"),
-        ({"compute": "sparse", "sparsity": 0.0}, "compute: actor, qf1, qf2 masked, since it is 100% dense"),
+        ({"method": "dense"}, "compute: actor, qf1, qf2 dense, since it is 100% dense and"),
+        ({"method": "dense", "compute": "sparse"}, "compute: actor, qf1, qf2 sparse, since --compute sparse"),
+        ({"actor_method": "set"}, "compute: actor masked, since --method set has no fixed mask to compile"),
     ]:
         run(**{"compute": "auto"} | arguments)
         assert sentence in capsys.readouterr().out
@@ -262,7 +263,7 @@ def test_the_kernels_are_built_once(monkeypatch, tmp_path):
 
 def test_sparse_compute_needs_a_fixed_mask(run, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        run(compute="sparse", method="dense")
+        run(compute="sparse", method="set")
     assert stop.value.code == 2 and "--compute sparse needs masks that stay fixed" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
