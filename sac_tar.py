@@ -335,7 +335,7 @@ def train(args: Args) -> Path:
     except ValueError as error:
         sparse_utils.fail(str(error))
     masks, revived_masks, rewired = {}, {}, {}
-    dynamic = [name for name, method in methods.items() if method in ("set", "rigl")]
+    dynamic = [name for name, method in methods.items() if method in sparse_utils.DYNAMIC_METHODS]
     sizes = {name: sum(weight.numel() for weight in w.values()) for name, w in weights.items()}
     training_flops = 0
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)

@@ -168,7 +168,7 @@ def microseconds(*calls) -> list[float]:
 
 
 def layers(benchmark: Benchmark) -> None:
-    """Where the wholly dense layer of an otherwise sparse network is computed best."""
+    """Where the wholly dense layer of an otherwise sparse network is computed best, and a wholly dense network."""
     import torch
     import torch.nn as nn
 
@@ -194,6 +194,16 @@ def layers(benchmark: Benchmark) -> None:
         data = torch.randn(256, sizes[0], requires_grad=True), torch.randn(256, sizes[-1])
         t, k = microseconds(partial(step, beside, *data), partial(step, kernels(linears, masks), *data))
         print(f"| {name} | {', '.join(rest)} | {t:.0f} | {k:.0f} | {t / k:.2f}x |")
+    print("\n| dense critic, 14 inputs | torch, us | kernels, us | ratio |\n|---|---|---|---|")
+    for width, _ in WIDTHS:
+        torch.manual_seed(0)
+        fc1, fc2, fc3 = nn.Linear(14, width), nn.Linear(width, width), nn.Linear(width, 1)
+        in_torch = nn.Sequential(fc1, nn.ReLU(inplace=True), fc2, nn.ReLU(inplace=True), fc3)
+        linears = {"fc1": fc1, "fc2": fc2, "fc3": fc3}
+        masks = {name: torch.ones_like(m.weight, dtype=torch.bool) for name, m in linears.items()}
+        data = torch.randn(256, 14, requires_grad=True), torch.randn(256, 1)
+        t, k = microseconds(partial(step, in_torch, *data), partial(step, kernels(linears, masks), *data))
+        print(f"| {width} wide | {t:.0f} | {k:.0f} | {t / k:.2f}x |")
 
 
 def inference(benchmark: Benchmark) -> None:
