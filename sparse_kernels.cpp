@@ -33,45 +33,57 @@ struct Layer {
     int64_t values, bias;                          // where they start among the network's parameters
 };
 
-// Adds to sum[r] the values[k] * x[index[k]] over the k of row i + r, for one tile. Rows that are taken together have one
-// index list, so that what is loaded of x serves them all; one row has two partial sums, to hide the latency.
-template <typename vec, int V, int rows>
-INLINE void product(int64_t i, const int32_t *start, const int32_t *index, const float *values, const vec *x,
-                    vec (*sum)[V]) {
-    const int32_t count = start[i + 1] - start[i];
-    values += start[i], index += start[i];
+// Adds to sum the values[k] * x[index[k]] of one sparse row, for one tile. Two partial sums hide the latency.
+template <typename vec, int V>
+INLINE void sparse_product(int32_t count, const int32_t *index, const float *values, const vec *x, vec *sum) {
     vec odd[V]{};
     int32_t k = 0;
-    for (; rows == 1 && k + 1 < count; k += 2) {
+    for (; k + 1 < count; k += 2) {
         const vec *a = x + (int64_t)index[k] * V, *b = x + (int64_t)index[k + 1] * V;
-        for (int v = 0; v < V; v++) sum[0][v] += values[k] * a[v];
+        for (int v = 0; v < V; v++) sum[v] += values[k] * a[v];
         for (int v = 0; v < V; v++) odd[v] += values[k + 1] * b[v];
     }
     for (; k < count; k++)
-        for (int r = 0; r < rows; r++)
-            for (int v = 0; v < V; v++) sum[r][v] += values[r * count + k] * x[(int64_t)index[k] * V + v];
-    if (rows == 1)
-        for (int v = 0; v < V; v++) sum[0][v] += odd[v];
+        for (int v = 0; v < V; v++) sum[v] += values[k] * x[(int64_t)index[k] * V + v];
+    for (int v = 0; v < V; v++) sum[v] += odd[v];
 }
 
-// Calls write(i, sum) with `bias[i]` (0 without) plus the product of each of the n rows.
+// Adds to sum[r] the values[r * row_step + k * step] * x[k] of dense rows, for one tile.
+template <typename vec, int V, int rows>
+INLINE void dense_product(int64_t count, const float *values, int64_t row_step, int64_t step, const vec *x,
+                          vec (*sum)[V]) {
+    for (int64_t k = 0; k < count; k++) {
+        vec x_k[V];
+        for (int v = 0; v < V; v++) x_k[v] = *(const volatile vec *)(x + k * V + v);  // or GCC loads it for every row
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < V; v++) sum[r][v] += values[r * row_step + k * step] * x_k[v];
+    }
+}
+
+// Calls write(i, sum) with `bias[i]` (0 without) plus the product of each of the n rows of a sparse layer.
 template <typename vec, int V, typename Write>
-INLINE void products(int64_t n, bool dense, const int32_t *start, const int32_t *index, const float *values,
-                     const float *bias, const vec *x, Write write) {
-    int64_t i = 0;
-    for (; dense && i + R <= n; i += R) {
-        vec sum[R][V];
-        for (int r = 0; r < R; r++)
+INLINE void sparse_products(int64_t n, const int32_t *start, const int32_t *index, const float *values,
+                            const float *bias, const vec *x, Write write) {
+    for (int64_t i = 0; i < n; i++) {
+        vec sum[V];
+        for (int v = 0; v < V; v++) sum[v] = vec{} + (bias ? bias[i] : 0.0f);
+        sparse_product<vec, V>(start[i + 1] - start[i], index + start[i], values + start[i], x, sum);
+        write(i, sum);
+    }
+}
+
+// The same for a dense layer with `count` values a row, R rows at a time and the last few by themselves.
+template <typename vec, int V, int rows = R, typename Write>
+INLINE void dense_products(int64_t n, int64_t count, const float *values, int64_t row_step, int64_t step,
+                           const float *bias, const vec *x, Write write, int64_t i = 0) {
+    for (; i + rows <= n; i += rows) {
+        vec sum[rows][V];
+        for (int r = 0; r < rows; r++)
             for (int v = 0; v < V; v++) sum[r][v] = vec{} + (bias ? bias[i + r] : 0.0f);
-        product<vec, V, R>(i, start, index, values, x, sum);
-        for (int r = 0; r < R; r++) write(i + r, sum[r]);
+        dense_product<vec, V, rows>(count, values + i * row_step, row_step, step, x, sum);
+        for (int r = 0; r < rows; r++) write(i + r, sum[r]);
     }
-    for (; i < n; i++) {
-        vec sum[1][V];
-        for (int v = 0; v < V; v++) sum[0][v] = vec{} + (bias ? bias[i] : 0.0f);
-        product<vec, V, 1>(i, start, index, values, x, sum);
-        write(i, sum[0]);
-    }
+    if constexpr (rows > 1) dense_products<vec, V, 1>(n, count, values, row_step, step, bias, x, write, i);
 }
 
 static inline float total(float x) { return x; }
@@ -97,31 +109,37 @@ static void out_of_tile(const float *tile, int64_t first, int64_t batch, int64_t
         for (int64_t i = 0; i < n; i++) samples[(first + j) * n + i] = tile[i * T + j];
 }
 
-// The gradients of the biases and values of `outputs` outputs from o on, which have one index list, `columns` at a time.
-template <typename vec, int V, int outputs, int columns>
-INLINE void value_gradients(const Layer &layer, int64_t o, int64_t tile_count, int64_t rows, const vec *x, const vec *g,
-                            float *grad_params) {
-    for (int r = 0; r < outputs; r++) {
-        vec sum{};
-        for (int64_t t = 0; t < tile_count; t++)
-            for (int v = 0; v < V; v++) sum += g[(t * rows + o + r) * V + v];
-        grad_params[layer.bias + o + r] = total(sum);
-    }
-    const int32_t *index = layer.column + layer.row_start[o], count = layer.row_start[o + 1] - layer.row_start[o];
-    float *grad_values = grad_params + layer.values + layer.row_start[o];
+// The gradients of the stored values of one output of a sparse layer, `columns` at a time.
+template <typename vec, int V, int columns>
+INLINE void sparse_gradients(int32_t count, const int32_t *index, int64_t tile_count, int64_t rows, const vec *x,
+                             const vec *g, float *grad_values) {
     for (int32_t k = 0; k < count; k += columns) {
-        vec dot[outputs][columns]{};
+        vec dot[columns]{};
         const vec *column[columns];
         for (int j = 0; j < columns; j++) column[j] = x + (int64_t)index[k + j < count ? k + j : k] * V;
         for (int64_t t = 0; t < tile_count; t++)
             for (int v = 0; v < V; v++)
-                for (int r = 0; r < outputs; r++) {
-                    const vec g_v = g[(t * rows + o + r) * V + v];
-                    for (int j = 0; j < columns; j++) dot[r][j] += g_v * column[j][t * rows * V + v];
-                }
-        for (int r = 0; r < outputs; r++)
-            for (int j = 0; j < columns && k + j < count; j++) grad_values[r * count + k + j] = total(dot[r][j]);
+                for (int j = 0; j < columns; j++) dot[j] += g[t * rows * V + v] * column[j][t * rows * V + v];
+        for (int j = 0; j < columns && k + j < count; j++) grad_values[k + j] = total(dot[j]);
     }
+}
+
+// Copies the T inputs of a dense layer from i on so that those of one sample lie side by side, zero past the last input.
+template <int T>
+static void by_sample(const float *x, int64_t i, int64_t n_in, float *copy) {
+    for (int64_t k = 0; k < T; k++)
+        for (int64_t j = 0; j < T; j++) copy[j * T + k] = i + k < n_in ? x[(i + k) * T + j] : 0.0f;
+}
+
+// The gradients of the values between `outputs` outputs of a dense layer and `count` inputs, whose copies by sample are x.
+template <typename vec, int V, int outputs>
+INLINE void dense_gradients(int64_t n_in, int64_t count, int64_t tile_count, int64_t rows, const vec *x, const vec *g,
+                            float *grad_values) {
+    constexpr int T = V * sizeof(vec) / sizeof(float);
+    vec sum[outputs][V]{};
+    for (int64_t t = 0; t < tile_count; t++)
+        dense_product<vec, V, outputs>(T, (const float *)(g + t * rows * V), T, 1, x + t * T * V, sum);
+    for (int r = 0; r < outputs; r++) __builtin_memcpy(grad_values + r * n_in, sum[r], count * sizeof(float));
 }
 
 template <typename vec, int V>
@@ -143,17 +161,21 @@ static void forward(const Layer *layers, int count, const float *params, int64_t
                 for (int v = 0; v < V; v++)  // ReLU that lets NaN pass
                     out[o * V + v] = &layer == &last ? sum[v] : sum[v] < 0 ? vec{} : sum[v];
             };
-            products<vec, V>(layer.n_out, layer.dense, layer.row_start, layer.column, values, bias, in, activate);
+            if (layer.dense)
+                dense_products<vec, V>(layer.n_out, layer.n_in, values, layer.n_in, 1, bias, in, activate);
+            else
+                sparse_products<vec, V>(layer.n_out, layer.row_start, layer.column, values, bias, in, activate);
         }
         out_of_tile<T>(tile + last.output * T, t * T, batch, last.n_out, y);
     }
 }
 
 // `tiles` is what forward kept; each layer's gradient of its input takes the place of the input. Writes the parameters'
-// gradients to `grad_params` and the input's to `grad_x`, if they are given. `transposed` has room for a layer's values.
+// gradients to `grad_params` and the input's to `grad_x`, if they are given. `scratch` has room for a sparse layer's
+// values by column, and for a dense layer's inputs by sample, both numbers rounded up to a multiple of T.
 template <typename vec, int V>
 static void backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y,
-                     float *grad_x, float *grad_params, float *tiles, float *transposed, int threads) {
+                     float *grad_x, float *grad_params, float *tiles, float *scratch, int threads) {
     constexpr int T = V * sizeof(vec) / sizeof(float);
     const Layer &last = layers[count - 1];
     const int64_t tile_count = (batch + T - 1) / T, rows = last.output + last.n_out;
@@ -167,19 +189,41 @@ static void backward(const Layer *layers, int count, const float *params, int64_
             const float *values = params + layer.values;
             const vec *x = (const vec *)tiles + layer.input * V, *g = (const vec *)tiles + layer.output * V;
             if (grad_params) {
+                float *grad_values = grad_params + layer.values;
 #pragma omp for schedule(static)
-                for (int64_t o = 0; o < layer.n_out; o += R) {
-                    const int64_t stop = o + R < layer.n_out ? o + R : layer.n_out;
-                    if (layer.dense && stop - o == R)
-                        value_gradients<vec, V, R, 4>(layer, o, tile_count, rows, x, g, grad_params);
-                    else
-                        for (int64_t r = o; r < stop; r++)
-                            value_gradients<vec, V, 1, 8>(layer, r, tile_count, rows, x, g, grad_params);
+                for (int64_t o = 0; o < layer.n_out; o++) {
+                    vec sum{};
+                    for (int64_t t = 0; t < tile_count; t++)
+                        for (int v = 0; v < V; v++) sum += g[(t * rows + o) * V + v];
+                    grad_params[layer.bias + o] = total(sum);
+                    const int32_t start = layer.row_start[o], stop = layer.dense ? start : layer.row_start[o + 1];
+                    sparse_gradients<vec, V, 8>(stop - start, layer.column + start, tile_count, rows, x, g + o * V,
+                                                grad_values + start);
                 }
+                const int64_t blocks = layer.dense ? (layer.n_in + T - 1) / T : 0;
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t b = 0; b < blocks; b++)
+                    for (int64_t t = 0; t < tile_count; t++)
+                        by_sample<T>((const float *)(x + t * rows * V), b * T, layer.n_in,
+                                     scratch + (b * tile_count + t) * T * T);
+#pragma omp for schedule(static) collapse(2)
+                for (int64_t b = 0; b < blocks; b++)
+                    for (int64_t o = 0; o < layer.n_out; o += R) {
+                        const vec *copy = (const vec *)scratch + b * tile_count * T * V;
+                        const int64_t n = layer.n_in, count = n - b * T < T ? n - b * T : T;
+                        float *grad = grad_values + o * n + b * T;
+                        if (o + R <= layer.n_out)
+                            dense_gradients<vec, V, R>(n, count, tile_count, rows, copy, g + o * V, grad);
+                        else
+                            for (int64_t r = 0; o + r < layer.n_out; r++)
+                                dense_gradients<vec, V, 1>(n, count, tile_count, rows, copy, g + (o + r) * V,
+                                                           grad + r * n);
+                    }
             }
             if (l == 0 && !grad_x) continue;
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < layer.row_start[layer.n_out]; k++) transposed[k] = values[layer.position[k]];
+            for (int64_t k = 0; k < (layer.dense ? 0 : layer.row_start[layer.n_out]); k++)
+                scratch[k] = values[layer.position[k]];
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tile_count; t++) {
                 const vec *g_out = (const vec *)tiles + (t * rows + layer.output) * V;
@@ -188,8 +232,11 @@ static void backward(const Layer *layers, int count, const float *params, int64_
                     for (int v = 0; v < V; v++)  // through the ReLU that made the input
                         in[i * V + v] = l == 0 ? sum[v] : in[i * V + v] > 0 ? sum[v] : vec{};
                 };
-                products<vec, V>(layer.n_in, layer.dense, layer.column_start, layer.row, transposed, nullptr, g_out,
-                                 overwrite);
+                if (layer.dense)
+                    dense_products<vec, V>(layer.n_in, layer.n_out, values, 1, layer.n_in, nullptr, g_out, overwrite);
+                else
+                    sparse_products<vec, V>(layer.n_in, layer.column_start, layer.row, scratch, nullptr, g_out,
+                                            overwrite);
                 if (l == 0) out_of_tile<T>((const float *)in, t * T, batch, layer.n_in, grad_x);
             }
         }
@@ -206,8 +253,8 @@ void mlp_forward(const Layer *layers, int count, const float *params, int64_t ba
 }
 
 void mlp_backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y, float *grad_x,
-                  float *grad_params, float *tiles, float *transposed, int threads) {
+                  float *grad_params, float *tiles, float *scratch, int threads) {
     auto run = batch < W ? backward<float, 1> : backward<vector, V>;
-    run(layers, count, params, batch, grad_y, grad_x, grad_params, tiles, transposed, threads);
+    run(layers, count, params, batch, grad_y, grad_x, grad_params, tiles, scratch, threads);
 }
 }

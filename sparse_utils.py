@@ -47,6 +47,7 @@ Masks = dict[str, Tensor]
 DYNAMIC_METHODS = ("set", "rigl")  # arms whose masks change during training
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
+DENSE_PAYS_UP_TO = 512  # width of the widest layer up to which it uses them where nothing is pruned; measured, README
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -463,11 +464,13 @@ class _SparseMLPFunction(torch.autograd.Function):
         workspace, ctx.workspace = ctx.workspace, None  # the kernel overwrites it with gradients
         if workspace is None:  # a retained graph, run backward again
             _, workspace = mlp.run(x, flat, keep=True)
-        transposed = torch.empty_like(flat)
+        width = mlp.kernels.tile_width(len(x))
+        inputs = max(-(-layer.n_in // width) * width for layer in mlp.layers)
+        scratch = flat.new_empty(max(len(flat), -(-len(x) // width) * width * inputs))
         mlp.kernels.mlp_backward(
             mlp.layers, len(mlp.layers), flat.data_ptr(), len(x), grad_y.data_ptr(),
             None if grad_x is None else grad_x.data_ptr(), None if grad_flat is None else grad_flat.data_ptr(),
-            workspace.data_ptr(), transposed.data_ptr(), torch.get_num_threads(),
+            workspace.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return grad_x, grad_flat, None
 
@@ -477,10 +480,12 @@ def choose_sparse_compute(
 ) -> list[str]:
     """The names of the networks to train on stored values only; says on the console which they are and why. `auto`
     takes a network whose mask is fixed, on the CPU, a chain of Linear and ReLU of which at most SPARSE_PAYS_UP_TO is
-    active, if the kernels can be built. `sparse` overrules the density."""
+    active, or all and no layer wider than DENSE_PAYS_UP_TO, if the kernels can be built. `sparse` overrules density and
+    width."""
 
     def choose(name: str) -> tuple[str, str]:
         density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
+        width = max(len(mask) for mask in masks[name].values())
         in_torch = "dense" if methods[name] in ("dense", "tiny") else "masked"
         if methods[name] in DYNAMIC_METHODS:
             return in_torch, f"--method {methods[name]} has no fixed mask to compile"
@@ -490,8 +495,10 @@ def choose_sparse_compute(
             return in_torch, f"the kernels are for the CPU and the networks are on {device.type}"
         if not is_mlp(networks[name]):
             return in_torch, "it is not a chain of Linear layers with bias and a ReLU after all but the last"
-        if compute == "auto" and density > SPARSE_PAYS_UP_TO:
+        if compute == "auto" and SPARSE_PAYS_UP_TO < density < 1:
             return in_torch, f"it is {density:.0%} dense and auto takes the kernels up to {SPARSE_PAYS_UP_TO:.0%}"
+        if compute == "auto" and density == 1 and width > DENSE_PAYS_UP_TO:
+            return in_torch, f"it is dense, {width} wide, and auto takes the kernels up to {DENSE_PAYS_UP_TO}"
         try:
             load_kernels()
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -118,12 +119,12 @@ def peers(benchmark: Benchmark) -> None:
         base = {"algorithm": algorithm, "steps": 2000}
         configurations = {name: base | {"framework": name} for name in installed}
         ours = base | {"framework": "ours"}
-        configurations["dense"] = ours | {"method": "dense"}
+        configurations["dense, in torch"] = ours | {"method": "dense", "compute": "masked"}
         configurations["dense, in the kernels"] = ours | {"method": "dense", "compute": "sparse"}
         configurations["tar at 90%, masked"] = ours | {"compute": "masked"}
         configurations["tar at 90%, sparse"] = ours | {"compute": "sparse"}
         results = measure(configurations, benchmark)
-        reference = installed[0] if installed else "dense"
+        reference = installed[0] if installed else "dense, in torch"
         print(f"\n| {algorithm.upper()}, 256 wide | steps per second | against {reference} |\n|---|---|---|")
         for name, values in results.items():
             print(f"| {name} | {spread(values)} | {ratio(values, results[reference])} |")
@@ -142,7 +143,10 @@ def arms(benchmark: Benchmark) -> None:
 WIDTHS = [(256, 2000), (512, 400), (1024, 200)]  # hidden neurons, measured steps
 CELLS = {
     "widths": [(width, sparsity, steps) for width, steps in WIDTHS for sparsity in (0.9, 0.95)],
-    "rule": [(32, 0.9, 2000), (64, 0.7, 2000), (64, 0.5, 2000), (256, 0.7, 1000), (256, 0.5, 1000), (512, 0.5, 300)],
+    "rule": [
+        *((32, 0.9, 2000), (64, 0.7, 2000), (64, 0.5, 2000), (256, 0.7, 1000), (256, 0.5, 1000), (512, 0.5, 300)),
+        *((64, 0.0, 2000), (256, 0.0, 1000), (512, 0.0, 300)),
+    ],
 }
 
 
@@ -177,8 +181,29 @@ def layers(benchmark: Benchmark) -> None:
     def kernels(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> nn.Module:
         return sparse_utils.SparseMLP(linears, {name: masks[name] for name in linears})
 
+    def in_torch(linears: Iterable[nn.Linear]) -> nn.Module:
+        fc1, fc2, fc3 = linears
+        return nn.Sequential(fc1, nn.ReLU(inplace=True), fc2, nn.ReLU(inplace=True), fc3)
+
     def step(network: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> None:
         torch.autograd.grad(network(x), [x, *network.parameters()], grad_y)
+
+    class OneDNN(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            ctx.save_for_backward(x, weight)
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            (x, weight), product = ctx.saved_tensors, torch.ops.mkldnn._linear_pointwise
+            grad_x = product(grad_y, weight.T.contiguous(), None, "none", [], "")
+            grad_weight = product(grad_y.T.contiguous(), x.T.contiguous(), None, "none", [], "")
+            return grad_x, grad_weight, grad_y.sum(0)
+
+    class OneDNNLinear(nn.Linear):
+        def forward(self, x):
+            return OneDNN.apply(x, self.weight, self.bias)
 
     torch.set_num_threads(benchmark.threads)
     print("\n| dense layer | others, 5% | it in torch, us | all in the kernels, us | ratio |\n|---|---|---|---|---|")
@@ -194,16 +219,16 @@ def layers(benchmark: Benchmark) -> None:
         data = torch.randn(256, sizes[0], requires_grad=True), torch.randn(256, sizes[-1])
         t, k = microseconds(partial(step, beside, *data), partial(step, kernels(linears, masks), *data))
         print(f"| {name} | {', '.join(rest)} | {t:.0f} | {k:.0f} | {t / k:.2f}x |")
-    print("\n| dense critic, 14 inputs | torch, us | kernels, us | ratio |\n|---|---|---|---|")
+    print("\n| dense critic, 14 inputs | torch, us | its oneDNN, us | kernels, us | ratios |\n|---|---|---|---|---|")
     for width, _ in WIDTHS:
-        torch.manual_seed(0)
-        fc1, fc2, fc3 = nn.Linear(14, width), nn.Linear(width, width), nn.Linear(width, 1)
-        in_torch = nn.Sequential(fc1, nn.ReLU(inplace=True), fc2, nn.ReLU(inplace=True), fc3)
-        linears = {"fc1": fc1, "fc2": fc2, "fc3": fc3}
+        sizes = {"fc1": (14, width), "fc2": (width, width), "fc3": (width, 1)}
+        linears = {name: nn.Linear(*size) for name, size in sizes.items()}
+        by_onednn = [OneDNNLinear(14, width), OneDNNLinear(width, width), linears["fc3"]]  # slower for one output
         masks = {name: torch.ones_like(m.weight, dtype=torch.bool) for name, m in linears.items()}
+        networks = [in_torch(linears.values()), in_torch(by_onednn), kernels(linears, masks)]
         data = torch.randn(256, 14, requires_grad=True), torch.randn(256, 1)
-        t, k = microseconds(partial(step, in_torch, *data), partial(step, kernels(linears, masks), *data))
-        print(f"| {width} wide | {t:.0f} | {k:.0f} | {t / k:.2f}x |")
+        t, o, k = microseconds(*(partial(step, network, *data) for network in networks))
+        print(f"| {width} wide | {t:.0f} | {o:.0f} | {k:.0f} | {t / k:.2f}x, {o / k:.2f}x |")
 
 
 def inference(benchmark: Benchmark) -> None:

@@ -37,7 +37,7 @@ def reference(linears, x):
     return x
 
 
-SIZES = st.lists(st.integers(1, 70), min_size=2, max_size=5)
+SIZES = st.lists(st.integers(1, 70) | st.sampled_from([127, 128, 130]), min_size=2, max_size=5)  # past two tiles
 BATCH = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 256])
 
 
@@ -160,13 +160,16 @@ def test_one_seed_one_result_on_the_kernels(run):
     assert same_weights(a, b)
 
 
-def test_auto_uses_the_kernels_where_the_mask_is_fixed_and_sparse(run, capsys):
+def test_auto_uses_the_kernels_where_they_pay(run, monkeypatch, capsys):
+    monkeypatch.setattr(su, "DENSE_PAYS_UP_TO", 32)
     for arguments, sentence in [
         ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
         ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and"),
         ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
-        ({"method": "dense"}, "compute: actor, qf1, qf2 dense, since it is 100% dense and"),
-        ({"method": "dense", "compute": "sparse"}, "compute: actor, qf1, qf2 sparse, since --compute sparse"),
+        ({"method": "dense", "hidden_size": 32}, "compute: actor, qf1, qf2 sparse, since it is 100% dense"),
+        ({"method": "tiny"}, "compute: actor, qf1, qf2 sparse, since it is 100% dense"),
+        ({"method": "dense", "hidden_size": 33}, "compute: actor, qf1, qf2 dense, since it is dense, 33 wide, and"),
+        ({"method": "dense", "hidden_size": 33, "compute": "sparse"}, "qf1, qf2 sparse, since --compute sparse"),
         ({"actor_method": "set"}, "compute: actor masked, since --method set has no fixed mask to compile"),
     ]:
         run(**{"compute": "auto"} | arguments)
