@@ -19,8 +19,8 @@ constexpr int W = 8, R = 2;
 #else
 constexpr int W = 4, R = 2;
 #endif
-// W: floats in a vector; R: rows of a dense layer that share what is loaded, as many as the registers hold
-constexpr int V = 4;  // vectors per tile row: with two partial sums each enough to hide the latency, in 16 registers
+// W: floats in a vector; R: rows of a dense layer that share what is loaded (more did not gain, or not fit)
+constexpr int V = 4;  // vectors per tile row: with R rows, or two partial sums, enough to hide the latency
 typedef float vector __attribute__((vector_size(W * sizeof(float))));
 
 #define INLINE __attribute__((always_inline)) static inline
@@ -48,15 +48,16 @@ INLINE void sparse_product(int32_t count, const int32_t *index, const float *val
     for (int v = 0; v < V; v++) sum[v] += odd[v];
 }
 
-// Adds to sum[r] the values[r * row_step + k * step] * x[k] of dense rows, for one tile.
+// Adds to sum[r] the scalars[r * row_step + k * step] * x[k] of rows without gaps. `volatile` has every x loaded once into
+// a register; GCC would read it again for each row, which takes a fifth longer.
 template <typename vec, int V, int rows>
-INLINE void dense_product(int64_t count, const float *values, int64_t row_step, int64_t step, const vec *x,
+INLINE void dense_product(int64_t count, const float *scalars, int64_t row_step, int64_t step, const vec *x,
                           vec (*sum)[V]) {
     for (int64_t k = 0; k < count; k++) {
         vec x_k[V];
-        for (int v = 0; v < V; v++) x_k[v] = *(const volatile vec *)(x + k * V + v);  // or GCC loads it for every row
+        for (int v = 0; v < V; v++) x_k[v] = *(const volatile vec *)(x + k * V + v);
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < V; v++) sum[r][v] += values[r * row_step + k * step] * x_k[v];
+            for (int v = 0; v < V; v++) sum[r][v] += scalars[r * row_step + k * step] * x_k[v];
     }
 }
 
@@ -72,7 +73,7 @@ INLINE void sparse_products(int64_t n, const int32_t *start, const int32_t *inde
     }
 }
 
-// The same for a dense layer with `count` values a row, R rows at a time and the last few by themselves.
+// The same for a dense layer with `count` values a row, from row i on, R rows at a time and the last few by themselves.
 template <typename vec, int V, int rows = R, typename Write>
 INLINE void dense_products(int64_t n, int64_t count, const float *values, int64_t row_step, int64_t step,
                            const float *bias, const vec *x, Write write, int64_t i = 0) {
@@ -109,9 +110,9 @@ static void out_of_tile(const float *tile, int64_t first, int64_t batch, int64_t
         for (int64_t i = 0; i < n; i++) samples[(first + j) * n + i] = tile[i * T + j];
 }
 
-// The gradients of the stored values of one output of a sparse layer, `columns` at a time.
+// The gradients of the stored values of one output, `columns` at a time.
 template <typename vec, int V, int columns>
-INLINE void sparse_gradients(int32_t count, const int32_t *index, int64_t tile_count, int64_t rows, const vec *x,
+INLINE void output_gradients(int32_t count, const int32_t *index, int64_t tile_count, int64_t rows, const vec *x,
                              const vec *g, float *grad_values) {
     for (int32_t k = 0; k < count; k += columns) {
         vec dot[columns]{};
@@ -124,22 +125,24 @@ INLINE void sparse_gradients(int32_t count, const int32_t *index, int64_t tile_c
     }
 }
 
-// Copies the T inputs of a dense layer from i on so that those of one sample lie side by side, zero past the last input.
+// Copies T inputs of a tile, of which `count` exist, so that those of one sample lie side by side; the rest are zero.
 template <int T>
-static void by_sample(const float *x, int64_t i, int64_t n_in, float *copy) {
-    for (int64_t k = 0; k < T; k++)
-        for (int64_t j = 0; j < T; j++) copy[j * T + k] = i + k < n_in ? x[(i + k) * T + j] : 0.0f;
+static void transpose(const float *x, int64_t count, float *copy) {
+    for (int64_t i = 0; i < T; i++)
+        for (int64_t j = 0; j < T; j++) copy[j * T + i] = i < count ? x[i * T + j] : 0.0f;
 }
 
-// The gradients of the values between `outputs` outputs of a dense layer and `count` inputs, whose copies by sample are x.
+// The gradients of the values between `outputs` outputs and up to T inputs of a dense layer: the sum over all samples of an
+// output's gradient g, a scalar, times that sample's inputs, side by side in x.
 template <typename vec, int V, int outputs>
-INLINE void dense_gradients(int64_t n_in, int64_t count, int64_t tile_count, int64_t rows, const vec *x, const vec *g,
+INLINE void block_gradients(int64_t n_in, int64_t count, int64_t tile_count, int64_t rows, const vec *x, const vec *g,
                             float *grad_values) {
     constexpr int T = V * sizeof(vec) / sizeof(float);
     vec sum[outputs][V]{};
     for (int64_t t = 0; t < tile_count; t++)
         dense_product<vec, V, outputs>(T, (const float *)(g + t * rows * V), T, 1, x + t * T * V, sum);
-    for (int r = 0; r < outputs; r++) __builtin_memcpy(grad_values + r * n_in, sum[r], count * sizeof(float));
+    for (int r = 0; r < outputs; r++)
+        __builtin_memcpy(grad_values + r * n_in, sum[r], (count < T ? count : T) * sizeof(float));
 }
 
 template <typename vec, int V>
@@ -171,8 +174,8 @@ static void forward(const Layer *layers, int count, const float *params, int64_t
 }
 
 // `tiles` is what forward kept; each layer's gradient of its input takes the place of the input. Writes the parameters'
-// gradients to `grad_params` and the input's to `grad_x`, if they are given. `scratch` has room for a sparse layer's
-// values by column, and for a dense layer's inputs by sample, both numbers rounded up to a multiple of T.
+// gradients to `grad_params` and the input's to `grad_x`, if they are given. `scratch` has room for the values of a sparse
+// layer and for the transposed inputs of a dense one, ceil(batch / T) * ceil(n_in / T) squares of T * T.
 template <typename vec, int V>
 static void backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y,
                      float *grad_x, float *grad_params, float *tiles, float *scratch, int threads) {
@@ -190,47 +193,51 @@ static void backward(const Layer *layers, int count, const float *params, int64_
             const vec *x = (const vec *)tiles + layer.input * V, *g = (const vec *)tiles + layer.output * V;
             if (grad_params) {
                 float *grad_values = grad_params + layer.values;
+                // a narrow layer is not worth the copy
+                const bool by_block = layer.dense && layer.n_in >= T / 2 && layer.n_out >= T / 4;
 #pragma omp for schedule(static)
                 for (int64_t o = 0; o < layer.n_out; o++) {
                     vec sum{};
                     for (int64_t t = 0; t < tile_count; t++)
                         for (int v = 0; v < V; v++) sum += g[(t * rows + o) * V + v];
                     grad_params[layer.bias + o] = total(sum);
-                    const int32_t start = layer.row_start[o], stop = layer.dense ? start : layer.row_start[o + 1];
-                    sparse_gradients<vec, V, 8>(stop - start, layer.column + start, tile_count, rows, x, g + o * V,
+                    const int32_t start = layer.row_start[o], stop = by_block ? start : layer.row_start[o + 1];
+                    output_gradients<vec, V, 8>(stop - start, layer.column + start, tile_count, rows, x, g + o * V,
                                                 grad_values + start);
                 }
-                const int64_t blocks = layer.dense ? (layer.n_in + T - 1) / T : 0;
+                if (by_block) {
+                    const int64_t n = layer.n_in, blocks = (n + T - 1) / T;
 #pragma omp for schedule(static) collapse(2)
-                for (int64_t b = 0; b < blocks; b++)
-                    for (int64_t t = 0; t < tile_count; t++)
-                        by_sample<T>((const float *)(x + t * rows * V), b * T, layer.n_in,
-                                     scratch + (b * tile_count + t) * T * T);
+                    for (int64_t b = 0; b < blocks; b++)
+                        for (int64_t t = 0; t < tile_count; t++)
+                            transpose<T>((const float *)(x + (t * rows + b * T) * V), n - b * T,
+                                         scratch + (b * tile_count + t) * T * T);
 #pragma omp for schedule(static) collapse(2)
-                for (int64_t b = 0; b < blocks; b++)
-                    for (int64_t o = 0; o < layer.n_out; o += R) {
-                        const vec *copy = (const vec *)scratch + b * tile_count * T * V;
-                        const int64_t n = layer.n_in, count = n - b * T < T ? n - b * T : T;
-                        float *grad = grad_values + o * n + b * T;
-                        if (o + R <= layer.n_out)
-                            dense_gradients<vec, V, R>(n, count, tile_count, rows, copy, g + o * V, grad);
-                        else
-                            for (int64_t r = 0; o + r < layer.n_out; r++)
-                                dense_gradients<vec, V, 1>(n, count, tile_count, rows, copy, g + (o + r) * V,
-                                                           grad + r * n);
-                    }
+                    for (int64_t b = 0; b < blocks; b++)
+                        for (int64_t o = 0; o < layer.n_out; o += R) {
+                            const vec *copy = (const vec *)scratch + b * tile_count * T * V;
+                            float *grad = grad_values + o * n + b * T;
+                            if (o + R <= layer.n_out)
+                                block_gradients<vec, V, R>(n, n - b * T, tile_count, rows, copy, g + o * V, grad);
+                            else
+                                for (int64_t r = 0; o + r < layer.n_out; r++)
+                                    block_gradients<vec, V, 1>(n, n - b * T, tile_count, rows, copy, g + (o + r) * V,
+                                                               grad + r * n);
+                        }
+                }
             }
             if (l == 0 && !grad_x) continue;
+            if (!layer.dense) {
 #pragma omp for schedule(static)
-            for (int64_t k = 0; k < (layer.dense ? 0 : layer.row_start[layer.n_out]); k++)
-                scratch[k] = values[layer.position[k]];
+                for (int64_t k = 0; k < layer.row_start[layer.n_out]; k++) scratch[k] = values[layer.position[k]];
+            }
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < tile_count; t++) {
                 const vec *g_out = (const vec *)tiles + (t * rows + layer.output) * V;
                 vec *in = (vec *)tiles + (t * rows + layer.input) * V;
                 auto overwrite = [&](int64_t i, const vec *sum) {
                     for (int v = 0; v < V; v++)  // through the ReLU that made the input
-                        in[i * V + v] = l == 0 ? sum[v] : in[i * V + v] > 0 ? sum[v] : vec{};
+                        in[i * V + v] = l > 0 && in[i * V + v] <= 0 ? vec{} : sum[v];
                 };
                 if (layer.dense)
                     dense_products<vec, V>(layer.n_in, layer.n_out, values, 1, layer.n_in, nullptr, g_out, overwrite);

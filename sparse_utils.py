@@ -47,7 +47,7 @@ Masks = dict[str, Tensor]
 DYNAMIC_METHODS = ("set", "rigl")  # arms whose masks change during training
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
-DENSE_PAYS_UP_TO = 512  # width of the widest layer up to which it uses them where nothing is pruned; measured, README
+DENSE_PAYS_UP_TO = 512  # inputs or outputs of a layer up to which it does where nothing is pruned; measured, README
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -465,7 +465,7 @@ class _SparseMLPFunction(torch.autograd.Function):
         if workspace is None:  # a retained graph, run backward again
             _, workspace = mlp.run(x, flat, keep=True)
         width = mlp.kernels.tile_width(len(x))
-        inputs = max(-(-layer.n_in // width) * width for layer in mlp.layers)
+        inputs = max((-(-layer.n_in // width) * width for layer in mlp.layers if layer.dense), default=0)
         scratch = flat.new_empty(max(len(flat), -(-len(x) // width) * width * inputs))
         mlp.kernels.mlp_backward(
             mlp.layers, len(mlp.layers), flat.data_ptr(), len(x), grad_y.data_ptr(),
@@ -480,12 +480,12 @@ def choose_sparse_compute(
 ) -> list[str]:
     """The names of the networks to train on stored values only; says on the console which they are and why. `auto`
     takes a network whose mask is fixed, on the CPU, a chain of Linear and ReLU of which at most SPARSE_PAYS_UP_TO is
-    active, or all and no layer wider than DENSE_PAYS_UP_TO, if the kernels can be built. `sparse` overrules density and
-    width."""
+    active, or all and no layer has more inputs or outputs than DENSE_PAYS_UP_TO, if the kernels can be built. `sparse`
+    overrules these two limits."""
 
     def choose(name: str) -> tuple[str, str]:
         density = sum(int(mask.sum()) for mask in masks[name].values()) / sum(m.numel() for m in masks[name].values())
-        width = max(len(mask) for mask in masks[name].values())
+        width = max(max(mask.shape) for mask in masks[name].values())
         in_torch = "dense" if methods[name] in ("dense", "tiny") else "masked"
         if methods[name] in DYNAMIC_METHODS:
             return in_torch, f"--method {methods[name]} has no fixed mask to compile"
@@ -496,7 +496,8 @@ def choose_sparse_compute(
         if not is_mlp(networks[name]):
             return in_torch, "it is not a chain of Linear layers with bias and a ReLU after all but the last"
         if compute == "auto" and SPARSE_PAYS_UP_TO < density < 1:
-            return in_torch, f"it is {density:.0%} dense and auto takes the kernels up to {SPARSE_PAYS_UP_TO:.0%}"
+            limit = f"up to {SPARSE_PAYS_UP_TO:.0%} or where nothing is pruned"
+            return in_torch, f"it is {density:.0%} dense and auto takes the kernels {limit}"
         if compute == "auto" and density == 1 and width > DENSE_PAYS_UP_TO:
             return in_torch, f"it is dense, {width} wide, and auto takes the kernels up to {DENSE_PAYS_UP_TO}"
         try:
@@ -504,7 +505,9 @@ def choose_sparse_compute(
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
             return in_torch, f"sparse_kernels.cpp cannot be built here: {output.splitlines()[0]}"
-        return "sparse", f"it is {density:.0%} dense" if compute == "auto" else "--compute sparse asks for it"
+        if compute == "sparse":
+            return "sparse", "--compute sparse asks for it"
+        return "sparse", f"it is {density:.0%} dense" if density < 1 else f"it is dense, {width} wide"
 
     choices = {name: choose(name) for name in networks}
     for choice in dict.fromkeys(choices.values()):

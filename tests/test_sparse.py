@@ -14,7 +14,8 @@ import sparse_utils as su
 
 
 def make_mlp(sizes, density, seed):
-    """A dense network, zero where pruned, and the SparseMLP of the same weights; odd seeds have empty and full rows."""
+    """A dense network, zero where pruned, and the SparseMLP of the same weights. Odd seeds have empty and full rows, of
+    even ones every third layer is dense."""
     torch.manual_seed(seed)
     linears, masks = {}, {}
     for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:])):
@@ -23,6 +24,8 @@ def make_mlp(sizes, density, seed):
         if seed % 2:
             mask[0], mask[-1] = True, False
             mask[:, n_in // 2] = False
+        elif (i + seed // 2) % 3 == 0:
+            mask[:] = True
         masks[f"fc{i}"] = mask
         linears[f"fc{i}"].weight.data.mul_(mask)
     return linears, masks, su.SparseMLP(linears, masks)
@@ -164,10 +167,10 @@ def test_auto_uses_the_kernels_where_they_pay(run, monkeypatch, capsys):
     monkeypatch.setattr(su, "DENSE_PAYS_UP_TO", 32)
     for arguments, sentence in [
         ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
-        ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and"),
+        ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and auto takes"),
         ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
-        ({"method": "dense", "hidden_size": 32}, "compute: actor, qf1, qf2 sparse, since it is 100% dense"),
-        ({"method": "tiny"}, "compute: actor, qf1, qf2 sparse, since it is 100% dense"),
+        ({"method": "dense", "hidden_size": 32}, "compute: actor, qf1, qf2 sparse, since it is dense, 32 wide"),
+        ({"method": "tiny"}, "compute: actor, qf1, qf2 sparse, since it is dense, "),
         ({"method": "dense", "hidden_size": 33}, "compute: actor, qf1, qf2 dense, since it is dense, 33 wide, and"),
         ({"method": "dense", "hidden_size": 33, "compute": "sparse"}, "qf1, qf2 sparse, since --compute sparse"),
         ({"actor_method": "set"}, "compute: actor masked, since --method set has no fixed mask to compile"),
