@@ -63,7 +63,7 @@ AXES = {"env_id", "seed", "method", "sparsity", "criterion", "distribution"} | {
     f"{network}_{what}" for network in NETWORKS for what in ("method", "sparsity")
 }
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-PUBLISHED_TAGS = ("eval/", "charts/SPS", "sparsity/", "flops/")
+PUBLISHED_TAGS = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
 CELL = ["algo", "sparsity", "env_id", "arm"]
 
 

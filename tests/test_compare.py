@@ -51,6 +51,7 @@ def make(tmp_path):
         values = [("eval/episodic_return", step, final if step > 900 else final / 2) for step in steps]
         values += [(tag, step, 7.0) for step in range(0, 1001, 10) for tag in ("charts/SPS", "losses/qf_loss")]
         values += [("sparsity/actor", step, 0.9) for step in steps] + [("flops/step", 0, 5.0)]
+        values += [("charts/episodic_return", step, final - step) for step in range(90, 1001, 90)]
         write_events(run / f"events.out.tfevents.{began}.somehost.1.0", began, values + values[: 1 if twice else 0])
         return run
 
@@ -304,14 +305,16 @@ def test_the_published_copy_gives_the_same_tables_and_little_else(run, make, com
         assert not any("somehost" in path.name for path in folder.iterdir())
         assert json.loads((folder / "config.json").read_text())["args"]["runs_dir"] == "runs"
         tags = compare.read_events(folder).Tags()
-        assert all(tag.startswith(("eval/", "charts/SPS", "sparsity/", "flops/")) for tag in tags["scalars"])
+        kept = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
+        assert all(tag.startswith(kept) for tag in tags["scalars"])
         assert bool(tags["images"]) == (folder.name == real.name)
     assert compare.read_events(published / other.name).Tags()["scalars"]
     synthetic = compare.read_events(next(published.glob("A-v1__*")))
     assert {"sparsity/actor", "flops/step"} <= set(synthetic.Tags()["scalars"])
     assert [event.step for event in synthetic.Scalars("charts/SPS")] == [*range(90, 1000, 100), 1000]
     original = compare.read_events(next((tmp_path / "runs").glob("A-v1__*")))
-    assert synthetic.Scalars("eval/episodic_return") == original.Scalars("eval/episodic_return")
+    for tag in ("eval/episodic_return", "charts/episodic_return"):
+        assert synthetic.Scalars(tag) == original.Scalars(tag)
 
 
 def test_masks_are_read_exactly_from_the_images_of_a_run(run):
