@@ -19,7 +19,7 @@ constexpr int W = 8, R = 2;
 #else
 constexpr int W = 4, R = 2;
 #endif
-// W: floats in a vector; R: rows of a dense layer that share what is loaded (more did not gain, or not fit)
+// W: floats in a vector; R: rows of a dense layer that share what is loaded (more did not gain on AVX-512)
 constexpr int V = 4;  // vectors per tile row: with R rows, or two partial sums, enough to hide the latency
 typedef float vector __attribute__((vector_size(W * sizeof(float))));
 
@@ -201,7 +201,8 @@ static void backward(const Layer *layers, int count, const float *params, int64_
                     for (int64_t t = 0; t < tile_count; t++)
                         for (int v = 0; v < V; v++) sum += g[(t * rows + o) * V + v];
                     grad_params[layer.bias + o] = total(sum);
-                    const int32_t start = layer.row_start[o], stop = by_block ? start : layer.row_start[o + 1];
+                    if (by_block) continue;
+                    const int32_t start = layer.row_start[o], stop = layer.row_start[o + 1];
                     output_gradients<vec, V, 8>(stop - start, layer.column + start, tile_count, rows, x, g + o * V,
                                                 grad_values + start);
                 }

@@ -116,12 +116,14 @@ def test_gradients_that_nobody_needs_are_not_computed():
 
 def test_not_a_number_passes_the_relu():
     """Or a diverged network would look healthy."""
-    _, _, mlp = make_mlp([3, 8, 2], 1.0, 0)
+    linears, _, mlp = make_mlp([3, 8, 2], 1.0, 0)
     x = torch.randn(20, 3)
     x[4, 1] = float("nan")
-    with torch.no_grad():
-        y = mlp(x)
+    y = mlp(x)
     assert y[4].isnan().all() and y[:4].isfinite().all() and y[5:].isfinite().all()
+    grad = mlp.expand(torch.autograd.grad(y.sum(), mlp.flat)[0])["fc0.bias"]
+    expected = torch.autograd.grad(reference(linears, x).sum(), linears["fc0"].bias)[0]
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)  # torch's ReLU passes the gradient of NaN on
 
 
 def test_a_retained_graph_gives_the_same_gradient_again():
