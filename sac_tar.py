@@ -60,12 +60,20 @@ class Args:
     criterion: Literal["random", "magnitude", "snip", "grasp", "synflow"] = "random"
     # how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all
     distribution: Literal["er", "uniform", "global"] = "er"
+    # neurons of each hidden layer that may have connections; auto: as many as the budget can feed; None: all
+    active_width: int | Literal["auto"] | None = None
+    # dense: what is not pruned keeps its weight; sparse: it is scaled by sqrt(inputs / active inputs) of its unit, at
+    # pruning (Evci et al. 2022)
+    init: Literal["dense", "sparse"] = "dense"
+    actor_init: Literal["dense", "sparse"] | None = None  # another --init for the actor alone
+    critic_init: Literal["dense", "sparse"] | None = None  # another --init for the critics alone
     prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
     rewire_every: int = 1000  # set, rigl: environment steps between rewirings (Graesser et al. 2022)
     rewire_fraction: float = 0.5  # set, rigl: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
     rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
     # set, rigl: score by which connections are dropped, the lowest first (Nowak et al. 2023)
     drop_criterion: DropCriterion = "magnitude"
+    regrow: bool = True  # set, rigl: what was just dropped may grow again in the same rewiring (Evci et al. 2020)
     # masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
     # auto: sparse where it pays (README, "Speed")
     compute: Literal["auto", "masked", "sparse"] = "auto"
@@ -301,6 +309,7 @@ def train(args: Args) -> Path:
     observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
     methods = {"actor": args.actor_method, "qf1": args.critic_method, "qf2": args.critic_method}
     sparsities = {"actor": args.actor_sparsity, "qf1": args.critic_sparsity, "qf2": args.critic_sparsity}
+    inits = {"actor": args.actor_init, "qf1": args.critic_init, "qf2": args.critic_init}
     actor_hidden = critic_hidden = args.hidden_size
     if args.actor_method == "tiny":
         actor_hidden = sparse_utils.tiny_size(observation_size, actor_hidden, 2 * action_size, args.actor_sparsity)
@@ -325,13 +334,14 @@ def train(args: Args) -> Path:
     optimizers = {"actor": actor_optimizer, "qf1": q_optimizer, "qf2": q_optimizer}
     rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
 
-    # K and R of each network; masks come when --prune-at is reached
+    # K and R and the active neurons of each network; masks come when --prune-at is reached
     weights = {name: sparse_utils.linear_weights(network) for name, network in networks.items()}
     try:
         budgets = {
             name: sparse_utils.connection_budget(w, methods[name], sparsities[name], args.reserve)
             for name, w in weights.items()
         }
+        widths = sparse_utils.active_widths(weights, methods, budgets, args.active_width)
     except ValueError as error:
         sparse_utils.fail(str(error))
     masks, revived_masks, rewired = {}, {}, {}
@@ -449,15 +459,29 @@ def train(args: Args) -> Path:
             static_masks = {}
             for name, (budget, reserve) in budgets.items():
                 static_masks[name] = sparse_utils.static_prune(
-                    weights[name], budget - reserve, args.criterion, args.distribution, mask_generator, losses.get(name)
+                    weights[name],
+                    budget - reserve,
+                    args.criterion,
+                    args.distribution,
+                    mask_generator,
+                    losses.get(name),
+                    widths[name],
                 )
             # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
             for name, static in static_masks.items():
                 _, reserve = budgets[name]  # 0 but for tar and uniform
                 spread = sparse_utils.uniform_budgets if methods[name] == "uniform" else sparse_utils.tar_budgets
-                revived_masks[name] = sparse_utils.revive(static, spread(static, reserve), mask_generator)
+                part = sparse_utils.active_part(static, widths[name])
+                revived = sparse_utils.revive(part, spread(part, reserve), mask_generator)
+                revived_masks[name] = sparse_utils.embed(revived, static)
             masks = copy.deepcopy(revived_masks)  # set and rigl change them in place
-            sparse_utils.log_topology(writer, run_dir, global_step, budgets, static_masks, masks, observation_size)
+            sparse_utils.log_topology(
+                writer, run_dir, global_step, budgets, static_masks, masks, observation_size, widths
+            )
+            # --init sparse: each unit's weights make up for the inputs it has lost, in online and target networks
+            for name, network in modules.items():
+                if inits[name.removesuffix("_target")] == "sparse":
+                    sparse_utils.scale_to_active_inputs(network, masks[name.removesuffix("_target")])
         # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
         if global_step == args.prune_at or (global_step == start_step and masks):
             to_compact = sparse_utils.choose_sparse_compute(args.compute, methods, device, networks, masks)
@@ -465,29 +489,6 @@ def train(args: Args) -> Path:
             actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
             active = {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
             action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
-
-        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
-        if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
-            fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
-            losses, previous = own_losses(args.batch_size), {}
-            for name in dynamic:
-                previous[name] = {layer: mask.clone() for layer, mask in masks[name].items()}
-                # dense gradients of the network's own loss
-                gradients = torch.autograd.grad(losses[name], list(weights[name].values()))
-                for (layer, weight), gradient in zip(weights[name].items(), gradients, strict=True):
-                    mask = masks[name][layer]
-                    count = min(int(fraction * int(mask.sum())), int((~mask).sum()))
-                    kept = sparse_utils.drop(weight, gradient, mask, count, args.drop_criterion, mask_generator)
-                    grown = sparse_utils.grow(gradient, mask, count, methods[name], mask_generator)
-                    mask.copy_(kept | grown)
-                    gradient_masks[name][layer].copy_(mask)
-                # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
-                sparse_utils.zero_pruned(networks[name], masks[name], optimizers[name])
-                if name in targets:
-                    sparse_utils.zero_pruned(targets[name], masks[name])
-                flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
-                training_flops += args.batch_size * flops
-            rewired = sparse_utils.log_rewiring(run_dir, global_step, previous, masks)
 
         if global_step == sps_from_step:
             sps_from_time = time.perf_counter()
@@ -497,6 +498,36 @@ def train(args: Args) -> Path:
             sps_from_time += time.perf_counter() - eval_from_time  # SPS counts training only
         if last:
             break
+
+        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many
+        if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
+            fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
+            losses, previous = own_losses(args.batch_size), {}
+            for name in dynamic:
+                previous[name] = {layer: mask.clone() for layer, mask in masks[name].items()}
+                # dense gradients of the network's own loss
+                gradients = torch.autograd.grad(losses[name], list(weights[name].values()))
+                gradients = dict(zip(weights[name], gradients, strict=True))
+                # views of the active neurons' part
+                parts = [sparse_utils.active_part(t, widths[name]) for t in (weights[name], gradients, masks[name])]
+                for layer in masks[name]:
+                    weight, gradient, mask = (part[layer] for part in parts)
+                    count = int(fraction * int(mask.sum()))
+                    if not args.regrow:
+                        count = min(count, int((~mask).sum()))
+                    kept = sparse_utils.drop(weight, gradient, mask, count, args.drop_criterion, mask_generator)
+                    closed = kept if args.regrow else mask
+                    grown = sparse_utils.grow(gradient, closed, count, methods[name], mask_generator)
+                    mask.copy_(kept | grown)
+                    gradient_masks[name][layer].copy_(masks[name][layer])
+                # a dropped weight ends at zero, also in Adam's moments and the target; a new one starts there, and one
+                # that was dropped and regrown keeps what it had
+                sparse_utils.zero_pruned(networks[name], masks[name], optimizers[name])
+                if name in targets:
+                    sparse_utils.zero_pruned(targets[name], masks[name])
+                flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
+                training_flops += args.batch_size * flops
+            rewired = sparse_utils.log_rewiring(run_dir, global_step, previous, masks)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts:

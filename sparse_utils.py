@@ -47,6 +47,7 @@ Masks = dict[str, Tensor]
 DYNAMIC_METHODS = ("set", "rigl")  # arms whose masks change during training
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the sparse kernels; measured, README
+AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto asks for
 DENSE_PAYS_UP_TO = 512  # inputs or outputs of a layer up to which it does where nothing is pruned; measured, README
 
 
@@ -67,6 +68,48 @@ def connection_budget(weights: dict[str, Tensor], method: str, sparsity: float, 
     if budget < 1:
         raise ValueError(f"--sparsity {sparsity} keeps none of a network's {size} connections; choose a lower sparsity")
     return budget, round(reserve * budget) if method in ("tar", "uniform") else 0
+
+
+def active_part(tensors: dict[str, Tensor], width: int | None) -> dict[str, Tensor]:
+    """Views [:h_out, :h_in] of each layer's tensor (n_out, n_in): the first `width` neurons of every hidden layer (all
+    if it is None), and all inputs and outputs of the network."""
+    last = len(tensors) - 1
+    return {
+        name: tensor[: width if i < last else None, : width if i > 0 else None]
+        for i, (name, tensor) in enumerate(tensors.items())
+    }
+
+
+def embed(part: Masks, whole: dict[str, Tensor]) -> Masks:
+    """Masks of the shapes of `whole`, with those of `active_part` in the corner and False elsewhere."""
+    masks = {name: torch.zeros_like(tensor, dtype=torch.bool) for name, tensor in whole.items()}
+    for name, mask in part.items():
+        masks[name][: mask.shape[0], : mask.shape[1]] = mask
+    return masks
+
+
+def active_widths(
+    weights: dict[str, dict[str, Tensor]], methods: dict[str, str], budgets: dict[str, tuple[int, int]], asked
+) -> dict[str, int]:
+    """Neurons of each hidden layer that have connections, for each network: `asked`; all of them if it is None, and in
+    dense and tiny networks. `auto`: the most for which K >= AUTO_WIDTH_C * sum of the layers' topology needs, but never
+    too few to hold K connections. Raises ValueError if `asked` is too few."""
+    widths, narrowest = {}, {}
+    for name, layers in weights.items():
+        hidden = max(weight.shape[0] for weight in list(layers.values())[:-1])
+        if asked is None or methods[name] in ("dense", "tiny"):
+            widths[name] = hidden
+            continue
+        budget, _ = budgets[name]
+        parts = {h: active_part(layers, h).values() for h in range(1, hidden + 1)}
+        narrowest[name] = min(h for h, part in parts.items() if sum(w.numel() for w in part) >= budget)
+        fed = [h for h, ws in parts.items() if budget >= AUTO_WIDTH_C * sum(topology_need(tuple(w.shape)) for w in ws)]
+        widths[name] = max([*fed, narrowest[name]]) if asked == "auto" else asked
+    if any(widths[name] < width for name, width in narrowest.items()):
+        raise ValueError(
+            f"--active-width {asked} cannot hold the connections; the smallest that can is {max(narrowest.values())}"
+        )
+    return widths
 
 
 def tiny_size(n_in: int, hidden_size: int, n_out: int, sparsity: float) -> int:
@@ -176,19 +219,21 @@ def static_prune(
     distribution: str,
     generator: torch.Generator,
     loss: Tensor | None = None,
+    width: int | None = None,
 ) -> Masks:
     """The base masks: exactly `keep` connections by `criterion` (random, magnitude, snip, grasp, synflow) and
-    `distribution` (er, uniform, global). `loss` is the network's own loss, for snip and grasp; `generator`, on the CPU,
-    serves random. The weights are read, not changed."""
+    `distribution` (er, uniform, global), within the `active_part` of this `width`. `loss` is the network's own loss,
+    for snip and grasp; `generator`, on the CPU, serves random. The weights are read, not changed."""
     if criterion == "synflow":
-        masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}
-        size, rounds = sum(w.numel() for w in weights.values()), 100
+        part = {name: torch.ones_like(w, dtype=torch.bool) for name, w in active_part(weights, width).items()}
+        size, rounds = sum(mask.numel() for mask in part.values()), 100
         for i in range(1, rounds + 1):
-            scores = synflow_scores({name: w * masks[name] for name, w in weights.items()})
+            masks = embed(part, weights)
+            scores = active_part(synflow_scores({name: w * masks[name] for name, w in weights.items()}), width)
             # below zero, so that what is pruned stays pruned even where a cut-off connection scores zero
-            scores = {name: s.masked_fill(~masks[name], -1.0) for name, s in scores.items()}
-            masks = keep_highest(scores, round(size * (keep / size) ** (i / rounds)), distribution)
-        return masks
+            scores = {name: s.masked_fill(~part[name], -1.0) for name, s in scores.items()}
+            part = keep_highest(scores, round(size * (keep / size) ** (i / rounds)), distribution)
+        return embed(part, weights)
     if criterion == "random":
         draw = {name: torch.rand(w.shape, generator=generator, dtype=torch.float64) for name, w in weights.items()}
         scores = {name: s.to(weights[name].device) for name, s in draw.items()}
@@ -200,7 +245,7 @@ def static_prune(
         scores = grasp_scores(weights, loss)
     else:
         raise ValueError(f"unknown criterion {criterion!r}")
-    return keep_highest(scores, keep, distribution)
+    return embed(keep_highest(active_part(scores, width), keep, distribution), weights)
 
 
 # TOPOLOGY-AWARE REVIVAL
@@ -295,9 +340,10 @@ def drop(
 
 
 def grow(gradient: Tensor, mask: Tensor, count: int, method: str, generator: torch.Generator) -> Tensor:
-    """A mask of `count` connections that are inactive in `mask`, which is the one before dropping, so that nothing is
-    regrown at once. `rigl`: those of largest |gradient|, the dense gradient of the loss (Evci et al. 2020), ties to the
-    lower index; `set`: uniformly at random by `generator`, on the CPU (Mocanu et al. 2018)."""
+    """A mask of `count` connections that are inactive in `mask`: the one after dropping (Evci et al. 2020), or the one
+    before it, so that nothing is regrown at once. `rigl`: those of largest |gradient|, the dense gradient of the loss
+    (Evci et al. 2020), ties to the lower index; `set`: uniformly at random by `generator`, on the CPU (Mocanu et al.
+    2018)."""
     inactive = (~mask).flatten().nonzero().squeeze(1)
     if method == "rigl":
         order = gradient.flatten()[inactive].abs().argsort(descending=True, stable=True)
@@ -327,6 +373,15 @@ def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimiz
         for tensor in (weight, state.get("exp_avg"), state.get("exp_avg_sq")):
             if tensor is not None:
                 tensor.mul_(masks[name])
+
+
+@torch.no_grad()
+def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
+    """Multiply, in place, each unit's incoming weights by sqrt(n_in / its active inputs): as if they had been drawn for
+    that many inputs (Evci et al. 2022, "Gradient Flow in Sparse Neural Networks"). A unit with none is left alone."""
+    for name, weight in linear_weights(network).items():
+        active = masks[name].sum(1, keepdim=True)
+        weight.mul_((weight.shape[1] / active.where(active > 0, weight.shape[1])).sqrt())
 
 
 def mask_gradients(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], factors: list[Tensor]) -> None:
@@ -616,16 +671,18 @@ def fix_masks(
 # WHAT A MASK LOOKS LIKE
 
 
-def topology_report(static: Masks, masks: Masks, budget: int, reserve: int) -> dict:
+def topology_report(static: Masks, masks: Masks, budget: int, reserve: int, width: int) -> dict:
     """Counts for `topology.json`, per layer. `blind_inputs` (inputs with no active connection out) and `dead_units`
-    (outputs with none in) are pairs: after static pruning, after revival."""
-    layers = {}
-    for name, mask in masks.items():
-        before, shape = static[name], tuple(mask.shape)
-        kept, floor = int(before.sum()), topology_floor(shape)
+    (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are those of
+    `part`, the layer's active neurons."""
+    layers, before_parts = {}, active_part(static, width)
+    for name, mask in active_part(masks, width).items():
+        before, part = before_parts[name], tuple(mask.shape)
+        kept, floor = int(before.sum()), topology_floor(part)
         layers[name] = {
-            "shape": list(shape),
-            "size": mask.numel(),
+            "shape": list(masks[name].shape),
+            "size": masks[name].numel(),
+            "part": list(part),
             "static": kept,
             "floor": floor,
             "deficit": max(0, floor - kept),
@@ -634,19 +691,19 @@ def topology_report(static: Masks, masks: Masks, budget: int, reserve: int) -> d
             "blind_inputs": [int((~m.any(0)).sum()) for m in (before, mask)],
             "dead_units": [int((~m.any(1)).sum()) for m in (before, mask)],
         }
-    return {"budget": budget, "reserve": reserve, "layers": layers}
+    return {"budget": budget, "reserve": reserve, "active_width": width, "layers": layers}
 
 
 def topology_table(report: dict) -> str:
     """The report of every network as one markdown table, its columns aligned for the console."""
     columns = ["size", "static", "floor", "deficit", "revived", "active"]
-    rows = [["layer", "shape", *columns, "density", "blind inputs", "dead units"]]
+    rows = [["layer", "shape", "active part", *columns, "density", "blind inputs", "dead units"]]
     for network, topology in report.items():
         for name, layer in topology["layers"].items():
             density = f"{layer['active'] / layer['size']:.4f}"
             pairs = ["{} -> {}".format(*layer[key]) for key in ("blind_inputs", "dead_units")]
-            shape = "{}x{}".format(*layer["shape"])
-            rows.append([f"{network}.{name}", shape, *(str(layer[c]) for c in columns), density, *pairs])
+            shapes = ["{}x{}".format(*layer[key]) for key in ("shape", "part")]
+            rows.append([f"{network}.{name}", *shapes, *(str(layer[c]) for c in columns), density, *pairs])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
@@ -674,12 +731,15 @@ def topology_warnings(network: str, static: Masks, masks: Masks, observation_siz
     return warnings
 
 
-def mask_image(static: Tensor, mask: Tensor) -> np.ndarray:
+def mask_image(static: Tensor, mask: Tensor, part: tuple[int, int]) -> np.ndarray:
     """A layer's mask after static pruning (left) and after revival (right) as uint8 of shape (height, width, 3), about
-    256 pixels square each or larger. Outputs down, inputs across; dark: pruned, grey: kept, orange: revived."""
-    colours = torch.tensor([[24, 26, 32], [176, 182, 192], [255, 140, 0]], dtype=torch.uint8)
+    256 pixels square each or larger. Outputs down, inputs across; dark: pruned, grey: kept, orange: revived, dark blue:
+    outside the active neurons' `part`."""
+    colours = torch.tensor([[24, 26, 32], [176, 182, 192], [255, 140, 0], [16, 32, 96]], dtype=torch.uint8)
     cell = [max(1, 256 // n) for n in mask.shape]
     before, after = static.cpu().long(), 2 * mask.cpu().long() - static.cpu().long()
+    for kinds in (before, after):
+        kinds[part[0] :], kinds[:, part[1] :] = 3, 3
     panels = [colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1) for kind in (before, after)]
     gap = torch.full((panels[0].shape[0], 8, 3), 255, dtype=torch.uint8)
     return torch.cat([panels[0], gap, panels[1]], 1).numpy()
@@ -693,10 +753,11 @@ def log_topology(
     static_masks: dict[str, Masks],
     masks: dict[str, Masks],
     observation_size: int,
+    widths: dict[str, int],
 ) -> None:
     """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
     TensorBoard, one image per layer there."""
-    report = {name: topology_report(static_masks[name], masks[name], *budgets[name]) for name in masks}
+    report = {name: topology_report(static_masks[name], masks[name], *budgets[name], widths[name]) for name in masks}
     write_json(run_dir / "topology.json", report)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
@@ -707,7 +768,7 @@ def log_topology(
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
-            image = mask_image(static_masks[name][layer], mask)
+            image = mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
 
 
@@ -719,10 +780,12 @@ def log_rewiring(
     report, replaced = json.loads((run_dir / "topology.json").read_text()), {}
     for name in previous:
         layers = report[name]["layers"]
-        for layer, mask in masks[name].items():
+        width = report[name].get("active_width")  # older runs have none
+        before = active_part(previous[name], width)
+        for layer, mask in active_part(masks[name], width).items():
             layers[layer]["last_rewiring"] = {
                 "step": global_step,
-                "replaced": int((mask & ~previous[name][layer]).sum()),
+                "replaced": int((mask & ~before[layer]).sum()),
                 "active": int(mask.sum()),
                 "blind_inputs": int((~mask.any(0)).sum()),
                 "dead_units": int((~mask.any(1)).sum()),
@@ -776,6 +839,7 @@ def complete_args(args) -> None:
         own = getattr(args, f"{network}_sparsity")
         sparsity = 0.0 if getattr(args, f"{network}_method") == "dense" else args.sparsity if own is None else own
         setattr(args, f"{network}_sparsity", sparsity)
+        setattr(args, f"{network}_init", getattr(args, f"{network}_init") or args.init)
 
 
 def check_args(args) -> None:
@@ -801,6 +865,10 @@ def check_args(args) -> None:
             fail(f"--{name.replace('_', '-')} must be {rule}, got {given[name]}")
     if args.criterion in ("snip", "grasp") and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:
+        fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
+    if isinstance(args.active_width, int) and not 1 <= args.active_width <= args.hidden_size:
+        fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
     for method in (args.actor_method, args.critic_method):
         if args.compute == "sparse" and method in DYNAMIC_METHODS:
             fail(f"--compute sparse needs masks that stay fixed, and --method {method} has none; use --compute auto")
@@ -936,12 +1004,16 @@ def processor() -> str:
 
 def make_run_dir(args) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__s<sparsity>__<seed>__<unix time>/ with config.json.
-    Method and sparsity are <actor's>+<critics'> where these differ. `args` is the script's dataclass of arguments."""
+    Method and sparsity are <actor's>+<critics'> where these differ. Where --active-width or --init sparse is set,
+    __w<width> and __init-<init> follow the sparsity. `args` is the script's dataclass of arguments."""
     method = "+".join(dict.fromkeys([args.actor_method, args.critic_method]))
     sparsity = "+".join(dict.fromkeys([str(args.actor_sparsity), str(args.critic_sparsity)]))
+    init = "+".join(dict.fromkeys([args.actor_init, args.critic_init]))
+    arm = f"{method}__s{sparsity}" + (f"__w{args.active_width}" if args.active_width else "")
+    arm += "" if init == "dense" else f"__init-{init}"
     unix_time = int(time.time())
     while True:
-        name = f"{args.env_id}__{args.exp_name}__{method}__s{sparsity}__{args.seed}__{unix_time}"
+        name = f"{args.env_id}__{args.exp_name}__{arm}__{args.seed}__{unix_time}"
         run_dir = Path(args.runs_dir) / name.replace("/", "-")
         try:
             run_dir.mkdir(parents=True)

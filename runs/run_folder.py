@@ -10,10 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/environments.py")  # beside the script
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-BASE = {"criterion", "distribution"}
+MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init", "regrow"}
 IGNORED = {  # flags that a method does not look at
-    "dense": BASE | {"sparsity", "actor_sparsity", "critic_sparsity"},
-    "tiny": BASE,
+    "dense": MASK | {"sparsity", "actor_sparsity", "critic_sparsity"},
+    "tiny": MASK,
+    **{method: {"regrow"} for method in ("static", "uniform", "tar")},
 }
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
@@ -21,6 +22,8 @@ FOLLOWS = {  # a flag that is not set has the value of another
     "critic_method": "method",
     "actor_sparsity": "sparsity",
     "critic_sparsity": "sparsity",
+    "actor_init": "init",
+    "critic_init": "init",
 }
 
 
@@ -65,6 +68,7 @@ def read_config(run_dir: Path) -> dict:
         first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
         script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
         config = {"args": config["args"], "script": script, "segments": [first], "published": config.get("published")}
+    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
     return config | {"published": bool(config.get("published"))}
 
 

@@ -356,14 +356,16 @@ def test_zero_pruned_and_mask_gradients_hold_weights_and_moments_at_zero():
 def test_topology_report_counts():
     static = {"fc1": torch.tensor([[True, False, False], [False, False, False]])}
     final = {"fc1": torch.tensor([[True, False, False], [False, True, False]])}
-    report = su.topology_report(static, final, 2, 1)
+    report = su.topology_report(static, final, 2, 1, 4)
     assert report == {
         "budget": 2,
         "reserve": 1,
+        "active_width": 4,
         "layers": {
             "fc1": {
                 "shape": [2, 3],
                 "size": 6,
+                "part": [2, 3],
                 "static": 1,
                 "floor": 5,  # 5 ln(5) / 2 = 4.02
                 "deficit": 4,
@@ -394,7 +396,7 @@ def test_topology_warnings_name_empty_layers_and_blind_inputs():
 def test_mask_image_shows_pruned_kept_and_revived():
     static = torch.tensor([[True, False], [False, False]])
     final = torch.tensor([[True, True], [False, False]])
-    image = su.mask_image(static, final)
+    image = su.mask_image(static, final, (2, 2))
     assert image.shape == (256, 2 * 256 + 8, 3)
     dark, grey, orange = [24, 26, 32], [176, 182, 192], [255, 140, 0]
     assert image[10, [10, 200]].tolist() == [grey, dark] and image[200, [10, 200]].tolist() == [dark, dark]

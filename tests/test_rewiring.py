@@ -38,7 +38,7 @@ def layer(seed, shape=(7, 5), density=0.5):
 
 
 @given(st.integers(0, 10**6), st.sampled_from(CRITERIA), st.sampled_from(["set", "rigl"]), st.floats(0, 1), st.data())
-def test_as_many_grow_as_are_dropped_and_nothing_is_regrown(seed, criterion, method, density, data):
+def test_as_many_grow_as_are_dropped_and_only_where_it_is_open(seed, criterion, method, density, data):
     weight, gradient, mask = layer(seed, density=density)
     before = mask.clone()
     count = data.draw(st.integers(0, min(int(mask.sum()), int((~mask).sum()))))
@@ -48,6 +48,10 @@ def test_as_many_grow_as_are_dropped_and_nothing_is_regrown(seed, criterion, met
     assert int((mask & ~kept).sum()) == count and not (kept & ~mask).any()
     assert int(grown.sum()) == count and not (grown & mask).any()
     assert int((kept | grown).sum()) == int(mask.sum())
+    count = data.draw(st.integers(0, int(mask.sum())))  # what is dropped may grow again, so it always fits
+    kept = su.drop(weight, gradient, mask, count, criterion, generator(seed))
+    grown = su.grow(gradient, kept, count, method, generator(seed))
+    assert int(grown.sum()) == count and not (grown & kept).any()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA[:-1])
@@ -106,9 +110,9 @@ def test_random_dropping_is_uniform_and_an_unknown_criterion_is_refused():
 REWIRING = {"sparsity": 0.8, "total_timesteps": 200, "rewire_every": 40, "rewire_fraction": 0.47, "rewire_stop": 0.75}
 
 
-@pytest.mark.parametrize("prune_at", [None, 90])
+@pytest.mark.parametrize("prune_at, regrow", [(None, True), (90, True), (None, False)])
 @pytest.mark.parametrize("method, criterion", [("set", "magnitude"), ("rigl", "magnitude"), ("rigl", "snip")])
-def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, method, criterion, prune_at):
+def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, method, criterion, prune_at, regrow):
     """Rewirings at 80 (unless pruning comes later) and 120; from 0.75 * 200 on the masks stay."""
     networks, history, checked = {}, [], {"online": 0, "target": 0}
     fix_masks, log_rewiring, polyak_update = su.fix_masks, su.log_rewiring, script.polyak_update
@@ -136,7 +140,8 @@ def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, 
                 assert torch.equal(old, history[-1][1][name][key])
                 assert int(mask.sum()) == int(old.sum())
                 fraction = 0.235 * (1 + math.cos(math.pi * step / 150))
-                assert int(grown.sum()) == min(int(fraction * int(old.sum())), int((~old).sum()))
+                count = int(fraction * int(old.sum()))
+                assert int(grown.sum()) <= count if regrow else int(grown.sum()) == min(count, int((~old).sum()))
                 weight = su.linear_weights(networks["nets"][name])[key]
                 state = networks["optimizers"][name].state.get(weight, {})
                 for tensor in (weight, *(state[k] for k in ("exp_avg", "exp_avg_sq") if state)):
@@ -160,7 +165,7 @@ def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, 
     monkeypatch.setattr(script, "polyak_update", spy_polyak)
     hook = register_optimizer_step_post_hook(after_step)
     try:
-        run_dir = run(method=method, drop_criterion=criterion, prune_at=prune_at, **REWIRING)
+        run_dir = run(method=method, drop_criterion=criterion, prune_at=prune_at, regrow=regrow, **REWIRING)
     finally:
         hook.remove()
     assert checked["online"] > 100 and checked["target"] > 40
@@ -171,6 +176,87 @@ def test_i1_i2_hold_through_every_update_and_rewiring(run, script, monkeypatch, 
         for key, mask in layers.items():  # frozen after the last rewiring, and moved since pruning
             assert torch.equal(mask, history[-1][1][name][key])
         assert any(not torch.equal(mask, history[0][1][name][key]) for key, mask in layers.items())
+
+
+def published_rule(weight, gradient, mask, count, regrow):
+    """RigL (Evci et al. 2020, algorithm 1) for one layer, on lists: keep the largest |w|, grow the largest |g| among
+    all that is not kept. The active positions afterwards."""
+    everywhere = [(i, j) for i in range(len(mask)) for j in range(len(mask[0]))]
+    active = [p for p in everywhere if mask[p[0]][p[1]]]
+    if not regrow:
+        count = min(count, len(everywhere) - len(active))
+    kept = set(sorted(active, key=lambda p: abs(weight[p[0]][p[1]]))[count:])
+    open_to = [p for p in everywhere if p not in (kept if regrow else active)]
+    return kept | set(sorted(open_to, key=lambda p: -abs(gradient[p[0]][p[1]]))[:count])
+
+
+@pytest.mark.parametrize("regrow, width", [(True, None), (False, None), (True, 12)])
+def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, width):
+    """Masks, weights and moments of every layer, computed apart: what stays or is regrown keeps all, a new one is 0."""
+    seen, drop, fix_masks, log_rewiring = {"calls": [], "steps": []}, su.drop, su.fix_masks, su.log_rewiring
+
+    def spy_fix(networks, targets, optimizers, *rest):
+        seen.update(networks=networks, optimizers=optimizers)
+        return fix_masks(networks, targets, optimizers, *rest)
+
+    def values():
+        for name, network in seen["networks"].items():
+            for weight in su.linear_weights(network).values():
+                state = seen["optimizers"][name].state[weight]
+                yield [t.detach().clone() for t in (weight, state["exp_avg"], state["exp_avg_sq"])]
+
+    def spy_drop(weight, gradient, mask, count, *rest):
+        if not seen["calls"]:
+            seen["before"] = list(values())
+        seen["calls"].append([t.detach().tolist() for t in (weight, gradient, mask)])
+        return drop(weight, gradient, mask, count, *rest)
+
+    def spy_rewiring(run_dir, step, previous, masks):
+        result, regrown, replaced = log_rewiring(run_dir, step, previous, masks), 0, 0
+        layers = [(name, layer, mask) for name, ms in masks.items() for layer, mask in ms.items()]
+        for (name, layer, mask), call, before, after in zip(
+            layers, seen["calls"], seen["before"], values(), strict=True
+        ):
+            old = previous[name][layer]
+            count = int(0.235 * (1 + math.cos(math.pi * step / 150)) * int(old.sum()))
+            positions = {(i, j) for i, j in mask.nonzero().tolist()}
+            assert positions == published_rule(*call, count, regrow)
+            assert seen["report"](name, layer)["replaced"] == int((mask & ~old).sum())
+            for tensor_before, tensor_after in zip(before, after, strict=True):
+                assert torch.equal(tensor_after, tensor_before * (mask & old))
+            replaced += int((mask & ~old).sum())
+            regrown += count - int((mask & ~old).sum())
+        assert replaced > 0 and (regrown > 0) >= regrow
+        seen["calls"].clear()
+        seen["steps"].append(step)
+        return result
+
+    def report(name, layer):
+        path = next(seen["runs"].glob("*/topology.json"))
+        return json.loads(path.read_text())[name]["layers"][layer]["last_rewiring"]
+
+    make_run_dir = su.make_run_dir
+
+    def spy_run_dir(args):
+        seen.update(runs=(run_dir := make_run_dir(args)).parent, report=report)
+        return run_dir
+
+    monkeypatch.setattr(su, "make_run_dir", spy_run_dir)
+    monkeypatch.setattr(su, "drop", spy_drop)
+    monkeypatch.setattr(su, "fix_masks", spy_fix)
+    monkeypatch.setattr(su, "log_rewiring", spy_rewiring)
+    run(method="rigl", regrow=regrow, active_width=width, **REWIRING | {"sparsity": 0.85})
+    assert seen["steps"] == [80, 120]
+
+
+def test_an_evaluation_comes_before_the_rewiring_of_its_step(run, script, monkeypatch):
+    order, evaluate, log_rewiring = [], script.evaluate, su.log_rewiring
+    monkeypatch.setattr(script, "evaluate", lambda *a: order.append("evaluation") or evaluate(*a))
+    monkeypatch.setattr(su, "log_rewiring", lambda *a: order.append(a[1]) or log_rewiring(*a))
+    run_dir = run(method="rigl", eval_frequency=40, **REWIRING)
+    assert order == ["evaluation"] * 3 + [80, "evaluation", 120, "evaluation", "evaluation"]
+    rewired = {e.step: e.value for e in events(run_dir).Scalars("sparsity/qf1_rewired")}
+    assert rewired[80] == rewired[200] == 0 < rewired[160] < rewired[120]
 
 
 def test_rigl_grows_by_the_gradient_of_each_networks_own_loss(run, script, monkeypatch):

@@ -62,10 +62,10 @@ def test_i1_i2_i5_the_count_is_exact_and_what_is_pruned_stays_zero_in_every_upda
         polyak_update(target_params, params, tau)
         watch("target", [(t,) for t in target_params if t.dim() == 2])
 
-    def at_revival(writer, run_dir, step, budgets, static, masks, observation_size):
+    def at_revival(writer, run_dir, step, budgets, static, masks, *rest):
         touched.clear()
         after_revival.append({n: {k: m.clone() for k, m in layers.items()} for n, layers in masks.items()})
-        log_topology(writer, run_dir, step, budgets, static, masks, observation_size)
+        log_topology(writer, run_dir, step, budgets, static, masks, *rest)
 
     monkeypatch.setattr(script, "polyak_update", watched_polyak_update)
     monkeypatch.setattr(sparse_utils, "log_topology", at_revival)
