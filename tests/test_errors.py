@@ -54,6 +54,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"rewire_stop": -0.1}, "--rewire-stop must be in [0, 1]"),
         ({"method": "rigl", "compute": "sparse"}, "--compute sparse needs masks that stay fixed, and --method rigl"),
         ({"critic_method": "set", "compute": "sparse"}, "--method set has none; use --compute auto"),
+        (
+            {"init": "sparse", "prune_at": 61},
+            "--init sparse does not rescale trained weights; set --prune-at to at most",
+        ),
+        ({"critic_init": "sparse", "prune_at": 61}, "--init sparse does not rescale trained weights"),
+        ({"active_width": 0}, "--active-width must be from 1 to --hidden-size 24, got 0"),
+        ({"active_width": 25}, "--active-width must be from 1 to --hidden-size 24, got 25"),
+        ({"active_width": 6}, "--active-width 6 cannot hold the connections; the smallest that can is 7"),
         ({"actor_method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
     ],
 )

@@ -213,15 +213,15 @@ def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, widt
 
     def spy_rewiring(run_dir, step, previous, masks):
         result, regrown, replaced = log_rewiring(run_dir, step, previous, masks), 0, 0
-        layers = [(name, layer, mask) for name, ms in masks.items() for layer, mask in ms.items()]
-        for (name, layer, mask), call, before, after in zip(
-            layers, seen["calls"], seen["before"], values(), strict=True
-        ):
-            old = previous[name][layer]
+        report = json.loads((run_dir / "topology.json").read_text())
+        layers = [(name, layer) for name in masks for layer in masks[name]]
+        states = zip(seen["calls"], seen["before"], values(), strict=True)
+        for (name, layer), (call, before, after) in zip(layers, states, strict=True):
+            mask, old = masks[name][layer], previous[name][layer]
             count = int(0.235 * (1 + math.cos(math.pi * step / 150)) * int(old.sum()))
             positions = {(i, j) for i, j in mask.nonzero().tolist()}
             assert positions == published_rule(*call, count, regrow)
-            assert seen["report"](name, layer)["replaced"] == int((mask & ~old).sum())
+            assert report[name]["layers"][layer]["last_rewiring"]["replaced"] == int((mask & ~old).sum())
             for tensor_before, tensor_after in zip(before, after, strict=True):
                 assert torch.equal(tensor_after, tensor_before * (mask & old))
             replaced += int((mask & ~old).sum())
@@ -231,17 +231,6 @@ def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, widt
         seen["steps"].append(step)
         return result
 
-    def report(name, layer):
-        path = next(seen["runs"].glob("*/topology.json"))
-        return json.loads(path.read_text())[name]["layers"][layer]["last_rewiring"]
-
-    make_run_dir = su.make_run_dir
-
-    def spy_run_dir(args):
-        seen.update(runs=(run_dir := make_run_dir(args)).parent, report=report)
-        return run_dir
-
-    monkeypatch.setattr(su, "make_run_dir", spy_run_dir)
     monkeypatch.setattr(su, "drop", spy_drop)
     monkeypatch.setattr(su, "fix_masks", spy_fix)
     monkeypatch.setattr(su, "log_rewiring", spy_rewiring)
