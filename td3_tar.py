@@ -14,7 +14,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,10 +29,16 @@ from gymnasium.wrappers import RecordVideo
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import sparse_kernels
 import sparse_utils
+from runs import run_folder
+from runs.checks import bad_input, check_args, complete_args, make_env, one_of
 
-Method = Literal["tar", "uniform", "static", "set", "rigl", "tiny", "dense"]
-DropCriterion = Literal["magnitude", "set", "mest", "snip", "sensitivity", "reciprocal_sensitivity", "random"]
+# every rule is one function and one line in a dictionary of sparse_utils.py, from which these take names and help
+Method = one_of(sparse_utils.METHODS, "arm; all but dense have the same number of connections (tiny: at most)")
+Criterion = one_of(sparse_utils.CRITERIA, "score by which static pruning ranks connections")
+Distribution = one_of(sparse_utils.DISTRIBUTIONS, "how static pruning spreads the budget over layers")
+DropCriterion = one_of(sparse_utils.DROPS, "set, rigl: worth of a connection w with gradient g; the lowest are dropped")
 
 
 @dataclass
@@ -41,14 +47,11 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of this experiment, part of the run folder's name
     seed: int = 1  # seed of the networks, the environment, its action space, the replay indices and the masks
     runs_dir: str = "runs"  # folder in which the run makes a folder of its own
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where networks and replay buffer live; auto: cuda if there is one
+    device: Literal["cpu", "cuda"] = "cpu"  # where networks and replay buffer live
     torch_threads: int = 1  # threads of torch on the CPU; one run per core is the fastest use of a machine
 
-    # Sparsity (README: "What is reproduced and what is chosen")
+    # Sparsity (README: "The method")
 
-    # tar: prune, then revive where the topology needs it (arXiv 2602.04166); uniform: prune, then revive everywhere
-    # alike; static: prune only; set, rigl: prune, then rewire during training; tiny: a narrower dense network; dense:
-    # no pruning. All but dense have the same number of connections (tiny: at most)
     method: Method = "tar"
     actor_method: Method | None = None  # another --method for the actor alone
     critic_method: Method | None = None  # another --method for the critics alone
@@ -56,26 +59,21 @@ class Args:
     actor_sparsity: float | None = None  # another --sparsity for the actor alone
     critic_sparsity: float | None = None  # another --sparsity for the critics alone
     reserve: float = 0.1  # fraction of the active connections that revival places (tar and uniform), in [0, 1)
-    # score by which static pruning ranks connections; snip and grasp use the replay data collected so far
-    criterion: Literal["random", "magnitude", "snip", "grasp", "synflow"] = "random"
-    # how static pruning spreads the budget over layers: Erdos-Renyi, the same fraction in each, one ranking of all
-    distribution: Literal["er", "uniform", "global"] = "er"
-    # neurons of each hidden layer that may have connections; auto: as many as the budget can feed; None: all
-    active_width: int | Literal["auto"] | None = None
-    # dense: what is not pruned keeps its weight; sparse: it is scaled by sqrt(inputs / active inputs) of its unit, at
-    # pruning (Evci et al. 2022)
+    criterion: Criterion = "random"
+    distribution: Distribution = "er"
+    prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
+    # weights at pruning: as the dense network drew them, or scaled to each unit's active inputs (Evci et al. 2022)
     init: Literal["dense", "sparse"] = "dense"
     actor_init: Literal["dense", "sparse"] | None = None  # another --init for the actor alone
     critic_init: Literal["dense", "sparse"] | None = None  # another --init for the critics alone
-    prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
+    # neurons of each hidden layer that get connections; auto: as many as the budget can feed; default: all (the paper)
+    active_width: int | Literal["auto"] | None = None
     rewire_every: int = 1000  # set, rigl: environment steps between rewirings (Graesser et al. 2022)
     rewire_fraction: float = 0.5  # set, rigl: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
     rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
-    # set, rigl: score by which connections are dropped, the lowest first (Nowak et al. 2023)
     drop_criterion: DropCriterion = "magnitude"
-    regrow: bool = True  # set, rigl: what was just dropped may grow again in the same rewiring (Evci et al. 2020)
-    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values, for fixed masks on the CPU;
-    # auto: sparse where it pays (README, "Speed")
+    regrow: bool = True  # set, rigl: what a rewiring has just dropped may grow again (Evci et al. 2020)
+    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: sparse where it pays
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
     # Evaluation
@@ -110,9 +108,22 @@ class Args:
     exploration_noise: float = 0.1
 
 
-SCRIPT = Path(__file__).stem
+SCRIPT = Path(__file__)
 STOP_SIGNALS = []  # SIGINT or SIGTERM, once received
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
+
+
+@dataclass
+class Progress:
+    """What changes while a run goes on, beside networks, optimizers and replay buffer; a checkpoint holds all of it."""
+
+    masks: dict = field(default_factory=dict)  # of each network, layer name to mask; empty until it is pruned
+    revived_masks: dict = field(default_factory=dict)  # the same as revival left them
+    training_flops: int = 0
+    actor_scalars: dict = field(default_factory=dict)  # of the actor's last update, logged with the critics'
+    episode_generator: dict | None = None  # state of the environment's generator before the reset of this episode
+    episode_actions: list = field(default_factory=list)  # since that reset; the same ones replay the episode
+    sps_seconds: float = 0.0  # of training that counts in charts/SPS
 
 
 class Batch(NamedTuple):
@@ -233,32 +244,31 @@ def parameters_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
 
-def zero_grad(params: list[nn.Parameter]) -> None:
+def zero_grad(optimizer: optim.Optimizer) -> None:
     """What `optimizer.zero_grad()` does, without its bookkeeping, which would be 4% of a sparse step."""
-    for param in params:
-        param.grad = None
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
 
 
 @torch.no_grad()
-def polyak_update(target_params: list[torch.Tensor], params: list[torch.Tensor], tau: float) -> None:
-    """target += tau * (param - target), all parameters in one fused call."""
-    torch._foreach_lerp_(target_params, params, tau)
+def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module], tau: float) -> None:
+    """target += tau * (param - target), all parameters of all targets in one fused call."""
+    online = parameters_of(networks[name] for name in targets)
+    torch._foreach_lerp_(parameters_of(targets.values()), online, tau)
 
 
 def evaluate_saved(args: Args) -> None:
     """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
-    sparse_utils.complete_args(args)
-    sparse_utils.check_args(args)
+    complete_args(args)
+    check_args(args)
     torch.set_num_threads(args.torch_threads)
-    path = Path(args.evaluate)
-    if path.is_dir():
-        path = path / ("final.pt" if (path / "final.pt").exists() else "checkpoint.pt")
-    saved = sparse_utils.load_state(path, SCRIPT)
-    env = sparse_utils.make_env(saved["args"]["env_id"], args.capture_video)
+    path, saved = run_folder.load_policy(args.evaluate, SCRIPT)
+    env = make_env(saved["args"]["env_id"], args.capture_video)
     if args.capture_video:
         env = RecordVideo(env, path.parent / "videos", lambda episode: False)
     actor = Actor(env.observation_space.shape[0], env.action_space, len(saved["actor"]["fc1.bias"]))
-    sparse_utils.load_networks({"actor": actor}, saved)
+    run_folder.load_networks({"actor": actor}, saved)
     video = f"evaluate-{path.stem}" if args.capture_video else ""
     seed = saved["args"]["seed"] + 2**31
     returns, _ = evaluate(env, actor, args.eval_episodes, seed, torch.device("cpu"), video)
@@ -269,11 +279,11 @@ def evaluate_saved(args: Args) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    sparse_utils.complete_args(args)
-    sparse_utils.check_args(args)
-    env, eval_env = sparse_utils.make_env(args.env_id), sparse_utils.make_env(args.env_id, args.capture_video)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    checkpoint = None if args.resume is None else sparse_utils.load_checkpoint(args.resume, SCRIPT, device)
+    complete_args(args)
+    check_args(args)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id, args.capture_video)
+    device = torch.device(args.device)
+    checkpoint = None if args.resume is None else run_folder.load_checkpoint(args.resume, SCRIPT, device)
     torch.set_num_threads(args.torch_threads)
 
     # TRY NOT TO MODIFY: seeding
@@ -287,16 +297,13 @@ def train(args: Args) -> Path:
 
     # ALGO LOGIC: initialize agent here
     observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
-    methods = {"actor": args.actor_method, "qf1": args.critic_method, "qf2": args.critic_method}
-    sparsities = {"actor": args.actor_sparsity, "qf1": args.critic_sparsity, "qf2": args.critic_sparsity}
-    inits = {"actor": args.actor_init, "qf1": args.critic_init, "qf2": args.critic_init}
     actor_hidden = critic_hidden = args.hidden_size
-    if args.actor_method == "tiny":
-        actor_hidden = sparse_utils.tiny_size(observation_size, actor_hidden, action_size, args.actor_sparsity)
-    if args.critic_method == "tiny":
-        critic_hidden = sparse_utils.tiny_size(observation_size + action_size, critic_hidden, 1, args.critic_sparsity)
-    if min(actor_hidden, critic_hidden) < 1:
-        sparse_utils.fail("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
+    with bad_input():
+        if args.actor_method == "tiny":
+            actor_hidden = sparse_utils.tiny_size(observation_size, actor_hidden, action_size, args.actor_sparsity)
+        if args.critic_method == "tiny":
+            inputs = observation_size + action_size
+            critic_hidden = sparse_utils.tiny_size(inputs, critic_hidden, 1, args.critic_sparsity)
     actor = Actor(observation_size, env.action_space, actor_hidden).to(device)
     qf1 = QNetwork(observation_size, action_size, critic_hidden).to(device)
     qf2 = QNetwork(observation_size, action_size, critic_hidden).to(device)
@@ -305,73 +312,59 @@ def train(args: Args) -> Path:
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
     networks = {"actor": actor, "qf1": qf1, "qf2": qf2}
     targets = {"actor": actor_target, "qf1": qf1_target, "qf2": qf2_target}
-    actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
-    actor_optimizer = optim.Adam(actor_params, lr=args.learning_rate, fused=True)
-    q_optimizer = optim.Adam(q_params, lr=args.learning_rate, fused=True)
-    optimizers = {"actor": actor_optimizer, "qf1": q_optimizer, "qf2": q_optimizer}
+    actor_optimizer = optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    q_optimizer = optim.Adam(parameters_of([qf1, qf2]), lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
+    # a checkpoint holds all that is in `modules`, Adam's state of those in `optimizers`, and `progress`: what you add
+    # to the agent (a temperature, a normalizer) is saved and restored if you put it there
+    modules = networks | {f"{name}_target": target for name, target in targets.items()}
+    optimizers = {"actor": actor_optimizer, "qf1": q_optimizer, "qf2": q_optimizer}
+    progress = Progress()
 
-    # K and R and the active neurons of each network; masks come when --prune-at is reached
-    weights = {name: sparse_utils.linear_weights(network) for name, network in networks.items()}
-    try:
+    # K and R of each network, and how many neurons of a hidden layer they are for; masks come at --prune-at
+    methods = {"actor": args.actor_method, "qf1": args.critic_method, "qf2": args.critic_method}
+    sparsities = {"actor": args.actor_sparsity, "qf1": args.critic_sparsity, "qf2": args.critic_sparsity}
+    inits = {"actor": args.actor_init, "qf1": args.critic_init, "qf2": args.critic_init}
+    dynamic = [name for name, method in methods.items() if method in sparse_utils.GROWTHS]
+    sizes = {name: sum(w.numel() for w in sparse_utils.linear_weights(net).values()) for name, net in networks.items()}
+    with bad_input():
         budgets = {
-            name: sparse_utils.connection_budget(w, methods[name], sparsities[name], args.reserve)
-            for name, w in weights.items()
+            name: sparse_utils.connection_budget(size, methods[name], sparsities[name], args.reserve)
+            for name, size in sizes.items()
         }
-        widths = sparse_utils.active_widths(weights, methods, budgets, args.active_width)
-    except ValueError as error:
-        sparse_utils.fail(str(error))
-    masks, revived_masks, rewired = {}, {}, {}
-    dynamic = [name for name, method in methods.items() if method in sparse_utils.DYNAMIC_METHODS]
-    sizes = {name: sum(weight.numel() for weight in w.values()) for name, w in weights.items()}
-    training_flops = 0
+        widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
+        in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
+    active = {name: budget for name, (budget, _) in budgets.items()}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
-    run_dir = Path(args.resume) if checkpoint else sparse_utils.make_run_dir(args)  # nothing is written before this
-    sparse_utils.claim(run_dir)
-    modules = networks | {f"{name}_target": target for name, target in targets.items()}
-    actor_scalars, episode_actions, episode_generator, start_step, learn_from = {}, [], None, 0, args.learning_starts
+    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args)  # the first to be written
+    run_folder.claim(run_dir)
+    start_step, learn_from = 0, args.learning_starts
     if checkpoint:
-        sparse_utils.load_networks(modules, checkpoint)
-        for name, network in networks.items():
-            sparse_utils.load_adam_state(network, optimizers[name], checkpoint["adam"][name])
-        masks, revived_masks, actor_scalars = (checkpoint[key] for key in ("masks", "revived_masks", "actor_scalars"))
-        rewired, training_flops, start_step = (checkpoint[key] for key in ("rewired", "training_flops", "global_step"))
-        episode_generator, replayed_actions = checkpoint["episode"]
+        run_folder.restore(checkpoint, modules, optimizers, progress)
+        start_step = checkpoint["global_step"]
         if args.save_buffer or start_step <= args.prune_at:
             rb.added = checkpoint["added"]
         else:  # collect anew before learning goes on
             learn_from += start_step
         args.resume = None  # from here on it is that run
-        sparse_utils.rewind(run_dir, args, checkpoint, rb.rows, rb.added)
+        run_folder.rewind(run_dir, SCRIPT, args, checkpoint, rb.rows, rb.added)
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
-        sparse_utils.log_args(writer, args)
-
-    def snapshot(global_step: int) -> dict:
-        """What final.pt holds: dense tensors on the CPU, zero where pruned."""
-        state = {name: sparse_utils.dense_state_dict(module) for name, module in modules.items()}
-        state["masks"] = {name: {layer: mask.cpu() for layer, mask in m.items()} for name, m in masks.items()}
-        form = {"script": SCRIPT, "format": sparse_utils.CHECKPOINT_FORMAT}
-        return state | form | {"args": asdict(args), "global_step": global_step}
+        run_folder.log_args(writer, args)
 
     def save_checkpoint(global_step: int) -> None:
         """All that the rest of the run depends on, the environment as its generator and actions since the reset."""
         writer.flush()
-        checkpoint = snapshot(global_step) | {
-            "adam": {name: sparse_utils.dense_adam_state(net, optimizers[name]) for name, net in networks.items()},
-            "revived_masks": revived_masks,
-            "rewired": rewired,
-            "training_flops": training_flops,
-            "actor_scalars": {name: value.detach() for name, value in actor_scalars.items()},
-            "episode": (episode_generator, np.array(episode_actions).tolist()),
-            "random": sparse_utils.random_states(mask_generator, env.action_space),
-            "added": rb.added,
-            "sps_seconds": time.perf_counter() - sps_from_time,
+        progress.sps_seconds = time.perf_counter() - sps_from_time
+        state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks) | {
+            "adam": {name: run_folder.adam_state(modules[name], optimizer) for name, optimizer in optimizers.items()},
+            "progress": vars(progress),
+            "random": run_folder.random_states(mask_generator, env.action_space),
         }
         with_buffer = args.save_buffer or global_step <= args.prune_at  # pruning may need it
-        sparse_utils.save_checkpoint(run_dir, checkpoint, rb.rows if with_buffer else None, rb.added)
+        run_folder.save_checkpoint(run_dir, state, rb.rows if with_buffer else None, rb.added)
 
     if args.capture_video:
         eval_env = RecordVideo(eval_env, run_dir / "videos", lambda episode: False)
@@ -382,11 +375,8 @@ def train(args: Args) -> Path:
         mean_return = float(np.mean(returns))
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
         writer.add_scalar("eval/episodic_length", float(np.mean(lengths)), global_step)
-        sparse_utils.stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
-        writer.add_scalar("flops/inference", action_flops, global_step)
-        writer.add_scalar("flops/training", training_flops, global_step)
-        sparse_utils.log_sparsity(writer, global_step, masks, revived_masks, rewired)
-        rewired.clear()
+        writer.add_scalar("flops/training", progress.training_flops, global_step)
+        run_folder.stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
         return mean_return
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
@@ -402,65 +392,55 @@ def train(args: Args) -> Path:
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
     if checkpoint:  # back to the middle of its episode: the same reset, the same actions
-        if episode_generator:
-            env.unwrapped.np_random.bit_generator.state = episode_generator
+        if progress.episode_generator:
+            env.unwrapped.np_random.bit_generator.state = progress.episode_generator
             obs, _ = env.reset()
-        for action in np.array(replayed_actions, dtype=env.action_space.dtype):
-            obs, reward, _, _, _ = env.step(action)
-            episode_actions.append(action)
+        for action in progress.episode_actions:
+            obs, reward, _, _, _ = env.step(np.array(action, dtype=env.action_space.dtype))
             episodic_return += float(reward)
             episodic_length += 1
-        sparse_utils.set_random_states(checkpoint["random"], mask_generator, env.action_space)
+        run_folder.set_random_states(checkpoint["random"], mask_generator, env.action_space)
     steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
     wait = 0.5 if sys.stderr.isatty() else 60
     bar = tqdm(steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
-    sps_from_time = time.perf_counter() - (checkpoint["sps_seconds"] if checkpoint else 0)
+    sps_from_time = time.perf_counter() - progress.sps_seconds
     for global_step in bar:
         last = global_step == args.total_timesteps
         if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:
             save_checkpoint(global_step)
         if STOP_SIGNALS:
             writer.close()
-            command = f"python {SCRIPT}.py --resume {shlex.quote(str(run_dir))}"
+            command = f"python {SCRIPT.name} --resume {shlex.quote(str(run_dir))}"
             tqdm.write(f"stopped at step {global_step}; go on with: {command}")
             sys.exit(128 + STOP_SIGNALS[0])
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
         if global_step == args.prune_at:
-            losses = own_losses(10 * args.batch_size) if args.criterion in ("snip", "grasp") else {}
             # prune: K - R connections of each network survive, the highest by score
+            losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[args.criterion].uses_loss else {}
             static_masks = {}
             for name, (budget, reserve) in budgets.items():
-                static_masks[name] = sparse_utils.static_prune(
-                    weights[name],
-                    budget - reserve,
-                    args.criterion,
-                    args.distribution,
-                    mask_generator,
-                    losses.get(name),
-                    widths[name],
-                )
+                weights = sparse_utils.linear_weights(networks[name])
+                base = (args.criterion, args.distribution, mask_generator, losses.get(name), widths[name])
+                static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base)
             # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
-            for name, static in static_masks.items():
-                _, reserve = budgets[name]  # 0 but for tar and uniform
-                spread = sparse_utils.uniform_budgets if methods[name] == "uniform" else sparse_utils.tar_budgets
-                part = sparse_utils.active_part(static, widths[name])
+            for name, (_, reserve) in budgets.items():  # R is 0 for the methods that revive nothing
+                spread = sparse_utils.REVIVALS.get(methods[name], sparse_utils.no_revival)
+                part = sparse_utils.active_part(static_masks[name], widths[name])
                 revived = sparse_utils.revive(part, spread(part, reserve), mask_generator)
-                revived_masks[name] = sparse_utils.embed(revived, static)
-            masks = copy.deepcopy(revived_masks)  # set and rigl change them in place
-            sparse_utils.log_topology(
-                writer, run_dir, global_step, budgets, static_masks, masks, observation_size, widths
-            )
-            # --init sparse: each unit's weights make up for the inputs it has lost, in online and target networks
-            for name, network in modules.items():
-                if inits[name.removesuffix("_target")] == "sparse":
-                    sparse_utils.scale_to_active_inputs(network, masks[name.removesuffix("_target")])
-        # train sparse: a revived weight still has the value it had, pruned ones are zero and stay so
-        if global_step == args.prune_at or (global_step == start_step and masks):
-            to_compact = sparse_utils.choose_sparse_compute(args.compute, methods, device, networks, masks)
-            gradient_masks = sparse_utils.fix_masks(networks, targets, optimizers, masks, to_compact)
-            actor_params, q_params, target_params = map(parameters_of, ([actor], [qf1, qf2], targets.values()))
-            active = {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
+                progress.revived_masks[name] = sparse_utils.embed(revived, static_masks[name])
+            progress.masks = copy.deepcopy(progress.revived_masks)  # set and rigl change them in place
+            made = (budgets, widths, static_masks, progress.masks)
+            run_folder.log_topology(writer, run_dir, global_step, *made, observation_size)
+            writer.add_scalar("flops/inference", count_flops(active, args.batch_size)[0], global_step)
+            for name in [name for name, init in inits.items() if init == "sparse"]:
+                for network in [networks[name], *([targets[name]] if name in targets else [])]:
+                    sparse_utils.scale_to_active_inputs(network, progress.masks[name])
+        # train sparse: a revived weight still has the value it had; what is pruned is zero and stays so, since hooks on
+        # the weights zero its gradient before backward() returns
+        if global_step == args.prune_at or (global_step == start_step and progress.masks):
+            sparse_utils.fix_masks(networks, targets, optimizers, progress.masks)
+            sparse_kernels.compact(in_kernels, networks, targets, optimizers, progress.masks)  # for speed alone
             action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
 
         if global_step == sps_from_step:
@@ -472,35 +452,29 @@ def train(args: Args) -> Path:
         if last:
             break
 
-        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many
+        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
         if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
             fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
-            losses, previous = own_losses(args.batch_size), {}
+            previous = copy.deepcopy({name: progress.masks[name] for name in dynamic})
+            in_turn = [name for name in dynamic if name in in_kernels]
+            sparse_kernels.expand(in_turn, networks, targets, optimizers)
+            losses = own_losses(args.batch_size)
             for name in dynamic:
-                previous[name] = {layer: mask.clone() for layer, mask in masks[name].items()}
+                weights = sparse_utils.linear_weights(networks[name])
                 # dense gradients of the network's own loss
-                gradients = torch.autograd.grad(losses[name], list(weights[name].values()))
-                gradients = dict(zip(weights[name], gradients, strict=True))
-                # views of the active neurons' part
-                parts = [sparse_utils.active_part(t, widths[name]) for t in (weights[name], gradients, masks[name])]
-                for layer in masks[name]:
-                    weight, gradient, mask = (part[layer] for part in parts)
-                    count = int(fraction * int(mask.sum()))
-                    if not args.regrow:
-                        count = min(count, int((~mask).sum()))
-                    kept = sparse_utils.drop(weight, gradient, mask, count, args.drop_criterion, mask_generator)
-                    closed = kept if args.regrow else mask
-                    grown = sparse_utils.grow(gradient, closed, count, methods[name], mask_generator)
-                    mask.copy_(kept | grown)
-                    gradient_masks[name][layer].copy_(masks[name][layer])
-                # a dropped weight ends at zero, also in Adam's moments and the target; a new one starts there, and one
-                # that was dropped and regrown keeps what it had
-                sparse_utils.zero_pruned(networks[name], masks[name], optimizers[name])
+                gradients = dict(zip(weights, torch.autograd.grad(losses[name], list(weights.values())), strict=True))
+                parts = (sparse_utils.active_part(t, widths[name]) for t in (weights, gradients, progress.masks[name]))
+                for weight, gradient, mask in zip(*(part.values() for part in parts), strict=True):
+                    rules = (methods[name], args.drop_criterion, args.regrow, mask_generator)
+                    mask.copy_(sparse_utils.rewire(weight, gradient, mask, fraction, *rules))
+                # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
+                sparse_utils.zero_pruned(networks[name], progress.masks[name], optimizers[name])
                 if name in targets:
-                    sparse_utils.zero_pruned(targets[name], masks[name])
+                    sparse_utils.zero_pruned(targets[name], progress.masks[name])
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
-                training_flops += args.batch_size * flops
-            rewired = sparse_utils.log_rewiring(run_dir, global_step, previous, masks)
+                progress.training_flops += args.batch_size * flops
+            sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)
+            run_folder.log_rewiring(writer, run_dir, global_step, progress.revived_masks, previous, progress.masks)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts:
@@ -510,23 +484,23 @@ def train(args: Args) -> Path:
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
                 action = actor.add_noise(actor(obs_tensor), args.exploration_noise)
             action = action[0].cpu().numpy()
-            training_flops += action_flops
+            progress.training_flops += action_flops
 
         # TRY NOT TO MODIFY: execute the game and store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # CRUCIAL, easy to overlook: a truncated episode is not over, so only `terminated` ends the bootstrapping
         rb.add(obs, next_obs, action, reward, terminated)
         obs = next_obs
-        episode_actions.append(action)
+        progress.episode_actions.append(action.tolist())
         episodic_return += float(reward)
         episodic_length += 1
-        sparse_utils.stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
+        run_folder.stop_unless_finite(writer, global_step, {"the episode's return": episodic_return})
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", episodic_length, global_step)
             bar.set_postfix({"return": f"{episodic_return:.1f}"}, refresh=False)
             episodic_return, episodic_length = 0.0, 0
-            episode_generator, episode_actions = env.unwrapped.np_random.bit_generator.state, []
+            progress.episode_generator, progress.episode_actions = env.unwrapped.np_random.bit_generator.state, []
             obs, _ = env.reset()
 
         # ALGO LOGIC: training
@@ -535,23 +509,23 @@ def train(args: Args) -> Path:
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor_target, qf1, qf2, qf1_target, qf2_target, data, args
             )
-            zero_grad(q_params)
+            zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
-            training_flops += critic_flops
+            progress.training_flops += critic_flops
 
             if global_step % args.policy_frequency == 0:
-                for param in q_params:  # the critics' weights need no gradient of the actor's loss
-                    param.requires_grad_(False)
+                for qf in (qf1, qf2):  # the critics' weights need no gradient of the actor's loss
+                    qf.requires_grad_(False)
                 actor_loss = policy_loss(actor, qf1, data)
-                actor_scalars["losses/actor_loss"] = actor_loss
-                zero_grad(actor_params)
+                progress.actor_scalars["losses/actor_loss"] = actor_loss.detach()
+                zero_grad(actor_optimizer)
                 actor_loss.backward()
                 actor_optimizer.step()
-                training_flops += actor_flops
-                for param in q_params:
-                    param.requires_grad_(True)
-                polyak_update(target_params, [*actor_params, *q_params], args.tau)
+                progress.training_flops += actor_flops
+                for qf in (qf1, qf2):
+                    qf.requires_grad_(True)
+                polyak_update(targets, networks, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:
                 scalars = {
@@ -560,18 +534,18 @@ def train(args: Args) -> Path:
                     "losses/qf1_loss": qf1_loss,
                     "losses/qf2_loss": qf2_loss,
                     "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
-                    **actor_scalars,
+                    **progress.actor_scalars,
                 }
                 scalars = {name: value.item() for name, value in scalars.items()}
-                sparse_utils.stop_unless_finite(writer, global_step, scalars)
+                run_folder.stop_unless_finite(writer, global_step, scalars)
                 for name, value in scalars.items():
                     writer.add_scalar(name, value, global_step)
                 if global_step > sps_from_step:
                     sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)
                     writer.add_scalar("charts/SPS", sps, global_step)
 
-    final = snapshot(args.total_timesteps)
-    sparse_utils.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
+    final = run_folder.final_state(SCRIPT, args, args.total_timesteps, modules, progress.masks)
+    run_folder.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
     writer.close()
     env.close()
     eval_env.close()
@@ -584,12 +558,12 @@ def main() -> None:
     if args.evaluate is not None:
         return evaluate_saved(args)
     if args.resume is not None:  # what is not given is as it was
-        saved = sparse_utils.resumed_args(Args, args.resume, SCRIPT)
+        saved = run_folder.resumed_args(Args, args.resume, SCRIPT)
         args = tyro.cli(Args, default=saved)
-        sparse_utils.check_resumed_args(args, saved)
+        run_folder.check_resumed_args(args, saved)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: STOP_SIGNALS.append(number))
-    with sparse_utils.full_disk_in_a_sentence():
+    with run_folder.full_disk_in_a_sentence():
         train(args)
 
 

@@ -1,41 +1,78 @@
-"""What a run leaves behind, as `sweep.py` and `compare.py` read it: which run it is, and which code made it."""
+"""What a run leaves behind: config.json, event files, topology.json, checkpoints, final.pt; how a run is resumed; and,
+for `sweep.py` and `compare.py`, which run a folder holds and which code made it."""
 
 import ast
+import contextlib
+import errno
+import functools
 import hashlib
 import json
+import math
+import os
+import pickle
+import platform
+import random
 import re
+import shlex
+import subprocess
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
-ROOT = Path(__file__).resolve().parent.parent
-CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/environments.py")  # beside the script
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+import sparse_utils
+from runs.checks import fail
+from sparse_utils import Masks
+
+CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
+REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that much is copied in memory
+MAY_CHANGE = {  # flags that may change when a run is resumed
+    *("resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video"),
+}
+CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py")  # beside the script
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init", "regrow"}
-IGNORED = {  # flags that a method does not look at
-    "dense": MASK | {"sparsity", "actor_sparsity", "critic_sparsity"},
-    "tiny": MASK,
-    **{method: {"regrow"} for method in ("static", "uniform", "tar")},
-}
+MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
+REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
-    "actor_method": "method",
-    "critic_method": "method",
-    "actor_sparsity": "sparsity",
-    "critic_sparsity": "sparsity",
-    "actor_init": "init",
-    "critic_init": "init",
+    **{f"{network}_{flag}": flag for network in ("actor", "critic") for flag in ("method", "sparsity", "init")},
 }
+
+
+# WHICH RUN AND WHICH CODE
+
+
+def ignored(methods: set[str]) -> set[str]:
+    """The flags that make no difference to networks of these methods."""
+    found = set() if methods & sparse_utils.REVIVALS.keys() else {"reserve"}
+    found |= set() if methods & sparse_utils.GROWTHS.keys() else REWIRING
+    found |= set() if methods - sparse_utils.UNPRUNED.keys() else MASK
+    return found | ({"sparsity", "actor_sparsity", "critic_sparsity"} if methods == {"dense"} else set())
 
 
 def identity(args: dict) -> dict:
-    """All arguments that make two runs the same one: without what leaves the result as it is or its method ignores."""
+    """All arguments that make two runs the same one: without what leaves the result as it is or its methods ignore."""
     args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
-    methods = {args.get(name, args["method"]) for name in ("method", "actor_method", "critic_method")}
-    ignored = IGNORED.get(args["method"], set()) if len(methods) == 1 else set()
+    methods = {args.get(f"{network}_method", args["method"]) for network in ("actor", "critic")}
     for network in ("actor", "critic"):
         if args.get(f"{network}_method") == "dense":  # as the scripts record it
             args[f"{network}_sparsity"] = 0.0
-    return {name: value for name, value in args.items() if name not in ignored | NOT_OF_THE_RESULT}
+    return {name: value for name, value in args.items() if name not in ignored(methods) | NOT_OF_THE_RESULT}
 
 
 def essence(path: Path) -> str:
@@ -63,15 +100,452 @@ def read_config(run_dir: Path) -> dict:
     run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
     `processor`, `device`, `versions`."""
     config = json.loads((run_dir / "config.json").read_text())
+    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
     if "segments" not in config:  # older
         keys = ("git_commit", "processor", "versions")
         first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
         script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
         config = {"args": config["args"], "script": script, "segments": [first], "published": config.get("published")}
-    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
     return config | {"published": bool(config.get("published"))}
 
 
 def codes(config: dict) -> list[str | None]:
     """The hashes of the code that made a run, in the order of its segments, each once."""
     return list(dict.fromkeys(segment["code"] for segment in config["segments"]))
+
+
+def git_commit(folder: Path) -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def versions() -> dict[str, str]:
+    modules = {module.__name__: str(module.__version__) for module in (torch, gym, mujoco, np)}
+    return {"python": platform.python_version(), **modules}
+
+
+def segment(script: Path, args, from_step: int) -> dict:
+    """What made this part of a run; see `read_config`."""
+    return {
+        "from_step": from_step,
+        "code": code_hash(script),
+        "git_commit": git_commit(script.resolve().parent),
+        "processor": processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        "versions": versions(),
+    }
+
+
+# FILES
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """The file is there as a whole or not at all, whenever the process or the machine dies. Ends the program with one
+    sentence if it cannot be written."""
+    part = Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        why = error.__context__ or error  # torch hides the system's own words
+        resumable = (path.parent / "checkpoint.pt").exists() or path.parent.name == "replay"
+        how = (
+            "the last checkpoint is whole: make room, then go on with --resume"
+            if resumable
+            else "make room, start anew"
+        )
+        fail(f"cannot write {path} ({why}); {how}", code=1)
+
+
+@contextlib.contextmanager
+def full_disk_in_a_sentence() -> Iterator[None]:
+    """End the program with one sentence if TensorBoard's writer finds the disk full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        fail(f"{error}; the last checkpoint is whole: make room, then go on with --resume", code=1)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
+
+
+def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
+    """What torch.save has written, checked against the file's checksums. Runs no code from the file; ends the program
+    with one sentence if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no {path}; check the path")
+    except (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
+
+
+# THE FOLDER OF A RUN
+
+
+def make_run_dir(script: Path, args) -> Path:
+    """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
+    it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>+<distribution>, left
+    out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
+    """
+    methods, sparsities, inits = (
+        list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
+        for flag in ("method", "sparsity", "init")
+    )
+    parts = [args.env_id, args.exp_name, "+".join(methods)]
+    if set(methods) - sparse_utils.UNPRUNED.keys():
+        parts.append(f"{args.criterion}+{args.distribution}")
+    parts.append("s" + "+".join(map(str, sparsities)))
+    if args.active_width is not None:
+        parts.append(f"w{args.active_width}")
+    if inits != [type(args).init]:
+        parts.append("init-" + "+".join(inits))
+    unix_time = int(time.time())
+    while True:
+        name = "__".join([*parts, str(args.seed), str(unix_time)])
+        run_dir = Path(args.runs_dir) / re.sub("[/:]", "-", name)
+        try:
+            run_dir.mkdir(parents=True)
+            break
+        except FileExistsError:
+            unix_time += 1  # its twin started in the same second
+        except OSError as error:
+            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+    write_config(run_dir, script, args, [segment(script, args, 0)])
+    return run_dir
+
+
+def write_config(run_dir: Path, script: Path, args, segments: list[dict]) -> None:
+    write_json(run_dir / "config.json", {"script": script.stem, "args": asdict(args), "segments": segments})
+
+
+def claim(run_dir: Path) -> None:
+    """Keep every other process out of a run folder for as long as this one lives; end the program with one sentence if
+    another one has it. Where the system or the file system has no such locks, nothing is kept out."""
+    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process is running {run_dir}; let it end or stop it first")
+    except (ImportError, OSError):
+        os.close(lock)
+
+
+# LOGGING
+
+
+def log_args(writer: SummaryWriter, args) -> None:
+    """All arguments as a table and, to filter and compare runs by them, through TensorBoard's HParams plugin."""
+    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    given = asdict(args)
+    first = {"method": args.method, "base": f"{args.criterion}+{args.distribution}"}
+    first |= {key: given[key] for key in ("sparsity", "seed", "env_id")}
+    shown = {key: str(value) if value is None else value for key, value in (first | given).items()}
+    metrics = dict.fromkeys(("eval/episodic_return", "charts/episodic_return", "charts/SPS"), 0)
+    for summary in hparams(shown, metrics):
+        writer.file_writer.add_summary(summary)
+
+
+def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict[str, float]) -> None:
+    """End the program with one sentence, the log closed, if one of these is NaN or infinite."""
+    for name, value in quantities.items():
+        if not math.isfinite(value):
+            writer.close()
+            fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
+
+
+def log_topology(
+    writer: SummaryWriter,
+    run_dir: Path,
+    global_step: int,
+    budgets: dict[str, tuple[int, int]],
+    widths: dict[str, int],
+    static_masks: dict[str, Masks],
+    masks: dict[str, Masks],
+    observation_size: int,
+) -> None:
+    """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
+    TensorBoard; there too one image per layer, and sparsities and densities, counted from the masks."""
+    report = {name: sparse_utils.topology_report(static_masks[name], masks[name], *budgets[name], widths[name])
+              for name in masks}  # fmt: skip
+    write_json(run_dir / "topology.json", report)
+    table = sparse_utils.topology_table(report)
+    tqdm.write(f"Topology at step {global_step}:\n{table}")
+    writer.add_text("topology/revival", table, global_step)
+    warnings = [
+        warning
+        for name in masks
+        for warning in sparse_utils.topology_warnings(name, static_masks[name], masks[name], observation_size)
+    ]
+    if warnings:
+        tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
+        writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
+    for name, network_masks in masks.items():
+        for layer, mask in network_masks.items():
+            image = sparse_utils.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
+            image = np.concatenate([image, mask_legend(image.shape[1])])
+            writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
+            writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
+        active = sum(int(mask.sum()) for mask in network_masks.values())
+        size = sum(mask.numel() for mask in network_masks.values())
+        writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
+
+
+def mask_legend(width: int) -> np.ndarray:
+    """What the colours of a mask's image mean, as uint8 of shape (height, width, 3)."""
+    entries = [((255, 255, 255), "left: after static pruning, right: after revival"), *sparse_utils.MASK_COLOURS]
+    image = Image.new("RGB", (width, 16 * len(entries)), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (colour, text) in enumerate(entries):
+        draw.rectangle((4, 16 * i + 3, 14, 16 * i + 13), fill=colour)
+        draw.text((20, 16 * i + 2), text, fill="black")
+    return np.asarray(image)
+
+
+def log_rewiring(
+    writer: SummaryWriter,
+    run_dir: Path,
+    global_step: int,
+    first_masks: dict[str, Masks],
+    previous: dict[str, Masks],
+    masks: dict[str, Masks],
+) -> None:
+    """What the rewiring of the networks in `previous`, their masks before it, has done, into topology.json; and to
+    TensorBoard, as fractions of the active connections, how many it replaced and how many of the first ones are gone.
+    """
+    report = json.loads((run_dir / "topology.json").read_text())
+    for name in previous:
+        layers = report[name]["layers"]
+        for layer, mask in masks[name].items():
+            part = mask[tuple(map(slice, layers[layer]["part"]))]
+            layers[layer]["last_rewiring"] = {
+                "step": global_step,
+                "replaced": int((mask & ~previous[name][layer]).sum()),
+                "active": int(mask.sum()),
+                "blind_inputs": int((~part.any(0)).sum()),
+                "dead_units": int((~part.any(1)).sum()),
+            }
+        replaced = sum(layer["last_rewiring"]["replaced"] for layer in layers.values())
+        lost = sum(int((first_masks[name][layer] & ~mask).sum()) for layer, mask in masks[name].items())
+        writer.add_scalar(f"sparsity/{name}_rewired", replaced / report[name]["budget"], global_step)
+        writer.add_scalar(f"sparsity/{name}_distance", lost / report[name]["budget"], global_step)
+    write_json(run_dir / "topology.json", report)
+
+
+# CHECKPOINTS
+
+
+def adam_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Adam's step and moments by parameter name, zero where pruned; empty before the first step."""
+    if (mlp := getattr(module, "sparse", None)) is None:
+        return {name: dict(optimizer.state.get(param, {})) for name, param in module.named_parameters()}
+    state = optimizer.state.get(mlp.flat, {})  # the kernels hold all layers in one parameter
+    moments = {key: mlp.expand(tensor) for key, tensor in state.items() if key != "step"}
+    names = mlp.expand(mlp.flat.detach())
+    return {
+        name: {"step": state["step"]} | {key: m[name] for key, m in moments.items()} if state else {} for name in names
+    }
+
+
+def load_adam_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
+    """Take over what `adam_state` gave, before the network is compacted."""
+    for name, param in module.named_parameters():
+        if state[name]:
+            optimizer.state[param] = {key: tensor.clone() for key, tensor in state[name].items()}
+
+
+def final_state(script: Path, args, global_step: int, modules: dict[str, nn.Module], masks: dict[str, Masks]) -> dict:
+    """What final.pt holds: state dictionaries and masks, dense, on the CPU, and what they are of."""
+    state = {name: {key: t.cpu() for key, t in module.state_dict().items()} for name, module in modules.items()}
+    state["masks"] = {name: {layer: mask.cpu() for layer, mask in m.items()} for name, m in masks.items()}
+    about = {"script": script.stem, "format": CHECKPOINT_FORMAT, "args": asdict(args), "global_step": global_step}
+    return state | about
+
+
+def load_state(path: Path, script: Path, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:
+    """The dictionary in a final.pt or checkpoint.pt, checked as above, to be one of this script and format, and to have
+    `keys`."""
+    state = load_checked(path, device)
+    if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
+        fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
+    if state["script"] != script.stem:
+        fail(f"{path} is of {state['script']}.py; use that script instead of {script.name}")
+    if state["format"] != CHECKPOINT_FORMAT:
+        fail(
+            f"{path} has format {state['format']} and this version reads {CHECKPOINT_FORMAT}; use the one that wrote it"
+        )
+    if missing := sorted(set(keys) - state.keys()):
+        fail(f"{path} lacks {', '.join(missing)} and is no checkpoint; use another or start the run anew")
+    return state
+
+
+def load_checkpoint(run_dir: str, script: Path, device: torch.device | str = "cpu") -> dict:
+    """The checkpoint of a run folder, checked."""
+    if Path(run_dir).is_file():
+        fail(f"--resume takes the run folder, not a file; try --resume {shlex.quote(str(Path(run_dir).parent))}")
+    keys = ("adam", "progress", "random", "added", "masks", "log_sizes")
+    return load_state(Path(run_dir) / "checkpoint.pt", script, device, keys)
+
+
+def load_policy(path: str, script: Path) -> tuple[Path, dict]:
+    """What a .pt file holds, or the final.pt or else the checkpoint.pt of a run folder, and which file that is."""
+    file = Path(path)
+    if file.is_dir():
+        if (file / "config.json").exists() and read_config(file)["published"]:
+            fail(f"{path} is a published run, which holds no weights; train it anew with the flags in its config.json")
+        file = file / ("final.pt" if (file / "final.pt").exists() else "checkpoint.pt")
+    return file, load_state(file, script)
+
+
+def load_networks(modules: dict[str, nn.Module], state: dict) -> None:
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+    except (KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        fail(f"the saved networks are not those of this script ({why}); use the one that saved them")
+
+
+def resumed_args(arguments: type, run_dir: str, script: Path):
+    """The arguments of the run in this folder, of the script's dataclass."""
+    saved = load_checkpoint(run_dir, script)["args"]
+    try:
+        return arguments(**saved | {"resume": run_dir})
+    except TypeError as error:
+        fail(f"the flags of {run_dir} are not those of this {script.name} ({error}); use the one that began it")
+
+
+def check_resumed_args(given, saved) -> None:
+    """End the program with one sentence if the arguments `given` with --resume, in which what the user left out is as
+    `saved`, contradict the run."""
+    for name, value in asdict(given).items():
+        before = getattr(saved, name)
+        if name not in MAY_CHANGE and value != before:
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
+    if given.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+
+
+def random_states(mask_generator: torch.Generator, action_space: gym.Space) -> dict:
+    """The state of every random generator but the environment's, in types that torch.load takes as data."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+        "masks": mask_generator.get_state(),
+        "actions": action_space.np_random.bit_generator.state,
+    }
+
+
+def set_random_states(states: dict, mask_generator: torch.Generator, action_space: gym.Space) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"].cpu())
+    torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    mask_generator.set_state(states["masks"].cpu())
+    action_space.np_random.bit_generator.state = states["actions"]
+
+
+def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
+    """The files replay/<start>-<stop>.pt with transitions start to stop, in order."""
+    paths = [path for path in run_dir.glob("replay/*.pt") if re.fullmatch(r"\d+-\d+", path.stem)]
+    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in paths}
+    return dict(sorted(ranges.items(), key=lambda item: item[1]))
+
+
+def save_checkpoint(run_dir: Path, state: dict, rows: Tensor | None, added: int) -> None:
+    """Write checkpoint.pt as a whole, with the sizes of the event files. Of the replay buffer, `rows` (transition i of
+    `added` in row i % len(rows)), only what is new is written, in files of its own; none of it if `rows` is None."""
+    if rows is not None:
+        start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
+        while start < added:
+            first = start % len(rows)
+            stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
+            piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
+            write_whole(run_dir / "replay" / f"{start}-{stop}.pt", functools.partial(torch.save, piece))
+            start = stop
+    logs = list(run_dir.glob("*tfevents*"))
+    for path in logs:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    state = state | {"log_sizes": {path.name: path.stat().st_size for path in logs}, "added": added}
+    write_whole(run_dir / "checkpoint.pt", functools.partial(torch.save, state))
+    for path, (_, stop) in replay_files(run_dir).items():
+        if rows is None or stop <= added - len(rows):
+            path.unlink()
+
+
+def restore(
+    checkpoint: dict, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], progress: object
+) -> None:
+    """Put back, in place, what a checkpoint holds of the modules, of Adam's moments for those that an optimizer trains,
+    and of the attributes of `progress`. Ends the program with one sentence if these are not the ones saved."""
+    load_networks(modules, checkpoint)
+    for kind, now in (("adam", optimizers), ("progress", vars(progress))):
+        if other := sorted(checkpoint[kind].keys() ^ now.keys()):
+            fail(f"the checkpoint and this script differ in {', '.join(other)}; use the script that saved it")
+    for name, optimizer in optimizers.items():
+        load_adam_state(modules[name], optimizer, checkpoint["adam"][name])
+    vars(progress).update(checkpoint["progress"])
+
+
+def rewind(run_dir: Path, script: Path, args, checkpoint: dict, rows: Tensor, added: int) -> None:
+    """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
+    `added` transitions into `rows`. config.json takes over `args`, since some may change, and gets one more segment.
+    Warns if a log is lost or if other code, packages or another machine goes on. Nothing is changed before the replay
+    buffer is known to be whole."""
+    read = max(0, added - len(rows))
+    for path, (start, stop) in replay_files(run_dir).items():
+        if stop <= added and start <= read < stop:
+            rows[torch.arange(start, stop) % len(rows)] = load_checked(path).to(rows.device)
+            read = stop
+    if read < added:
+        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")
+    logs = {path.name: path for path in run_dir.glob("*tfevents*")}
+    for name, size in checkpoint["log_sizes"].items():
+        if name not in logs or logs[name].stat().st_size < size:
+            tqdm.write(f"warning: {name} has lost some of what was logged before the checkpoint")
+        else:
+            os.truncate(logs[name], size)
+    for name in logs.keys() - checkpoint["log_sizes"].keys():
+        logs[name].unlink()
+    (run_dir / "final.pt").unlink(missing_ok=True)  # it comes anew at the end
+    step = checkpoint["global_step"]
+    segments = [part for part in read_config(run_dir)["segments"] if part["from_step"] < step or part["from_step"] == 0]
+    now = segment(script, args, step)
+    for what, value in now.items():
+        if what not in ("from_step", "git_commit") and value != segments[-1][what]:
+            tqdm.write(f"warning: the run's {what} was {segments[-1][what]} and is {value} from step {step} on")
+    write_config(run_dir, script, args, [*segments, now])
+    for path, (_, stop) in replay_files(run_dir).items():
+        if stop > added:
+            path.unlink()

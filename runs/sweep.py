@@ -68,11 +68,9 @@ class Args:
 
 
 AXES = ("env_id", "method", "criterion", "distribution", "sparsity", "seed")
-MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init", "regrow"}
 IGNORED = {  # flags that a method does not look at are not passed to it
-    "dense": MASK | {"sparsity", "actor_sparsity", "critic_sparsity"},
-    "tiny": MASK,
-    **{method: {"regrow"} for method in ("static", "uniform", "tar")},
+    "dense": {"sparsity", "actor_sparsity", "critic_sparsity", "criterion", "distribution"},
+    "tiny": {"criterion", "distribution"},
 }
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
@@ -80,8 +78,6 @@ FOLLOWS = {  # a flag that is not set has the value of another
     "critic_method": "method",
     "actor_sparsity": "sparsity",
     "critic_sparsity": "sparsity",
-    "actor_init": "init",
-    "critic_init": "init",
 }
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}

@@ -187,10 +187,15 @@ def test_replay_buffer_samples_only_what_was_added(script):
 
 
 def test_polyak_update(script):
-    target, online = [torch.tensor([1.0, 0.0])], [torch.tensor([3.0, 0.0], requires_grad=True)]
-    script.polyak_update(target, online, 0.25)
-    assert target[0].tolist() == [1.5, 0.0] and not target[0].requires_grad
-    assert online[0].tolist() == [3.0, 0.0]
+    networks = {name: torch.nn.Linear(1, 1) for name in ("actor", "qf1", "qf2")}
+    targets = {name: torch.nn.Linear(1, 1).requires_grad_(False) for name in ("qf2", "qf1")}
+    for value, module in enumerate([*networks.values(), *targets.values()]):
+        torch.nn.init.constant_(module.weight, value)
+        torch.nn.init.constant_(module.bias, -value)
+    script.polyak_update(targets, networks, 0.25)
+    assert (targets["qf1"].weight.item(), targets["qf2"].weight.item()) == (4 - 0.75, 3 - 0.25)
+    assert (targets["qf1"].bias.item(), targets["qf2"].bias.item()) == (-4 + 0.75, -3 + 0.25)
+    assert [networks[name].weight.item() for name in networks] == [0, 1, 2]
 
 
 def test_evaluate_gives_the_return_and_length_of_each_episode(script):

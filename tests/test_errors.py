@@ -52,8 +52,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"rewire_every": 0}, "--rewire-every must be positive"),
         ({"rewire_fraction": 1.1}, "--rewire-fraction must be in [0, 1]"),
         ({"rewire_stop": -0.1}, "--rewire-stop must be in [0, 1]"),
-        ({"method": "rigl", "compute": "sparse"}, "--compute sparse needs masks that stay fixed, and --method rigl"),
-        ({"critic_method": "set", "compute": "sparse"}, "--method set has none; use --compute auto"),
         (
             {"init": "sparse", "prune_at": 61},
             "--init sparse does not rescale trained weights; set --prune-at to at most",

@@ -23,8 +23,10 @@ from test_runs import events, load
 from torch.utils.tensorboard import SummaryWriter
 
 import sac_tar
-import sparse_utils as su
 import td3_tar
+from runs import run_folder as rf
+
+SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
 
 
 def same(a, b):
@@ -51,7 +53,7 @@ def assert_same_run(run_dir, undisturbed):
     assert not list(run_dir.rglob("*.tmp"))
     if not final["args"]["save_buffer"]:
         return
-    rows = [torch.cat([torch.load(path) for path in su.replay_files(folder)]) for folder in (run_dir, undisturbed)]
+    rows = [torch.cat([torch.load(path) for path in rf.replay_files(folder)]) for folder in (run_dir, undisturbed)]
     kept = min(map(len, rows))  # files may begin at other steps
     assert torch.equal(rows[0][-kept:], rows[1][-kept:])
 
@@ -80,9 +82,7 @@ def stop_after(script, monkeypatch):
 def resume(script):
     def resume(run_dir, **changes):
         script.STOP_SIGNALS.clear()
-        return script.train(
-            script.Args(**asdict(su.resumed_args(script.Args, str(run_dir), run_script(script))) | changes)
-        )
+        return script.train(script.Args(**asdict(rf.resumed_args(script.Args, str(run_dir), script.SCRIPT)) | changes))
 
     return resume
 
@@ -130,7 +130,7 @@ def test_a_resumed_run_is_the_undisturbed_run(run, resume, stop_after, tmp_path,
         resume(run_dir)
     second = load_checkpoint(run_dir)
     assert (first["global_step"], second["global_step"]) == (transitions, transitions + 5)
-    assert second["sps_seconds"] > first["sps_seconds"] > 0 or transitions < 60
+    assert second["progress"]["sps_seconds"] > first["progress"]["sps_seconds"] > 0 or transitions < 60
     assert resume(run_dir) == run_dir
     assert_same_run(run_dir, undisturbed)
 
@@ -206,9 +206,9 @@ def test_every_generator_is_put_back():
         return random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist(), masks, space.sample().tolist()
 
     draw()
-    states = su.random_states(generator, space)
+    states = rf.random_states(generator, space)
     drawn = draw()
-    su.set_random_states(states, generator, space)
+    rf.set_random_states(states, generator, space)
     assert draw() == drawn
 
 
@@ -247,11 +247,11 @@ def test_a_log_that_lost_something_is_said(run, resume, capsys):
 
 
 def test_other_packages_are_said(run, resume, capsys, monkeypatch):
-    run_dir = run()
-    monkeypatch.setattr(su.mujoco, "__version__", "9.9")
+    run_dir, mujoco = run(), rf.mujoco.__version__
+    monkeypatch.setattr(rf.mujoco, "__version__", "9.9")
     resume(run_dir, total_timesteps=170)
     assert "'mujoco': '9.9'" in capsys.readouterr().out
-    assert json.loads((run_dir / "config.json").read_text())["versions"]["mujoco"] == "9.9"
+    assert [part["versions"]["mujoco"] for part in rf.read_config(run_dir)["segments"]] == [mujoco, "9.9"]
 
 
 def test_an_evaluation_at_the_pruning_step_logs_once(run):
@@ -343,17 +343,17 @@ def test_damaged_checkpoints_are_refused_or_harmless(finished, capsys, tmp_path,
     content, bad = bytearray(good.read_bytes()), tmp_path / "checkpoint.pt"
     if data.draw(st.booleans()):
         bad.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-        refused(capsys, su.load_state, bad, "sac_tar")
+        refused(capsys, rf.load_state, bad, SAC)
         return
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     bad.write_bytes(content)
     try:
-        state = su.load_state(bad, "sac_tar")
+        state = rf.load_state(bad, SAC)
     except SystemExit as stop:
         assert stop.code == 2
         assert str(bad) in capsys.readouterr().err
     else:
-        assert same(state, su.load_state(good, "sac_tar"))
+        assert same(state, rf.load_state(good, SAC))
 
 
 class Payload:
@@ -364,10 +364,10 @@ class Payload:
 def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sac, td3 = finished[sac_tar], finished[td3_tar]
-    assert "is of td3_tar.py; use that script" in refused(capsys, su.load_state, td3 / "checkpoint.pt", "sac_tar")
-    assert "is of sac_tar.py; use that script" in refused(capsys, su.load_state, sac / "final.pt", "td3_tar")
-    assert "there is no" in refused(capsys, su.load_state, tmp_path / "checkpoint.pt", "sac_tar")
-    state, file = su.load_state(sac / "checkpoint.pt", "sac_tar"), tmp_path / "x.pt"
+    assert "is of td3_tar.py; use that script" in refused(capsys, rf.load_state, td3 / "checkpoint.pt", SAC)
+    assert "is of sac_tar.py; use that script" in refused(capsys, rf.load_state, sac / "final.pt", TD3)
+    assert "there is no" in refused(capsys, rf.load_state, tmp_path / "checkpoint.pt", SAC)
+    state, file = rf.load_state(sac / "checkpoint.pt", SAC), tmp_path / "x.pt"
     for bad, sentence in [
         ({"weights": torch.ones(3)}, "is not a file of sac_tar.py"),
         (torch.ones(3), "is not a file of sac_tar.py"),
@@ -375,22 +375,22 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         (state | {"actor": Payload()}, "holds more than tensors and numbers"),
     ]:
         torch.save(bad, file)
-        assert sentence in refused(capsys, su.load_state, file, "sac_tar")
+        assert sentence in refused(capsys, rf.load_state, file, SAC)
     assert not Path("executed").exists()
     for content in (b"", b"not a checkpoint"):
         file.write_bytes(content)
-        assert "cannot read" in refused(capsys, su.load_state, file, "sac_tar")
+        assert "cannot read" in refused(capsys, rf.load_state, file, SAC)
     (tmp_path / "checkpoint.pt").write_bytes((sac / "final.pt").read_bytes())
-    message = refused(capsys, su.resumed_args, sac_tar.Args, str(tmp_path), "sac_tar")
-    assert "lacks actor_scalars, adam, added, episode" in message and "is no checkpoint" in message
-    message = refused(capsys, su.resumed_args, sac_tar.Args, str(sac / "checkpoint.pt"), "sac_tar")
+    message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
+    assert "lacks adam, added, log_sizes, progress, random" in message and "is no checkpoint" in message
+    message = refused(capsys, rf.resumed_args, sac_tar.Args, str(sac / "checkpoint.pt"), SAC)
     assert f"--resume takes the run folder, not a file; try --resume {sac}" in message
     torch.save(state | {"qf1": {"fc1.weight": torch.ones(3, 3)}}, tmp_path / "checkpoint.pt")
     assert "networks are not those of this script" in refused(
         capsys, sac_tar.train, sac_tar.Args(**state["args"] | {"resume": str(tmp_path)})
     )
     torch.save(state | {"args": state["args"] | {"colour": 1}}, tmp_path / "checkpoint.pt")
-    message = refused(capsys, su.resumed_args, sac_tar.Args, str(tmp_path), "sac_tar")
+    message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
     assert "are not those of this sac_tar.py" in message and "colour" in message
 
 
@@ -429,7 +429,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
                 raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(su.os, "fsync", full)
+    monkeypatch.setattr(rf.os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
         run(checkpoint_frequency=50, runs_dir=str(tmp_path / "b"))
     assert stop.value.code == 1
@@ -437,7 +437,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     message = capsys.readouterr().err
     assert "No space left on device" in message and "make room, then go on with --resume" in message
     assert load_checkpoint(run_dir)["global_step"] == 50
-    monkeypatch.setattr(su.os, "fsync", fsync)
+    monkeypatch.setattr(rf.os, "fsync", fsync)
     resume(run_dir)
     assert_same_run(run_dir, undisturbed)
 
@@ -460,11 +460,11 @@ def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(run, re
 
 
 def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(su, "REPLAY_FILE_ROWS", 64)
+    monkeypatch.setattr(rf, "REPLAY_FILE_ROWS", 64)
     rows = torch.arange(1000.0).reshape(250, 4)
     for added in (100, 240, 260, 600):
-        su.save_checkpoint(tmp_path, {}, rows, added)
-    names = [path.name for path in su.replay_files(tmp_path)]
+        rf.save_checkpoint(tmp_path, {}, rows, added)
+    names = [path.name for path in rf.replay_files(tmp_path)]
     assert names == ["350-414.pt", "414-478.pt", "478-500.pt", "500-564.pt", "564-600.pt"]
     assert all(os.path.getsize(tmp_path / "replay" / name) < 64 * 16 + 2000 for name in names)
     assert torch.equal(torch.load(tmp_path / "replay" / "500-564.pt"), rows[:64])
@@ -509,7 +509,7 @@ def test_filming_changes_nothing(run, tmp_path):
 
 def test_what_videos_need_is_said_before_anything_is_written(run, monkeypatch, capsys, tmp_path):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(su.importlib.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "moviepy" else find_spec(name))
     assert "needs moviepy; `pip install moviepy`" in refused(capsys, lambda: run(capture_video=True))
     monkeypatch.undo()
     monkeypatch.setattr(ProbeEnv, "metadata", {"render_modes": ["rgb_array"]})

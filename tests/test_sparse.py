@@ -1,5 +1,6 @@
 """The sparse kernels against dense float64 references, and whole runs on them against masked ones."""
 
+import copy
 import os
 import subprocess
 
@@ -9,8 +10,9 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_runs import events, load, same_weights
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import sparse_utils as su
+import sparse_kernels as sk
 
 
 def make_mlp(sizes, density, seed):
@@ -28,7 +30,7 @@ def make_mlp(sizes, density, seed):
             mask[:] = True
         masks[f"fc{i}"] = mask
         linears[f"fc{i}"].weight.data.mul_(mask)
-    return linears, masks, su.SparseMLP(linears, masks)
+    return linears, masks, sk.SparseMLP(linears, masks)
 
 
 def reference(linears, x):
@@ -93,7 +95,7 @@ def test_gradcheck(batch):
     x = (0.3 * torch.randn(batch, 5)).double().requires_grad_()
 
     def f(x, flat):
-        return su._SparseMLPFunction.apply(x.float(), flat.float(), mlp).double()
+        return sk._SparseMLPFunction.apply(x.float(), flat.float(), mlp).double()
 
     assert torch.autograd.gradcheck(f, (x, flat), eps=1e-2, atol=1e-3, rtol=1e-3)
 
@@ -166,7 +168,7 @@ def test_one_seed_one_result_on_the_kernels(run):
 
 
 def test_auto_uses_the_kernels_where_they_pay(run, monkeypatch, capsys):
-    monkeypatch.setattr(su, "DENSE_PAYS_UP_TO", 32)
+    monkeypatch.setattr(sk, "DENSE_PAYS_UP_TO", 32)
     for arguments, sentence in [
         ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
         ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and auto takes"),
@@ -175,7 +177,7 @@ def test_auto_uses_the_kernels_where_they_pay(run, monkeypatch, capsys):
         ({"method": "tiny"}, "compute: actor, qf1, qf2 sparse, since it is dense, "),
         ({"method": "dense", "hidden_size": 33}, "compute: actor, qf1, qf2 dense, since it is dense, 33 wide, and"),
         ({"method": "dense", "hidden_size": 33, "compute": "sparse"}, "qf1, qf2 sparse, since --compute sparse"),
-        ({"actor_method": "set"}, "compute: actor masked, since --method set has no fixed mask to compile"),
+        ({"method": "set"}, "compute: actor, qf1, qf2 sparse, since it is 10% dense"),
     ]:
         run(**{"compute": "auto"} | arguments)
         assert sentence in capsys.readouterr().out
@@ -230,15 +232,20 @@ def test_inputs_that_the_kernels_cannot_read_are_refused(x):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-@pytest.mark.parametrize("compute", ["auto", "sparse"])
-def test_without_a_working_compiler_the_run_goes_on_masked(run, monkeypatch, capsys, compiler, compute):
+def test_without_a_working_compiler_auto_goes_on_masked_and_sparse_is_refused(
+    run, monkeypatch, capsys, tmp_path, compiler
+):
     monkeypatch.setenv("CXX", compiler)
-    su.load_kernels.cache_clear()
+    sk.load_kernels.cache_clear()
     try:
-        final = load(run(compute=compute))
+        with pytest.raises(SystemExit) as stop:
+            run(compute="sparse")
+        assert stop.value.code == 2 and not (tmp_path / "runs").exists()
+        assert "--compute sparse is not to be had for the actor: kernels.cpp cannot be" in capsys.readouterr().err
+        final = load(run(compute="auto"))
     finally:
-        su.load_kernels.cache_clear()
-    assert "compute: actor, qf1, qf2 masked, since sparse_kernels.cpp cannot be built here" in capsys.readouterr().out
+        sk.load_kernels.cache_clear()
+    assert "compute: actor, qf1, qf2 masked, since kernels.cpp cannot be built here" in capsys.readouterr().out
     assert final["global_step"] == 160
 
 
@@ -249,12 +256,12 @@ def test_a_build_that_fails_leaves_nothing_behind(monkeypatch, tmp_path):
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    su.load_kernels.cache_clear()
+    sk.load_kernels.cache_clear()
     try:
         with pytest.raises(subprocess.CalledProcessError):
-            su.load_kernels()
+            sk.load_kernels()
     finally:
-        su.load_kernels.cache_clear()
+        sk.load_kernels.cache_clear()
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
 
 
@@ -262,21 +269,115 @@ def test_the_kernels_are_built_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
     for _ in range(2):
-        su.load_kernels.cache_clear()
-        su.load_kernels()
+        sk.load_kernels.cache_clear()
+        sk.load_kernels()
         built.append([(p, os.stat(p).st_mtime_ns) for p in tmp_path.rglob("*.so")])
-    su.load_kernels.cache_clear()
+    sk.load_kernels.cache_clear()
     assert len(built[0]) == 1 and built[0] == built[1]
-
-
-def test_sparse_compute_needs_a_fixed_mask(run, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        run(compute="sparse", method="set")
-    assert stop.value.code == 2 and "--compute sparse needs masks that stay fixed" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_on_the_kernels_leaves_the_same_tags(run):
     sparse, masked = events(run(compute="sparse")), events(run(compute="masked"))
     assert sparse.Tags()["scalars"] == masked.Tags()["scalars"]
     assert sparse.Tags()["images"] == masked.Tags()["images"]
+
+
+# what takes the place of layers
+
+
+def make_network(seed=0):
+    torch.manual_seed(seed)
+    network = nn.Sequential()
+    for name, layer in {"fc1": nn.Linear(5, 9), "relu1": nn.ReLU(), "fc2": nn.Linear(9, 2)}.items():
+        network.add_module(name, layer)
+    masks = {name: torch.rand(network.get_submodule(name).weight.shape) < 0.5 for name in ("fc1", "fc2")}
+    for name, mask in masks.items():
+        network.get_submodule(name).weight.data.mul_(mask)
+    return network, masks
+
+
+def step(network, optimizer):
+    optimizer.zero_grad()
+    network(torch.linspace(-1, 1, 40).view(8, 5)).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        if name.endswith("weight"):
+            parameter.grad.mul_(parameter != 0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_compacting_keeps_each_groups_rate_and_what_the_optimizer_knows(swapped):
+    """The network's parameters need not be in the optimizer's first group."""
+    network, masks = make_network()
+    other = nn.Parameter(torch.ones(1))
+    groups = [{"params": network.parameters(), "lr": 1e-2}, {"params": [other], "lr": 5e-2}]
+    optimizer = torch.optim.Adam(reversed(groups) if swapped else groups, fused=True)
+    step(network, optimizer)
+    twin, twin_optimizer = make_network()[0], None
+    twin.load_state_dict(network.state_dict())
+    twin_optimizer = torch.optim.Adam(twin.parameters(), lr=1e-2, fused=True)
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        twin_optimizer.state[b] = {key: value.clone() for key, value in optimizer.state[a].items()}
+    sk.compact_network(network, masks, optimizer)
+    own = [group for group in optimizer.param_groups if any(p is network.sparse.flat for p in group["params"])]
+    assert [(group["lr"], len(group["params"])) for group in own] == [(1e-2, 1)]
+    for _ in range(3):
+        step(network, optimizer)
+        step(twin, twin_optimizer)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_expanding_gives_back_the_same_layers_with_todays_values_and_moments():
+    network, masks = make_network()
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    step(network, optimizer)
+    parameters = list(network.parameters())
+    sk.compact_network(network, masks, optimizer)
+    step(network, optimizer)
+    values, moments = network.state_dict(), network.sparse.expand(optimizer.state[network.sparse.flat]["exp_avg"])
+    sk.expand_network(network, optimizer)
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))
+    assert optimizer.param_groups[0]["params"] == parameters and len(optimizer.state) == 4
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, values[name]) and torch.equal(
+            optimizer.state[parameter]["exp_avg"], moments[name]
+        )
+    assert len({id(optimizer.state[p]["step"]) for p in parameters}) == 4  # each is counted up by itself
+    step(network, optimizer)
+    assert {optimizer.state[p]["step"].item() for p in parameters} == {3}
+
+
+def test_a_compacted_network_can_be_copied_and_saved(tmp_path):
+    network, masks = make_network()
+    x = torch.randn(20, 5)
+    sk.compact_network(network, masks)
+    torch.save(network, tmp_path / "network.pt")
+    for other in (copy.deepcopy(network), torch.load(tmp_path / "network.pt", weights_only=False)):
+        assert torch.equal(other(x), network(x)) and other.sparse.flat is not network.sparse.flat
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values()))
+        other.sparse.flat.data.zero_()
+        assert network(x).any() and not other(x).any()
+
+
+def test_parameters_of_another_type_are_refused():
+    _, _, mlp = make_mlp([5, 9, 2], 0.6, 0)
+    with torch.no_grad(), pytest.raises(ValueError, match="needs float32 of shape"):
+        mlp.double()(torch.zeros(4, 5))
+
+
+def test_gradients_are_masked_as_soon_as_backward_returns(run):
+    """So that clip_grad_norm_ between backward and step sees the same network however it is computed."""
+    norms = {}
+
+    def before_step(optimizer, *_):
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.setdefault(compute, []).append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+
+    for compute in ("masked", "sparse"):
+        hook = register_optimizer_step_pre_hook(before_step)
+        try:
+            run(compute=compute, sparsity=0.8, total_timesteps=70)
+        finally:
+            hook.remove()
+    assert len(norms["masked"]) >= 9 and norms["masked"] == pytest.approx(norms["sparse"], rel=1e-3)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from test_runs import events, load, same_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
+from runs import run_folder
+from runs.checks import complete_args
 
 SMALL = {"sparsity": 0.9, "rewire_every": 40, "total_timesteps": 150}
 
@@ -73,8 +74,7 @@ def test_pruning_within_a_width_is_pruning_of_the_part(criterion, distribution, 
         assert mask.shape == weights[name].shape and not outside(mask, 5, name).any()
     part = su.active_part(masks, 5)
     if distribution != "global":
-        shapes = [(5, 4), (5, 5), (2, 5)]
-        assert [int(mask.sum()) for mask in part.values()] == su.layer_budgets(shapes, keep, distribution)
+        assert [int(mask.sum()) for mask in part.values()] == su.DISTRIBUTIONS[distribution](part, keep)
     if criterion in ("magnitude", "synflow"):  # they see nothing of the rest
         alone = su.static_prune(su.active_part(weights, 5), keep, criterion, distribution, generator())
         assert all(torch.equal(alone[name], mask) for name, mask in part.items())
@@ -85,11 +85,17 @@ def need(n_in, width, n_out):
     return sum(n * math.log(n) / 2 for n in pairs)
 
 
+def network(n_in, hidden, n_out):
+    return nn.Sequential(
+        nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out)
+    )
+
+
 @given(st.integers(1, 40), st.integers(1, 80), st.integers(1, 10), st.floats(0.01, 1))
 def test_auto_is_the_widest_that_the_budget_feeds_and_never_too_narrow_to_hold_it(n_in, hidden, n_out, density):
-    weights = {"qf1": chain(n_in, hidden, n_out)}
     budget = max(1, round(density * part_size(n_in, hidden, n_out)))
-    width = su.active_widths(weights, {"qf1": "tar"}, {"qf1": (budget, 0)}, "auto")["qf1"]
+    networks = {"qf1": network(n_in, hidden, n_out)}
+    width = su.active_widths(networks, {"qf1": "tar"}, {"qf1": (budget, 0)}, "auto")["qf1"]
     assert 1 <= width <= hidden and part_size(n_in, width, n_out) >= budget
     fed = budget >= su.AUTO_WIDTH_C * need(n_in, width, n_out)
     assert fed or width == 1 or part_size(n_in, width - 1, n_out) < budget
@@ -97,23 +103,23 @@ def test_auto_is_the_widest_that_the_budget_feeds_and_never_too_narrow_to_hold_i
 
 
 def test_widths_are_per_network_and_only_of_networks_with_a_mask():
-    weights = {"actor": chain(17, 256, 6), "qf1": chain(23, 256, 1), "qf2": chain(23, 256, 1)}
+    networks = {"actor": network(17, 256, 6), "qf1": network(23, 256, 1), "qf2": network(23, 256, 1)}
     budgets = {"actor": (1428, 0), "qf1": (1434, 0), "qf2": (71680, 0)}
     methods = {"actor": "tar", "qf1": "rigl", "qf2": "dense"}
-    assert su.active_widths(weights, methods, budgets, None) == dict.fromkeys(weights, 256)
-    assert su.active_widths(weights, methods, budgets, 48) == {"actor": 48, "qf1": 48, "qf2": 256}
+    assert su.active_widths(networks, methods, budgets, None) == dict.fromkeys(networks, 256)
+    assert su.active_widths(networks, methods, budgets, 48) == {"actor": 48, "qf1": 48, "qf2": 256}
     budgets["qf1"] = (71680, 0)
-    auto = su.active_widths(weights, methods, budgets, "auto")
+    auto = su.active_widths(networks, methods, budgets, "auto")
     assert auto["actor"] < auto["qf1"] == auto["qf2"] == 256
 
 
 def test_a_width_too_narrow_for_one_network_names_the_smallest_that_serves_all():
-    weights = {"actor": chain(17, 256, 6), "qf1": chain(23, 256, 1)}
-    methods, budgets = dict.fromkeys(weights, "static"), {"actor": (1428, 0), "qf1": (5000, 0)}
+    networks = {"actor": network(17, 256, 6), "qf1": network(23, 256, 1)}
+    methods, budgets = dict.fromkeys(networks, "static"), {"actor": (1428, 0), "qf1": (5000, 0)}
     smallest = next(h for h in range(1, 257) if part_size(23, h, 1) >= 5000)
     with pytest.raises(ValueError, match=f"cannot hold the connections; the smallest that can is {smallest}$"):
-        su.active_widths(weights, methods, budgets, smallest - 1)
-    assert su.active_widths(weights, methods, budgets, smallest) == dict.fromkeys(weights, smallest)
+        su.active_widths(networks, methods, budgets, smallest - 1)
+    assert su.active_widths(networks, methods, budgets, smallest) == dict.fromkeys(networks, smallest)
 
 
 def test_sparse_init_scales_each_unit_to_its_active_inputs_and_nothing_else():
@@ -157,7 +163,7 @@ CASES = [(None, "sparse"), (10, "dense"), (10, "sparse"), ("auto", "sparse")]
 @pytest.mark.parametrize("width, init", CASES)
 def test_i1_i2_i5_and_what_is_seen_of_it(run, script, monkeypatch, method, width, init):
     seen, watched = {}, []
-    fix_masks, log_rewiring = su.fix_masks, su.log_rewiring
+    fix_masks, log_rewiring = su.fix_masks, run_folder.log_rewiring
 
     def spy_fix(networks, targets, optimizers, masks, *rest):
         seen.update(networks=networks, targets=targets, optimizers=optimizers, masks=masks)
@@ -186,7 +192,7 @@ def test_i1_i2_i5_and_what_is_seen_of_it(run, script, monkeypatch, method, width
         return log_rewiring(*arguments)
 
     monkeypatch.setattr(su, "fix_masks", spy_fix)
-    monkeypatch.setattr(su, "log_rewiring", spy_rewiring)
+    monkeypatch.setattr(run_folder, "log_rewiring", spy_rewiring)
     hook = register_optimizer_step_post_hook(after_step)
     try:
         run_dir = run(method=method, active_width=width, init=init, **SMALL)
@@ -319,13 +325,10 @@ def test_the_mask_image_shows_what_is_outside_the_part(run):
 
 
 def test_what_makes_two_runs_the_same_one(script, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, "runs"])
-    from runs import run_folder
-
     def identity(**flags):
         args = script.Args(**flags)
         given = run_folder.identity(vars(args).copy())
-        su.complete_args(args)  # as the run folder records it
+        complete_args(args)  # as the run folder records it
         assert run_folder.identity(vars(args)) == given
         return given
 

@@ -4,7 +4,7 @@
 // scalar times a few vector registers, and a tile's activations stay in the cache through all layers. Every sum runs in a
 // fixed order that the number of threads does not change.
 //
-// sparse_utils.py builds this file with the system's compiler for this processor and calls it through ctypes.
+// __init__.py beside it builds this file with the system's compiler for this processor and calls it through ctypes.
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,0 +1,128 @@
+"""Before a run: its flags are completed and checked, its environment is made. Bad input ends in one sentence."""
+
+import contextlib
+import difflib
+import importlib.util
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Literal, NoReturn
+
+import gymnasium as gym
+import torch
+import tyro
+from tqdm import tqdm
+
+import sparse_utils
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """End the program with the sentence of a ValueError: what raises one here was given something that cannot work."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+
+
+def one_of(rules: dict, what: str) -> type:
+    """The type of a flag that takes a name of this dictionary, with `what` and the rules' own words as its help."""
+    return Annotated[Literal[tuple(rules)], tyro.conf.arg(help=f"{what}. {sparse_utils.choices(rules)}")]
+
+
+def complete_args(args) -> None:
+    """Put in what defaults to another flag, in place. `args` is the dataclass of a script's arguments."""
+    args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
+    for network in ("actor", "critic"):
+        for flag in ("method", "sparsity", "init"):
+            if getattr(args, f"{network}_{flag}") is None:
+                setattr(args, f"{network}_{flag}", getattr(args, flag))
+        if getattr(args, f"{network}_method") == "dense":
+            setattr(args, f"{network}_sparsity", 0.0)
+
+
+def check_args(args) -> None:
+    """End the program with one sentence if a value cannot work."""
+    positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr learning_rate policy_frequency "
+    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every checkpoint_frequency"
+    given, rules = asdict(args), {}
+    for name in filter(given.__contains__, positive.split()):
+        rules[name] = (0 < given[name] < math.inf, "positive and finite")
+    for name in filter(given.__contains__, ("alpha", "policy_noise", "noise_clip", "exploration_noise")):
+        rules[name] = (0 <= given[name] < math.inf, "at least 0 and finite")
+    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve"):
+        rules[name] = (0 <= given[name] < 1, "at least 0 and below 1")
+    for name in ("gamma", "rewire_fraction", "rewire_stop"):
+        rules[name] = (0 <= given[name] <= 1, "in [0, 1]")
+    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
+    rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
+    for name in ("learning_starts", "prune_at"):
+        within = f"at least 0 and below the end of training, --total-timesteps {args.total_timesteps}"
+        rules[name] = (0 <= given[name] < args.total_timesteps, within)
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} must be {rule}, got {given[name]}")
+    if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
+        fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:
+        fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
+    if isinstance(args.active_width, int) and not 1 <= args.active_width <= args.hidden_size:
+        fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
+
+
+class NewWorld(gym.Wrapper):
+    """A new Box2D world for each episode. BipedalWalker keeps one for life, and its past shows in the last bits; with a
+    new one an episode is a function of the generator and the actions, so that a resumed run can replay it."""
+
+    def reset(self, **kwargs):
+        self.unwrapped._destroy()
+        self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
+        return super().reset(**kwargs)
+
+
+def make_env(env_id: str, video: bool = False) -> gym.Env:
+    """The environment; `<module>:<id>` imports the module that registers it first."""
+    # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # on resuming
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
+        if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
+            env = NewWorld(env)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
+    except Exception as error:  # a package of environments may be broken in any way
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        fail(f"cannot make {env_id} ({why}); `pip install -r requirements.txt` brings what MuJoCo and Box2D need")
+    action_space, observation_space = env.action_space, env.observation_space
+    if not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()):
+        fail(f"{env_id} has the action space {action_space}; this script needs a bounded 1-D Box")
+    if not (isinstance(observation_space, gym.spaces.Box) and len(observation_space.shape) == 1):
+        fail(f"{env_id} has the observation space {observation_space}; this script needs a 1-D Box")
+    if video:
+        check_video(env)
+    return env
+
+
+def check_video(env: gym.Env) -> None:
+    """End the program with one sentence if `env` cannot be filmed here."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    if importlib.util.find_spec("moviepy") is None:
+        fail("--capture-video needs moviepy; `pip install moviepy`")
+    try:
+        env.reset()
+        env.render()
+    except Exception as error:  # every backend has errors of its own
+        fail(f"--capture-video cannot render here ({error}); without a screen install EGL (Debian: libegl1)")

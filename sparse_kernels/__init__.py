@@ -1,0 +1,322 @@
+"""Speed only: networks computed from their stored values alone, by kernels.cpp beside this file.
+
+A network whose mask is fixed for a while is compiled once and used for thousands of updates: its active connections and
+biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
+agree to rounding.
+
+The scripts use it in three lines: `choose` before training, `compact` after the masks are fixed, `expand` before they
+change. Whoever deletes this folder and these lines loses speed and nothing else.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the kernels; measured, tests/README.md
+DENSE_PAYS_UP_TO = 512  # inputs or outputs of a layer up to which it does where nothing is pruned; measured there
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of kernels.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("n_in", "n_out", "dense", "input", "output")]
+        + [(name, ctypes.c_void_p) for name in ("row_start", "column", "column_start", "row", "position")]
+        + [(name, ctypes.c_int64) for name in ("values", "bias")]
+    )
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """Build kernels.cpp for this processor, once for each version of file, compiler and processor, and load it.
+    Raises OSError, RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    source = Path(__file__).with_name("kernels.cpp")
+    compile = [*shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
+    target = subprocess.check_output([*compile, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
+    key = hashlib.sha256(source.read_bytes() + target + repr(compile).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-rl-tar"
+    library = cache / f"{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / "kernels.so"
+            command = [*compile, str(source), "-o", str(built)]
+            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
+                subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
+            os.replace(built, library)
+    kernels = ctypes.CDLL(str(library))
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
+    kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
+    kernels.tile_width.argtypes = [size]
+    return kernels
+
+
+class SparseMLP(nn.Module):
+    """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
+
+    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes. The input has shape
+    (batch, n_in), the output (batch, n_out), both float32 on the CPU.
+    """
+
+    def __init__(self, linears: dict[str, nn.Linear], masks: dict[str, Tensor]):
+        super().__init__()
+        self.masks = {name: mask.clone() for name, mask in masks.items()}
+        self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
+        self.index()
+
+    def index(self) -> None:
+        """Where the kernels find the stored values of each layer."""
+        self.kernels = load_kernels()
+        self.indices, self.layers = [], (_Layer * len(self.masks))()
+        row, position = 0, 0
+        for layer, mask in zip(self.layers, self.masks.values(), strict=True):
+            by_row, by_column = mask.nonzero(), mask.T.nonzero()
+            order = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.arange(len(by_row)))
+            index = {
+                "row_start": nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
+                "column": by_row[:, 1],
+                "column_start": nn.functional.pad(mask.sum(0).cumsum(0), (1, 0)),
+                "row": by_column[:, 1],
+                "position": order.T[mask.T],
+            }
+            for name, tensor in index.items():
+                self.indices.append(tensor.to(torch.int32).contiguous())  # kept alive for the kernels
+                setattr(layer, name, self.indices[-1].data_ptr())
+            layer.n_out, layer.n_in = mask.shape
+            layer.dense = bool(mask.all())
+            layer.input, layer.output = row, row + layer.n_in
+            layer.values, layer.bias = position, position + len(by_row)
+            row, position = layer.output, layer.bias + layer.n_out
+        self.rows = row + self.layers[-1].n_out
+
+    def __getstate__(self) -> dict:
+        """For copy.deepcopy and torch.save: pointers are made anew by the copy."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("kernels", "indices", "layers")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.index()
+
+    def compress(self, tensors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The flat vector of dense (weight, bias) pairs, or of what is stored beside them, such as Adam's moments."""
+        return torch.cat([part for name, (w, b) in tensors.items() for part in (w[self.masks[name]], b)])
+
+    def expand(self, flat: Tensor) -> dict[str, Tensor]:
+        """Dense `<layer>.weight` and `<layer>.bias` of a flat vector, zero where pruned."""
+        dense = {}
+        for layer, (name, mask) in zip(self.layers, self.masks.items(), strict=True):
+            dense[f"{name}.weight"] = flat.new_zeros(mask.shape).masked_scatter(mask, flat[layer.values : layer.bias])
+            dense[f"{name}.bias"] = flat[layer.bias : layer.bias + layer.n_out].clone()
+        return dense
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """As if the layers were still there: a network's state_dict() is dense however it computes."""
+        for name, tensor in self.expand(self.flat if keep_vars else self.flat.detach()).items():
+            destination[prefix.removesuffix("sparse.") + name] = tensor
+
+    def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+        """The output, and the activations of all layers if they are to be kept for backward."""
+        for tensor, shape in ((x, (len(x), self.layers[0].n_in)), (flat, (len(self.flat),))):
+            if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                raise ValueError(f"needs float32 of shape {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}")
+        batch, threads = len(x), torch.get_num_threads()
+        x, y = x.contiguous(), x.new_empty(batch, self.layers[-1].n_out)
+        width = self.kernels.tile_width(batch)
+        workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
+        self.kernels.mlp_forward(
+            self.layers, len(self.layers), flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
+            workspace.data_ptr(), keep, threads,
+        )  # fmt: skip
+        return y, workspace
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.flat.requires_grad):
+            return _SparseMLPFunction.apply(x, self.flat, self)
+        return self.run(x, self.flat, keep=False)[0]
+
+
+class _SparseMLPFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, flat, mlp):
+        y, ctx.workspace = mlp.run(x, flat, keep=True)
+        ctx.save_for_backward(x, flat)
+        ctx.mlp = mlp
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        (x, flat), mlp, grad_y = ctx.saved_tensors, ctx.mlp, grad_y.contiguous()
+        grad_x = grad_y.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        grad_flat = torch.empty_like(flat) if ctx.needs_input_grad[1] else None
+        workspace, ctx.workspace = ctx.workspace, None  # the kernel overwrites it with gradients
+        if workspace is None:  # a retained graph, run backward again
+            _, workspace = mlp.run(x, flat, keep=True)
+        width = mlp.kernels.tile_width(len(x))
+        inputs = max((-(-layer.n_in // width) * width for layer in mlp.layers if layer.dense), default=0)
+        scratch = flat.new_empty(max(len(flat), -(-len(x) // width) * width * inputs))
+        mlp.kernels.mlp_backward(
+            mlp.layers, len(mlp.layers), flat.data_ptr(), len(x), grad_y.data_ptr(),
+            None if grad_x is None else grad_x.data_ptr(), None if grad_flat is None else grad_flat.data_ptr(),
+            workspace.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad_x, grad_flat, None
+
+
+def is_mlp(network: nn.Module) -> bool:
+    """Whether `SparseMLP` computes what the children of this network compute."""
+    kinds = [type(child) for child in network.children()]
+    with_bias = all(child.bias is not None for child in network.children() if isinstance(child, nn.Linear))
+    alternating = kinds[::2] == [nn.Linear] * len(kinds[::2]) and kinds[1::2] == [nn.ReLU] * len(kinds[1::2])
+    return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and with_bias
+
+
+def choose(
+    compute: str,
+    device: torch.device,
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    budgets: dict[str, tuple[int, int]],
+) -> list[str]:
+    """The names of the networks to compute by the kernels; says on the console which they are and why. `budgets` gives
+    the connections of each, and how many of them revival places.
+
+    `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, of which at most
+    SPARSE_PAYS_UP_TO is active, or all and no layer has more inputs or outputs than DENSE_PAYS_UP_TO, if there are
+    kernels. `sparse` overrules these two limits, and raises ValueError where there are none. `masked` takes no network.
+    """
+
+    def decide(name: str) -> tuple[str, str]:
+        shapes = [child.weight.shape for child in networks[name].modules() if isinstance(child, nn.Linear)]
+        density, width = budgets[name][0] / sum(map(torch.Size.numel, shapes)), max(map(max, shapes))
+        in_torch = "dense" if density == 1 else "masked"
+        if compute == "masked":
+            return in_torch, "--compute masked asks for it"
+        why_not = None
+        if device.type != "cpu":
+            why_not = f"the kernels are for the CPU and the networks are on {device.type}"
+        elif not is_mlp(networks[name]):
+            why_not = "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+        elif len(groups_of(networks[name].parameters(), optimizers[name])) != 1:
+            why_not = "its parameters are not in one group of its optimizer"
+        elif compute == "auto" and SPARSE_PAYS_UP_TO < density < 1:
+            limit = f"up to {SPARSE_PAYS_UP_TO:.0%} or where nothing is pruned"
+            why_not = f"it is {density:.0%} dense and auto takes the kernels {limit}"
+        elif compute == "auto" and density == 1 and width > DENSE_PAYS_UP_TO:
+            why_not = f"it is dense, {width} wide, and auto takes the kernels up to {DENSE_PAYS_UP_TO}"
+        else:
+            try:
+                load_kernels()
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+                why_not = f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
+        if why_not and compute == "sparse":
+            raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
+        if why_not:
+            return in_torch, why_not
+        if compute == "sparse":
+            return "sparse", "--compute sparse asks for it"
+        return "sparse", f"it is {density:.0%} dense" if density < 1 else f"it is dense, {width} wide"
+
+    choices = {name: decide(name) for name in networks}
+    for choice in dict.fromkeys(choices.values()):
+        how, why = choice
+        names = ", ".join(name for name in networks if choices[name] == choice)
+        tqdm.write(f"compute: {names} {how}, since {why}")
+    return [name for name, (how, _) in choices.items() if how == "sparse"]
+
+
+def compact(
+    names: list[str],
+    networks: dict[str, nn.Sequential],
+    targets: dict[str, nn.Sequential],
+    optimizers: dict[str, torch.optim.Optimizer],
+    masks: dict[str, dict[str, Tensor]],
+) -> None:
+    """Replace, in place, the layers of the networks `names` and of their targets by one `SparseMLP` each that computes
+    the same, and their parameters and Adam's moments in the optimizers."""
+    for name in names:
+        compact_network(networks[name], masks[name], optimizers[name])
+        if name in targets:
+            compact_network(targets[name], masks[name])
+
+
+def expand(
+    names: list[str],
+    networks: dict[str, nn.Sequential],
+    targets: dict[str, nn.Sequential],
+    optimizers: dict[str, torch.optim.Optimizer],
+) -> None:
+    """Undo `compact`, to the bit: the layers of before with the values and moments of now, zero where pruned."""
+    for name in names:
+        expand_network(networks[name], optimizers[name])
+        if name in targets:
+            expand_network(targets[name])
+
+
+def compact_network(
+    network: nn.Sequential,
+    masks: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """`compact` for one network."""
+    replaced = dict(network.named_children())
+    mlp = SparseMLP({name: replaced[name] for name in masks}, masks)
+    mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
+    dense = [param for name in masks for param in replaced[name].parameters()]
+    mlp.flat.requires_grad_(dense[0].requires_grad)
+    for name in replaced:
+        delattr(network, name)
+    network.add_module("sparse", mlp)
+    state = swap(dense, [mlp.flat], optimizer) if optimizer else []
+    if state and all(state):
+        pairs = {name: state[2 * i : 2 * i + 2] for i, name in enumerate(masks)}
+        moments = ("exp_avg", "exp_avg_sq")
+        compressed = {m: mlp.compress({name: (w[m], b[m]) for name, (w, b) in pairs.items()}) for m in moments}
+        optimizer.state[mlp.flat] = {"step": state[0]["step"]} | compressed
+
+
+@torch.no_grad()
+def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """`expand` for one network."""
+    mlp = network.sparse
+    del network.sparse
+    for name, child in mlp.replaced.items():
+        network.add_module(name, child)
+    dense = dict(network.named_parameters())
+    state = swap([mlp.flat], list(dense.values()), optimizer)[0] if optimizer else {}
+    moments = {key: mlp.expand(tensor) for key, tensor in state.items() if key != "step"}
+    for name, value in mlp.expand(mlp.flat).items():
+        dense[name].copy_(value)
+        dense[name].requires_grad_(mlp.flat.requires_grad)
+        if state:
+            own = {key: tensors[name] for key, tensors in moments.items()}
+            optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
+
+
+def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    """The optimizer's own lists that hold some of these parameters."""
+    own = {id(param) for param in params}
+    held = [group["params"] for group in optimizer.param_groups]
+    return [params for params in held if any(id(param) in own for param in params)]
+
+
+def swap(old: list[nn.Parameter], new: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Put `new` in the place of `old` in the one group of the optimizer that has them. Returns the states of `old`."""
+    (params,) = groups_of(old, optimizer)
+    gone = {id(param) for param in old}
+    first = [id(param) in gone for param in params].index(True)
+    params[:] = [*params[:first], *new, *(param for param in params[first:] if id(param) not in gone)]
+    return [optimizer.state.pop(param, {}) for param in old]
