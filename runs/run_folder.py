@@ -11,9 +11,15 @@ CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 BASE = {"criterion", "distribution"}
+REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion"}
 IGNORED = {  # flags that a method does not look at
-    "dense": BASE | {"sparsity", "actor_sparsity", "critic_sparsity"},
-    "tiny": BASE,
+    "dense": BASE | REWIRING | {"reserve", "sparsity", "actor_sparsity", "critic_sparsity"},
+    "tiny": BASE | REWIRING | {"reserve"},
+    "static": REWIRING | {"reserve"},
+    "tar": REWIRING,
+    "uniform": REWIRING,
+    "set": {"reserve"},
+    "rigl": {"reserve"},
 }
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
@@ -64,7 +70,10 @@ def read_config(run_dir: Path) -> dict:
         keys = ("git_commit", "processor", "versions")
         first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
         script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
-        config = {"args": config["args"], "script": script, "segments": [first], "published": config.get("published")}
+        args = config["args"]
+        if args.get("device") == "auto":  # no value of the flag any more
+            args["device"] = "cpu"
+        config = {"args": args, "script": script, "segments": [first], "published": config.get("published")}
     return config | {"published": bool(config.get("published"))}
 
 
