@@ -419,7 +419,8 @@ def test_another_script_is_a_run_of_its_own_with_its_own_modules(project, cluste
     assert "2 of 2 runs done" in end(start(project, *words, "mine/my_sac.py", *QUICK))
     configs = [json.loads(path.read_text()) for path in (project / "runs").glob("*/config.json")]
     assert {config["script"]: config["args"]["hidden_size"] for config in configs} == {"sac_tar": 256, "my_sac": 64}
-    assert "2 of 2 runs are finished" in end(start(project, *words, "mine/my_sac.py", *QUICK))
+    words = (*GRID, "--seeds", 1, "--script", "mine/my_sac.py", "sac_tar.py", *QUICK)
+    assert "2 of 2 runs are finished" in planned(project, *words)[1]
     # and --like finds each one's script, also where a folder is all config.json
     for path in (project / "runs").glob("*/config.json"):
         (project / "public" / path.parent.name).mkdir(parents=True)
