@@ -9,19 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import torch
 import tyro
-from tqdm import tqdm
 
 import sparse_utils
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
-    sys.exit(code)
+from runs.record import fail
 
 
 @contextlib.contextmanager

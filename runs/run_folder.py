@@ -1,11 +1,8 @@
-"""What a run leaves behind: config.json, event files, topology.json, checkpoints, final.pt; how a run is resumed; and,
-for `sweep.py` and `compare.py`, which run a folder holds and which code made it."""
+"""What a run leaves behind: config.json, event files, topology.json, checkpoints, final.pt; how it is resumed."""
 
-import ast
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
@@ -35,7 +32,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import sparse_utils
-from runs.checks import fail
+from runs.record import code_hash, fail, read_config
 from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
@@ -43,75 +40,9 @@ REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that 
 MAY_CHANGE = {  # flags that may change when a run is resumed
     *("resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video"),
 }
-CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py")  # beside the script
-# flags that leave the result as it is
-NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
-REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
-FOLLOWS = {  # a flag that is not set has the value of another
-    "prune_at": "learning_starts",
-    **{f"{network}_{flag}": flag for network in ("actor", "critic") for flag in ("method", "sparsity", "init")},
-}
 
 
-# WHICH RUN AND WHICH CODE
-
-
-def ignored(methods: set[str]) -> set[str]:
-    """The flags that make no difference to networks of these methods."""
-    found = set() if methods & sparse_utils.REVIVALS.keys() else {"reserve"}
-    found |= set() if methods & sparse_utils.GROWTHS.keys() else REWIRING
-    found |= set() if methods - sparse_utils.UNPRUNED.keys() else MASK
-    return found | ({"sparsity", "actor_sparsity", "critic_sparsity"} if methods == {"dense"} else set())
-
-
-def identity(args: dict) -> dict:
-    """All arguments that make two runs the same one: without what leaves the result as it is or its methods ignore."""
-    args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
-    methods = {args.get(f"{network}_method", args["method"]) for network in ("actor", "critic")}
-    for network in ("actor", "critic"):
-        if args.get(f"{network}_method") == "dense":  # as the scripts record it
-            args[f"{network}_sparsity"] = 0.0
-    return {name: value for name, value in args.items() if name not in ignored(methods) | NOT_OF_THE_RESULT}
-
-
-def essence(path: Path) -> str:
-    """The text of a source file without comments and docstrings."""
-    text = path.read_text()
-    if path.suffix != ".py":
-        code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", text)
-        return "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.unparse(tree)
-
-
-def code_hash(script: Path) -> str:
-    """What a script and the project's own code that it runs amount to, in 12 hexadecimal digits. Comments and
-    docstrings do not count; what a script imports beyond the project does not either."""
-    files = [script, *(path for pattern in CODE for path in sorted(script.resolve().parent.glob(pattern)))]
-    return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
-
-
-def read_config(run_dir: Path) -> dict:
-    """config.json: `args`, `script` (its name without .py), `published`, and `segments`, one for each process that the
-    run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
-    `processor`, `device`, `versions`."""
-    config = json.loads((run_dir / "config.json").read_text())
-    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
-    if "segments" not in config:  # older
-        keys = ("git_commit", "processor", "versions")
-        first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
-        script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
-        config = {"args": config["args"], "script": script, "segments": [first], "published": config.get("published")}
-    return config | {"published": bool(config.get("published"))}
-
-
-def codes(config: dict) -> list[str | None]:
-    """The hashes of the code that made a run, in the order of its segments, each once."""
-    return list(dict.fromkeys(segment["code"] for segment in config["segments"]))
+# WHAT MADE A RUN
 
 
 def git_commit(folder: Path) -> str | None:

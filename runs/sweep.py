@@ -1,19 +1,25 @@
 """Runs a grid of runs, on the cores of this machine or on a Ray cluster; the same command continues where it stopped.
 
-python runs/sweep.py --algo td3 sac --env-id Hopper-v4 --method dense static tar --base random+er snip+global \
-    --sparsity 0.9 0.95 --seeds 5 --total-timesteps 100000 -- --eval-episodes 5
+python runs/sweep.py --script td3_tar.py my_sac.py --env-id Hopper-v4 --method dense static tar \
+    --base random+er snip+global --sparsity 0.9 0.95 --seeds 5 --total-timesteps 100000 -- --eval-episodes 5
+python runs/sweep.py --vary reserve=0.05,0.1,0.3 hidden_size=256,512 autotune=True,False    # any flag as an axis
 python runs/sweep.py --like runs/published    # the runs of a folder, again
 python runs/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
 
-Everything after `--` goes to the scripts as it is. A run is one process with one thread and is known by its full set of
-flags: where a folder of --runs-dir records the same ones in config.json, it is never run again if final.pt is there and
-resumed if checkpoint.pt is; otherwise it starts anew. A cluster needs on every node the same packages, and at the same
-paths this repository and --runs-dir, on a shared file system with flock (NFS version 4 has it). Linux only.
+Everything after `--` goes to the scripts as it is. A run is one process with one thread and is known by its script, its
+full set of flags and the code that it ran. Where a folder of --runs-dir records the same in config.json, it is never
+run again if final.pt is there and resumed if checkpoint.pt is; otherwise it starts anew. So everything runs again after
+an edit of the code, comments and docstrings aside, unless --any-code is given. Runs use the CPU; with
+`-- --device cuda` all runs of a machine share its first GPU. A cluster needs on every node the same packages, and at
+the same paths this repository and --runs-dir, on a shared file system with flock (NFS version 4 has it). Linux only.
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
-import importlib
+import importlib.util
+import io
 import itertools
 import json
 import os
@@ -24,21 +30,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import BinaryIO
 
 import ray
 import tyro
 
-SCRIPTS = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(SCRIPTS))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runs.record import FOLLOWS, NOT_OF_THE_RESULT, code_hash, codes, fail, identity, read_config  # noqa: E402
 
 
 @dataclass
 class Args:
-    algo: tuple[Literal["sac", "td3"], ...] = ("sac",)
-    """scripts"""
+    script: tuple[str, ...] = ("sac_tar.py",)
+    """files with a dataclass Args, each run as `python <file>`; a path from here or from the project's folder"""
     env_id: tuple[str, ...] = ("Hopper-v4",)
     """environments"""
     method: tuple[str, ...] = ("static", "tar")
@@ -47,6 +55,8 @@ class Args:
     """bases, each as <criterion>+<distribution>"""
     sparsity: tuple[float, ...] = (0.9,)
     """fractions of weights that are pruned"""
+    vary: tuple[str, ...] = ()
+    """further axes, each any flag of the scripts as <name>=<value>,<value>; none stands for the default None"""
     seeds: int = 5
     """seeds 1 to this one; all arms at one seed come before the next seed"""
     total_timesteps: int = 1_000_000
@@ -57,6 +67,8 @@ class Args:
     """folder of runs, such as runs/published, to run again with the flags that they record, in place of a grid"""
     published: str | None = None
     """folder of runs that compare.py has published, which count as finished too"""
+    any_code: bool = False
+    """count and resume runs of other code too; without it, only those of the scripts as they are now"""
     ray_address: str | None = None
     """a running Ray cluster, auto or host:port; default: the cores of this machine"""
     cores: int | None = None
@@ -68,70 +80,117 @@ class Args:
 
 
 AXES = ("env_id", "method", "criterion", "distribution", "sparsity", "seed")
-IGNORED = {  # flags that a method does not look at are not passed to it
-    "dense": {"sparsity", "actor_sparsity", "critic_sparsity", "criterion", "distribution"},
-    "tiny": {"criterion", "distribution"},
-}
-FOLLOWS = {  # a flag that is not set has the value of another
-    "prune_at": "learning_starts",
-    "actor_method": "method",
-    "critic_method": "method",
-    "actor_sparsity": "sparsity",
-    "critic_sparsity": "sparsity",
-}
-# flags that leave the result as it is
-NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
+SET = {*AXES, "total_timesteps", "runs_dir", "torch_threads"}  # flags that the sweep sets
 GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run writes its checkpoint
 # asks the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1), then becomes the script
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def resolve(args: dict) -> dict:
-    """All arguments that make two runs the same one: without what leaves the result as it is or its method ignores."""
-    args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
-    methods = {args.get(name, args["method"]) for name in ("method", "actor_method", "critic_method")}
-    ignored = IGNORED.get(args["method"], set()) if len(methods) == 1 else set()
-    for network in ("actor", "critic"):
-        if args.get(f"{network}_method") == "dense":  # as the scripts record it
-            args[f"{network}_sparsity"] = 0.0
-    return {name: value for name, value in args.items() if name not in ignored | NOT_OF_THE_RESULT}
 
 
 def command_line(flags: dict) -> list[str]:
     parts = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
-        parts += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            parts.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            parts += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return parts
+
+
+def as_recorded(args: object) -> dict:
+    """Args as config.json has them, with lists for tuples."""
+    return json.loads(json.dumps(asdict(args)))
+
+
+@dataclass(eq=False)
+class Script:
+    path: Path
+    Args: type
+    defaults: dict
+    code: str
+
+
+def find_script(name: str) -> Path:
+    for folder in (Path.cwd(), ROOT):
+        if name.endswith(".py") and (folder / name).is_file():
+            return folder / name
+    fail(f"there is no script {name}, neither here nor in {ROOT}; --script names a script's file")
+
+
+def modules_of(folder: Path) -> list[str]:
+    """Names of the loaded modules that a script in this folder imports from there."""
+    homes = (folder, folder / "runs", folder / "sparse_kernels")
+    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    importable = files.keys() - {"__main__", *filter(os.path.isabs, files)}  # the others are scripts
+    return [name for name in importable if files[name] and Path(files[name]).parent in homes]
+
+
+@functools.cache
+def load(path: Path) -> Script:
+    """Imports a script as if it ran: with the modules of its own folder, not with those of the project's. One that
+    cannot be swept is refused in a sentence."""
+    folder, search_path = path.resolve().parent, sys.path[:]
+    hidden = {} if folder == ROOT else {name: sys.modules.pop(name) for name in modules_of(ROOT)}
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(str(path), path)
+        sys.modules[str(path)] = module = importlib.util.module_from_spec(spec)  # for types in quotes
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        fail(f"--script {path}: it cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})")
+    finally:
+        sys.path[:] = search_path
+        for name in modules_of(folder) if folder != ROOT else ():
+            del sys.modules[name]
+        sys.modules.update(hidden)
+    if not is_dataclass(getattr(module, "Args", None)):
+        fail(f"--script {path}: it has no dataclass Args")
+    if lacking := SET - {field.name for field in fields(module.Args)}:
+        fail(f"--script {path}: its Args lacks {', '.join(sorted(lacking))}, which the sweep sets")
+    try:
+        return Script(path, module.Args, as_recorded(module.Args()), code_hash(path))
+    except TypeError as error:
+        fail(f"--script {path}: its Args needs a default for every flag, which JSON can hold ({error})")
 
 
 @dataclass
 class Run:
     name: str
+    script: str
     command: list[str]
     args: dict
     defaults: dict
+    code: str | None  # None: any
     published: str | None
+
+    def folders(self, runs_dir: str) -> Iterator[tuple[Path, dict]]:
+        """Run folders that record this script and these flags, each with its config."""
+        for folder in (runs_dir, self.published) if self.published else (runs_dir,):
+            for run_dir in (path.parent for path in Path(folder).glob("*/config.json")):
+                config = read_config(run_dir)
+                # flags younger than the run are at their defaults
+                if config["script"] == self.script and identity(self.defaults | config["args"]) == self.args:
+                    yield run_dir, config
+
+    def is_mine(self, config: dict) -> bool:
+        return self.code is None or codes(config) == [self.code]
+
+    def of_other_code(self, runs_dir: str) -> int:
+        """How many runs would count or be resumed if it were not for their code."""
+        return sum(
+            not self.is_mine(config) and (config["published"] or any(run_dir.glob("*.pt")))
+            for run_dir, config in self.folders(runs_dir)
+        )
 
     def next_command(self, runs_dir: str) -> list[str] | None:
         """What starts or resumes it; None once it is finished."""
         checkpoints = []
-        for config in (
-            path for folder in (runs_dir, self.published) if folder for path in Path(folder).glob("*/config.json")
-        ):
-            content = json.loads(config.read_text())
-            if (
-                resolve(self.defaults | content["args"]) != self.args
-            ):  # flags younger than the run are at their defaults
+        for run_dir, config in self.folders(runs_dir):
+            if not self.is_mine(config):
                 continue
-            if (config.parent / "final.pt").exists() or content.get("published"):
+            if (run_dir / "final.pt").exists() or config["published"]:
                 return None
-            checkpoints += config.parent.glob("checkpoint.pt")
+            checkpoints += run_dir.glob("checkpoint.pt")
         if checkpoints:
             newest = max(checkpoints, key=lambda checkpoint: checkpoint.stat().st_mtime)
             return [self.command[0], "--resume", str(newest.parent)]
@@ -143,45 +202,86 @@ class Run:
         return Path(runs_dir) / "sweep_logs" / f"{self.name}.log"
 
 
-def grid(args: Args) -> Iterator[tuple[str, dict]]:
+def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
+    """Names, with underscores, and values of --vary."""
+    axes = {}
+    for axis in vary:
+        name, _, values = axis.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not name or not all(values.split(",")):
+            fail(f"--vary is <name>=<value>,<value>, such as reserve=0.05,0.1,0.3, got {axis}")
+        if name in SET | {field.name for field in fields(Args)} | NOT_OF_THE_RESULT:
+            fail(f"--vary {name}: the sweep sets it itself, or it leaves the result as it is")
+        if name in axes:
+            fail(f"--vary {name}: it stands there twice")
+        axes[name] = values.split(",")
+    return axes
+
+
+@functools.cache
+def read_value(script: Script, name: str, text: str) -> str | bool | None:
+    """A value of an axis as `command_line` takes it; None leaves the flag out. The script itself judges it."""
+    if name not in script.defaults:
+        fail(f"--vary {name}: {script.path.name} has no such flag")
+    default, value = script.defaults[name], text
+    if default is None and text.lower() == "none":
+        return None
+    if isinstance(default, bool) and text.lower() in ("true", "false"):
+        value = text.lower() == "true"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            tyro.cli(script.Args, args=command_line({name: value}))
+    except SystemExit:
+        fail(f"--vary {name}={text}: {script.path.name} does not take this value; see its --help")
+    return value
+
+
+def grid(args: Args) -> Iterator[tuple[Script, dict]]:
     """Script and flags of every combination, seed by seed, so that what is done first is a balanced part of it all."""
-    for seed, algo, env_id, sparsity, base, method in itertools.product(
-        range(1, args.seeds + 1), args.algo, args.env_id, args.sparsity, args.base, args.method
+    scripts = [load(find_script(name)) for name in args.script]
+    for seed, script, env_id, sparsity, base, method in itertools.product(
+        range(1, args.seeds + 1), scripts, args.env_id, args.sparsity, args.base, args.method
     ):
         own = dict(zip(AXES, (env_id, method, *base.split("+"), sparsity, seed), strict=True))
-        yield algo, own | {"total_timesteps": args.total_timesteps}
+        yield script, own | {"total_timesteps": args.total_timesteps}
 
 
-def recorded(folder: str) -> list[tuple[str, dict]]:
-    """Script and flags of every run in this folder, seed by seed; most flags at their defaults are left out."""
+def recorded(args: Args) -> list[tuple[Script, dict]]:
+    """Script and flags of every run in --like, seed by seed; most flags at their defaults are left out."""
+    named = {Path(name).stem: name for name in args.script}
     found = []
-    for path in sorted(Path(folder).glob("*/config.json")):
-        args = json.loads(path.read_text())["args"]
-        algo = "td3" if "policy_noise" in args else "sac"
-        defaults = asdict(importlib.import_module(f"{algo}_tar").Args())
-        usual = {name: args.get(FOLLOWS.get(name), default) for name, default in defaults.items()}
-        own = {name: args[name] for name in (*AXES, "total_timesteps")}
-        own |= {n: value for n, value in args.items() if n not in NOT_OF_THE_RESULT and value != usual.get(n)}
-        found.append((algo, own))
+    for path in sorted(Path(args.like).glob("*/config.json")):
+        config = read_config(path.parent)
+        script = load(find_script(named.get(config["script"], f"{config['script']}.py")))
+        values = config["args"]
+        usual = {name: values.get(FOLLOWS.get(name), default) for name, default in script.defaults.items()}
+        own = {name: values[name] for name in (*AXES, "total_timesteps")}
+        own |= {n: value for n, value in values.items() if n not in NOT_OF_THE_RESULT and value != usual.get(n)}
+        found.append((script, own))
     return sorted(found, key=lambda run: run[1]["seed"])
 
 
 def plan(args: Args, flags: list[str]) -> list[Run]:
     """All runs, each once."""
+    axes = read_axes(args.vary)
+    given = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     runs = {}
-    for algo, own in recorded(args.like) if args.like else grid(args):
-        own = own | {"runs_dir": args.runs_dir, "torch_threads": 1}
-        for flag in flags:
-            if flag.startswith("--") and flag.split("=")[0][2:].replace("-", "_") in own.keys() | {"resume"}:
-                fail(f"{flag} is for the sweep to set; it cannot stand after `--`")
-        script = importlib.import_module(f"{algo}_tar")
-        what = resolve(asdict(tyro.cli(script.Args, args=command_line(own) + flags)))
-        own = {name: value for name, value in own.items() if name in what.keys() | NOT_OF_THE_RESULT}
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-        axes = [str(own[name]) for name in AXES if name in own]
-        name = "__".join([algo, *axes, digest]).replace("/", "-")
-        path = os.path.relpath(SCRIPTS / f"{algo}_tar.py")
-        runs[name] = Run(name, [path, *command_line(own), *flags], what, asdict(script.Args()), args.published)
+    for script, values in recorded(args) if args.like else grid(args):
+        for point in itertools.product(*axes.values()):
+            own = values | {"runs_dir": args.runs_dir, "torch_threads": 1}
+            own |= {name: read_value(script, name, text) for name, text in zip(axes, point)}
+            if clash := sorted(given & {*own, *(f"no_{name}" for name in own), "resume", "evaluate"}):
+                fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
+            own = {name: value for name, value in own.items() if value is not None or name not in axes}
+            what = identity(as_recorded(tyro.cli(script.Args, args=command_line(own) + flags)))
+            own = {name: value for name, value in own.items() if name in what.keys() | NOT_OF_THE_RESULT}
+            digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
+            arm = [str(what[name]) for name in AXES if name in what]
+            arm += [f"{name}={what[name]}" for name in axes if name in what]
+            name = "__".join([script.path.stem, *arm, digest]).replace("/", "-")
+            command = [os.path.relpath(script.path), *command_line(own), *flags]
+            code = None if args.any_code else script.code
+            runs[name] = Run(name, script.path.stem, command, what, script.defaults, code, args.published)
     return list(runs.values())
 
 
@@ -241,7 +341,10 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
             code, line = attempt(command, log)
             why = f"exit code {code}: {line}"
             if code == 0 and run.next_command(runs_dir) == run.command:
-                return "failed", "it ended, but no folder with a final.pt records the flags that it was given"
+                return (
+                    "failed",
+                    "it ended, but no folder with a final.pt records the flags and code that it was given",
+                )
             if code == 2:  # bad input stays bad
                 break
         return "failed" if run.next_command(runs_dir) else "done", why
@@ -327,6 +430,8 @@ def main() -> int:
         fail("--seeds and --cores must be at least 1 and --retries at least 0")
     if args.cores and args.ray_address:
         fail("--cores is for this machine; a cluster's nodes say their own with `ray start --num-cpus`")
+    if len({Path(name).stem for name in args.script}) < len(args.script):
+        fail("--script names two files of one name; a run is known by its script's name")
     runs = plan(args, flags)
     if not runs:
         fail(f"--like {args.like} holds no runs; a run is a folder in it with a config.json")
@@ -334,6 +439,8 @@ def main() -> int:
     if args.dry_run:
         print("\n".join(shlex.join(["python", *command]) for command in commands if command))
     print(f"{commands.count(None)} of {len(runs)} runs are finished", file=sys.stderr)
+    if others := sum(run.of_other_code(args.runs_dir) for run in runs):
+        print(f"runs of other code found: {others}; --any-code counts and resumes them too", file=sys.stderr)
     todo = [run for run, command in zip(runs, commands) if command]
     return sweep(args, todo, len(runs)) if todo and not args.dry_run else 0
 

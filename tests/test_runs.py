@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import sac_tar
 import sparse_utils
 import td3_tar
-from runs import run_folder
+from runs import record, run_folder
 
 METHODS = ["tar", "static", "uniform", "dense"]  # those of one size whose masks stay
 
@@ -196,7 +196,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     assert config["script"] == script.__name__
     assert config["args"]["criterion"] == criterion and config["args"]["prune_at"] == 60
     (segment,) = config["segments"]
-    assert segment["code"] == run_folder.code_hash(script.SCRIPT) and segment["device"] == "cpu"
+    assert segment["code"] == record.code_hash(script.SCRIPT) and segment["device"] == "cpu"
     assert segment["from_step"] == 0 and segment["processor"] and "git_commit" in segment
     assert set(segment["versions"]) == {"python", "torch", "gymnasium", "mujoco", "numpy"}
     assert all(segment["versions"].values())

@@ -1,5 +1,6 @@
 """runs/sweep.py: what a run is, and that every run of a grid ends once, whatever is killed meanwhile."""
 
+import itertools
 import json
 import os
 import shlex
@@ -19,12 +20,17 @@ sys.path.insert(0, str(ROOT / "runs"))
 import sweep  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
+from runs import record  # noqa: E402
+
 # Stands in for the scripts: config.json, checkpoint.pt, final.pt, --resume and SIGTERM are as theirs. Its journal
 # says "--start <folder> <step>" or --resume, and "twice <folder> <step>" when two processes run one run at a time.
 STUB = """
 import json, os, signal, sys, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+import sparse_utils
 
 @dataclass
 class Args:
@@ -40,7 +46,12 @@ class Args:
     seconds_per_step: float = 0.1
     bad_seed: int = 0
     crash_at: int = -1
-    hidden_size: int = 256
+    hidden_size: int = sparse_utils.HIDDEN_SIZE
+    layers: tuple[int, ...] = (2, 2)
+    reserve: float = 0.1
+    autotune: bool = True
+    warm_up: int | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
     deaf: bool = False
     forgetful: bool = False
 
@@ -61,9 +72,14 @@ def lives(pid):
 
 if __name__ == "__main__":
     print("starting")
+    from runs.record import code_hash
+    segment = {"code": code_hash(Path(__file__))}
     if sys.argv[1] == "--resume":
         folder = Path(sys.argv[2])
-        args = Args(**json.loads((folder / "config.json").read_text())["args"])
+        config = json.loads((folder / "config.json").read_text())
+        args = Args(**config["args"])
+        config["segments"].append(segment)
+        (folder / "config.json").write_text(json.dumps(config))
         step = int((folder / "checkpoint.pt").read_text())
     else:
         import tyro
@@ -76,7 +92,8 @@ if __name__ == "__main__":
         folder.mkdir()
         recorded = asdict(args) | ({"sparsity": 0.0, "criterion": "random"} if args.method == "dense" else {})
         recorded["hidden_size"] += args.forgetful
-        (folder / "config.json").write_text(json.dumps({"args": recorded}))
+        config = {"args": recorded, "script": Path(__file__).stem, "segments": [segment]}
+        (folder / "config.json").write_text(json.dumps(config))
     signal.signal(signal.SIGTERM, signal.SIG_IGN if args.deaf else stop)
     journal = open(Path(args.runs_dir) / "journal", "a", buffering=1)
     journal.write(f"{sys.argv[1] if sys.argv[1] == '--resume' else '--start'} {folder.name} {step}\\n")
@@ -96,6 +113,10 @@ if __name__ == "__main__":
 """
 
 
+UTILS = "HIDDEN_SIZE = 256\nREVIVALS, GROWTHS, UNPRUNED = {'tar': 0}, {'rigl': 0}, {'dense': 0}\n"
+FILES = ["record.py", "sweep.py"]
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray cluster of one node with two cores, to which a test can add more."""
@@ -112,16 +133,21 @@ def cluster():
 def project(tmp_path):
     """A copy of the sweep beside stubs of both scripts."""
     (tmp_path / "runs").mkdir()
-    shutil.copy(ROOT / "runs" / "sweep.py", tmp_path / "runs")
+    for name in FILES:
+        shutil.copy(ROOT / "runs" / name, tmp_path / "runs")
     for name in ("sac_tar.py", "td3_tar.py"):
         (tmp_path / name).write_text(STUB)
+    (tmp_path / "sparse_utils.py").write_text(UTILS)
     yield tmp_path
     assert not running(tmp_path), "a process outlived its sweep"
 
 
 def start(project, *words, prefix=()):
     command = [*prefix, sys.executable, "runs/sweep.py", "--total-timesteps", "10", *map(str, words)]
-    return subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.Popen(
+        command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def end(process, code=0):
@@ -136,7 +162,8 @@ def running(project):
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text().split("\0")
-            if any(word.endswith("_tar.py") for word in words) and os.readlink(process / "cwd") == str(project):
+            is_script = any(word.endswith(("_tar.py", "my_sac.py")) for word in words)
+            if is_script and os.readlink(process / "cwd") == str(project):
                 found.append(int(process.name))
         except OSError:
             continue  # it has ended
@@ -160,6 +187,18 @@ def finals(project):
     return sorted(path.parent.name.rsplit("__", 1)[0] for path in (project / "runs").glob("*/final.pt"))
 
 
+def planned(project, *words):
+    """The commands of a dry run, and all that it says."""
+    text = end(start(project, "--dry-run", *words))
+    return [line.removeprefix("python ") for line in text.splitlines() if line.startswith("python ")], text
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
 def names(seeds, method="tar"):
     return [f"E__{method}__s0.9__{seed}" for seed in range(1, seeds + 1)]
 
@@ -168,7 +207,7 @@ GRID = ("--env-id", "E", "--method", "tar")
 
 
 def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing(project):
-    words = "--algo td3 --env-id E --method dense static --base random+er snip+global --sparsity 0.9 0.95"
+    words = "--script td3_tar.py --env-id E --method dense static --base random+er snip+global --sparsity 0.9 0.95"
     text = end(start(project, *words.split(), "--seeds", 2, "--dry-run", "--", "--hidden-size", 32))
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     place = "--total-timesteps 10 --runs-dir runs --torch-threads 1 --hidden-size 32"
@@ -180,7 +219,7 @@ def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing
                 base = f"--criterion {criterion} --distribution {distribution} --sparsity {sparsity}"
                 expected.append(f"python td3_tar.py --env-id E --method static {base} --seed {seed} {place}")
     assert commands == expected
-    assert [path.name for path in (project / "runs").iterdir()] == ["sweep.py"]
+    assert sorted(path.name for path in (project / "runs").iterdir()) == FILES
 
 
 @pytest.mark.parametrize(
@@ -200,12 +239,47 @@ def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing
 def test_bad_input_is_one_sentence_and_writes_nothing(project, words, sentence):
     text = end(start(project, *words.split()), code=2)
     assert sentence in text and "Traceback" not in text
-    assert [path.name for path in (project / "runs").iterdir()] == ["sweep.py"]
+    assert sorted(path.name for path in (project / "runs").iterdir()) == FILES
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--script nowhere.py", "there is no script nowhere.py"),
+        ("--script sparse_utils.py", "it has no dataclass Args"),
+        ("--script runs/sweep.py", "its Args lacks criterion, distribution"),
+        ("--script sac_tar.py ./sac_tar.py", "names two files of one name"),
+        ("--vary reserve", "--vary is <name>=<value>,<value>"),
+        ("--vary reserve=0.1,", "--vary is <name>=<value>,<value>"),
+        ("--vary reserve=0.1 reserve=0.2", "--vary reserve: it stands there twice"),
+        ("--vary no-such-flag=3", "--vary no_such_flag: sac_tar.py has no such flag"),
+        ("--vary hidden_size=32,large", "--vary hidden_size=large: sac_tar.py does not take this value"),
+        ("--vary device=tpu", "--vary device=tpu: sac_tar.py does not take this value"),
+        ("--vary autotune=none", "--vary autotune=none: sac_tar.py does not take this value"),
+        ("--vary env-id=E,F", "--vary env_id: the sweep sets it itself"),
+        ("--vary seed=3", "--vary seed: the sweep sets it itself"),
+        ("--vary base=random+er", "--vary base: the sweep sets it itself"),
+        ("--vary checkpoint_frequency=3", "--vary checkpoint_frequency: the sweep sets it itself, or it leaves"),
+        ("--vary reserve=0.1 -- --reserve 0.2", "--reserve is for the sweep to set"),
+        ("--vary autotune=true -- --no-autotune", "--no-autotune is for the sweep to set"),
+        ("--vary warm_up=none,2 -- --warm-up 3", "--warm-up is for the sweep to set"),
+        ("--script deep.py", "cannot be imported (ModuleNotFoundError: No module named 'abyss')"),
+        ("--script open.py", "its Args needs a default for every flag"),
+    ],
+)
+def test_a_script_or_an_axis_that_cannot_be_is_one_sentence(project, monkeypatch, capsys, words, sentence):
+    (project / "deep.py").write_text("import abyss")
+    (project / "open.py").write_text(STUB.replace('env_id: str = "E"', "env_id: str"))
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--dry-run", *words.split()])
+    with pytest.raises(SystemExit) as exit:
+        sweep.main()
+    text = "".join(capsys.readouterr())
+    assert exit.value.code == 2 and text.count("\n") == 1 and text.startswith("error: ") and sentence in text
 
 
 def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, script, monkeypatch):
     """For every method: what a script records is what the sweep looks for, else it would run for ever anew."""
-    algo = script.__name__.removesuffix("_tar")
     own = {"env_id": "Pendulum-v1", "seed": 1, "total_timesteps": 62, "runs_dir": "elsewhere", "torch_threads": 1}
     more = {"device": "cpu", "compute": "masked", "learning_starts": 60, "hidden_size": 24, "batch_size": 32}
     more |= {"buffer_size": 1000, "eval_frequency": 100, "eval_episodes": 1}
@@ -215,10 +289,11 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         run_dir = run(method=method, total_timesteps=62, **arm)
         runs_dir = str(run_dir.parent)
 
-        def wanted(method=method, sparsity=0.5, total_timesteps=62, extra=(), published=None):
+        def wanted(method=method, sparsity=0.5, total_timesteps=62, extra=(), published=None, any_code=False):
             args = sweep.Args(
-                algo=(algo,), env_id=(own["env_id"],), method=(method,), base=("magnitude+uniform",), seeds=1,
-                sparsity=(sparsity,), total_timesteps=total_timesteps, published=published,
+                script=(f"{script.__name__}.py",), env_id=(own["env_id"],), method=(method,), seeds=1,
+                base=("magnitude+uniform",), sparsity=(sparsity,), total_timesteps=total_timesteps,
+                published=published, any_code=any_code,
             )  # fmt: skip
             (only,) = sweep.plan(args, [*flags, *extra])
             return only
@@ -235,12 +310,19 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         del config["args"]["reserve"]  # as if the run were older than the flag
         (run_dir / "config.json").write_text(json.dumps(config))
         assert wanted().next_command(runs_dir) is None
-        assert wanted(extra=["--reserve", "0.3"]).next_command(runs_dir) is not None
+        another_reserve = wanted(extra=["--reserve", "0.3"]).next_command(runs_dir)
+        assert (another_reserve is not None) == (method in ("tar", "uniform"))
         config["published"] = True  # what compare.py says of a copy, which keeps no final.pt
         (run_dir / "final.pt").unlink()
         (run_dir / "config.json").write_text(json.dumps(config))
         assert wanted(published=runs_dir).next_command("elsewhere") is None
         assert wanted().next_command("elsewhere") == wanted().command
+        older = {"args": config["args"], "published": True}  # before code was recorded
+        (run_dir / "config.json").write_text(json.dumps(older))
+        assert wanted(published=runs_dir).next_command("elsewhere") is not None
+        assert wanted(published=runs_dir).of_other_code("elsewhere") == 1
+        assert wanted(published=runs_dir, any_code=True).next_command("elsewhere") is None
+        assert wanted(published=runs_dir, any_code=True).of_other_code("elsewhere") == 0
         del config["published"]
         (run_dir / "config.json").write_text(json.dumps(config))
         assert wanted().next_command(runs_dir) == [wanted().command[0], "--resume", str(run_dir)]
@@ -271,7 +353,126 @@ def test_a_run_with_one_dense_network_is_recognised_too(run, script, network):
     defaults = {name: value for name, value in args.items() if not name.startswith(("actor_", "critic_"))}
     given = defaults | {f"{network}_method": "dense"}
     unset = dict.fromkeys(args.keys() - given.keys())
-    assert sweep.resolve(given | unset) == sweep.resolve(args)
+    assert record.identity(given | unset) == record.identity(args)
+
+
+QUICK = ("--", "--seconds-per-step", 0.01)
+
+
+def test_any_flag_is_an_axis_which_acts_and_is_recognised_and_multiplies_no_run_that_ignores_it(project, cluster):
+    words = ("--env-id", "E", "--method", "static", "tar", "--base", "snip+global", "--seeds", 2)
+    words += ("--vary", "reserve=0.05,0.30", "autotune=True,false", "warm-up=none,7", "--ray-address", cluster.address)
+    commands, _ = planned(project, *words, *QUICK)
+    expected = []
+    for seed in (1, 2):
+        for arm in ("static", "tar --reserve 0.05", "tar --reserve 0.30"):
+            method, _, reserve = arm.partition(" ")
+            own = f"sac_tar.py --env-id E --method {method} --criterion snip --distribution global --sparsity 0.9"
+            own += f" --seed {seed} --total-timesteps 10 --runs-dir runs --torch-threads 1 {reserve}".rstrip()
+            for tune in ("--autotune", "--no-autotune"):
+                expected += [f"{own} {tune} {late}--seconds-per-step 0.01" for late in ("", "--warm-up 7 ")]
+    assert commands == expected
+    words = (*GRID, "--seeds", 1, *words[words.index("--vary") :])
+    assert "8 of 8 runs done" in end(start(project, *words, *QUICK))
+    configs = [json.loads(path.read_text())["args"] for path in (project / "runs").glob("*/config.json")]
+    acted = [(args["reserve"], args["autotune"], args["warm_up"]) for args in configs]
+    assert sorted(acted, key=str) == sorted(itertools.product((0.05, 0.3), (True, False), (None, 7)), key=str)
+    assert "8 of 8 runs are finished" in end(start(project, *words, *QUICK))
+    words = (*GRID, "--seeds", 1, "--vary", "reserve=0.3,0.4", "autotune=false", "warm_up=7")
+    commands, text = planned(project, *words, *QUICK)  # the log's name says which
+    assert len(commands) == 1 and "1 of 2 runs are finished" in text
+    assert list((project / "runs" / "sweep_logs").glob("sac_tar__E__tar__*__reserve=0.3__autotune=False__warm_up=7__*"))
+
+
+def test_flags_that_are_lists_and_the_device_go_through(project, cluster):
+    words = (*GRID, "--seeds", 1, "--vary", "device=cpu,cuda", "--", "--layers", 3, 4)
+    commands, _ = planned(project, *words)
+    assert [line.split("--torch-threads 1 ")[1] for line in commands] == [
+        "--device cpu --layers 3 4",
+        "--device cuda --layers 3 4",
+    ]
+    words = (*GRID, "--seeds", 1, "--ray-address", cluster.address, *QUICK, "--layers", 3, 4)
+    end(start(project, *words))
+    assert "1 of 1 runs are finished" in end(start(project, *words))
+    (again,), _ = planned(project, "--like", "runs", "--runs-dir", "new")
+    assert "--layers 3 4" in again
+
+
+def test_another_script_is_a_run_of_its_own_with_its_own_modules(project, cluster):
+    """my_sac.py stands in a folder of its own, beside other sparse_utils.py."""
+    (project / "mine").mkdir()
+    shutil.copy(project / "sac_tar.py", project / "mine" / "my_sac.py")
+    shutil.copy(project / "sparse_utils.py", project / "mine")
+    words = (*GRID, "--seeds", 1, "--ray-address", cluster.address, "--script", "sac_tar.py")
+    end(start(project, *words, *QUICK))
+    commands, text = planned(project, *words, "mine/my_sac.py", "--any-code", *QUICK)
+    assert "1 of 2 runs are finished" in text and [line.split()[0] for line in commands] == ["mine/my_sac.py"]
+    (project / "mine" / "sparse_utils.py").write_text(UTILS.replace("256", "64"))
+    assert "2 of 2 runs done" in end(start(project, *words, "mine/my_sac.py", *QUICK))
+    configs = [json.loads(path.read_text()) for path in (project / "runs").glob("*/config.json")]
+    assert {config["script"]: config["args"]["hidden_size"] for config in configs} == {"sac_tar": 256, "my_sac": 64}
+    words = (*GRID, "--seeds", 1, "--script", "mine/my_sac.py", "sac_tar.py", *QUICK)
+    assert "2 of 2 runs are finished" in planned(project, *words)[1]
+    # and --like finds each one's script, also where a folder is all config.json
+    for path in (project / "runs").glob("*/config.json"):
+        (project / "public" / path.parent.name).mkdir(parents=True)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"published": True}))
+        shutil.copy(path, project / "public" / path.parent.name)
+    like = ("--like", "public", "--runs-dir", "new")
+    assert "there is no script my_sac.py" in end(start(project, *like), code=2)
+    commands, _ = planned(project, *like, "--script", "mine/my_sac.py")
+    assert sorted(line.split()[0] for line in commands) == ["mine/my_sac.py", "sac_tar.py"]
+    both = ("--script", "mine/my_sac.py", "--published", "public")
+    assert "2 of 2 runs are finished" in planned(project, *like, *both)[1]
+
+
+def test_a_finished_run_of_other_code_is_not_done_while_comments_are_no_code(project, cluster):
+    words = (*GRID, "--seeds", 1, "--ray-address", cluster.address)
+    end(start(project, *words, *QUICK))
+    edit(project / "sac_tar.py", "        step += 1\n", "        # one more\n        step += 1  # at a time\n")
+    edit(project / "sac_tar.py", "class Args:\n", 'class Args:\n    """The flags."""\n\n')
+    text = planned(project, *words, *QUICK)[1]
+    assert "1 of 1 runs are finished" in text and "other code" not in text
+    for file, old, new in (
+        ("sac_tar.py", "        step += 1 ", "        step += 2 - 1 "),
+        ("sparse_utils.py", "256", "250 + 6"),
+    ):
+        edit(project / file, old, new)
+        count = len(finals(project))
+        text = planned(project, *words, *QUICK)[1]
+        assert "0 of 1 runs are finished" in text
+        assert f"runs of other code found: {count}; --any-code counts and resumes them too\n" in text
+        text = planned(project, *words, "--any-code", *QUICK)[1]
+        assert "1 of 1 runs are finished" in text and "other code" not in text
+        assert "1 of 1 runs done" in end(start(project, *words, *QUICK))
+        assert "1 of 1 runs are finished" in end(start(project, *words, *QUICK))
+        assert finals(project) == names(1) * (count + 1)
+    assert [what for what, _, _ in journal(project)] == ["--start"] * 3
+
+
+def test_an_unfinished_run_of_other_code_is_left_and_one_of_two_codes_does_not_count(project, cluster):
+    words = (*GRID, "--seeds", 1, "--ray-address", cluster.address, "--retries", 0)
+    flags = (*QUICK, "--crash-at", 5)
+    end(start(project, *words, *flags), code=1)
+    (folder,) = (path.parent.relative_to(project) for path in project.glob("runs/*/checkpoint.pt"))
+    resume = [f"sac_tar.py --resume {folder}"]
+    assert planned(project, *words, *flags)[0] == resume
+    edit(project / "sac_tar.py", "step % 3", "step % 4")
+    (command,), text = planned(project, *words, *flags)
+    assert "--resume" not in command and "runs of other code found: 1;" in text
+    assert planned(project, *words, "--any-code", *flags)[0] == resume
+    end(start(project, *words, "--any-code", *flags))
+    assert planned(project, *words, "--any-code", *flags)[0] == []
+    (command,), text = planned(project, *words, *flags)  # the segment before the edit is of other code
+    assert "--resume" not in command and "runs of other code found: 1;" in text
+
+
+def test_code_that_is_edited_while_the_sweep_runs_does_not_count_as_the_code_it_began_with(project, cluster):
+    process = start(project, *GRID, "--seeds", 1, "--ray-address", cluster.address, "--", "--seconds-per-step", 0.5)
+    wait_for(lambda: journal(project))
+    (config,) = project.glob("runs/*/config.json")
+    edit(config, record.code_hash(project / "sac_tar.py"), "fedcba987654")  # as if it had read an edited file
+    assert "no folder with a final.pt records the flags and code" in end(process, code=1)
 
 
 def test_failures_are_retried_from_the_checkpoint_and_end_with_their_last_line(project, cluster):
@@ -281,7 +482,7 @@ def test_failures_are_retried_from_the_checkpoint_and_end_with_their_last_line(p
     text = end(start(project, *words, "--retries", 1, *flags, "--bad-seed", 2), code=1)
     assert finals(project) == ["E__dense__s0.9__1", "E__tar__s0.9__1"]
     assert sorted(line[0::2] for line in journal(project)) == [("--resume", "3")] * 2 + [("--start", "0")] * 2
-    assert text.count("failed: exit code 2: error: bad input (runs/sweep_logs/sac__E__") == 2
+    assert text.count("failed: exit code 2: error: bad input (runs/sweep_logs/sac_tar__E__") == 2
     assert "2 of 4 runs done, 0 running, 2 failed, time left 0:00 h" in text
     # what is finished is not run again, what has failed is
     text = end(start(project, *words, "--retries", 0, *flags, "--bad-seed", 2), code=1)

@@ -12,7 +12,7 @@ from test_runs import events, load, same_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
-from runs import run_folder
+from runs import record, run_folder
 from runs.checks import complete_args
 
 SMALL = {"sparsity": 0.9, "rewire_every": 40, "total_timesteps": 150}
@@ -327,9 +327,9 @@ def test_the_mask_image_shows_what_is_outside_the_part(run):
 def test_what_makes_two_runs_the_same_one(script, monkeypatch):
     def identity(**flags):
         args = script.Args(**flags)
-        given = run_folder.identity(vars(args).copy())
+        given = record.identity(vars(args).copy())
         complete_args(args)  # as the run folder records it
-        assert run_folder.identity(vars(args)) == given
+        assert record.identity(vars(args)) == given
         return given
 
     assert identity(init="sparse") != identity() == identity(critic_init="dense", actor_init="dense")

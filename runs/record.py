@@ -1,0 +1,88 @@
+"""Which run a folder holds, and which code made it: what `sweep.py` and `compare.py` go by."""
+
+import ast
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from tqdm import tqdm
+
+import sparse_utils
+
+CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py")  # beside the script
+# flags that leave the result as it is
+NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
+MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
+REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
+FOLLOWS = {  # a flag that is not set has the value of another
+    "prune_at": "learning_starts",
+    **{f"{network}_{flag}": flag for network in ("actor", "critic") for flag in ("method", "sparsity", "init")},
+}
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
+    sys.exit(code)
+
+
+def ignored(methods: set[str]) -> set[str]:
+    """The flags that make no difference to networks of these methods."""
+    found = set() if methods & sparse_utils.REVIVALS.keys() else {"reserve"}
+    found |= set() if methods & sparse_utils.GROWTHS.keys() else REWIRING
+    found |= set() if methods - sparse_utils.UNPRUNED.keys() else MASK
+    return found | ({"sparsity", "actor_sparsity", "critic_sparsity"} if methods == {"dense"} else set())
+
+
+def identity(args: dict) -> dict:
+    """All arguments that make two runs the same one: without what leaves the result as it is or its methods ignore."""
+    args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
+    methods = {args.get(f"{network}_method", args["method"]) for network in ("actor", "critic")}
+    for network in ("actor", "critic"):
+        if args.get(f"{network}_method") == "dense":  # as the scripts record it
+            args[f"{network}_sparsity"] = 0.0
+    return {name: value for name, value in args.items() if name not in ignored(methods) | NOT_OF_THE_RESULT}
+
+
+def essence(path: Path) -> str:
+    """The text of a source file without comments and docstrings."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", text)
+        return "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.unparse(tree)
+
+
+def code_hash(script: Path) -> str:
+    """What a script and the project's own code that it runs amount to, in 12 hexadecimal digits. Comments and
+    docstrings do not count; what a script imports beyond the project does not either."""
+    files = [script, *(path for pattern in CODE for path in sorted(script.resolve().parent.glob(pattern)))]
+    return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
+
+
+def read_config(run_dir: Path) -> dict:
+    """config.json: `args`, `script` (its name without .py), `published`, and `segments`, one for each process that the
+    run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
+    `processor`, `device`, `versions`."""
+    config = json.loads((run_dir / "config.json").read_text())
+    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
+    if "segments" not in config:  # older
+        keys = ("git_commit", "processor", "versions")
+        first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
+        script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
+        args = config["args"]
+        if args.get("device") == "auto":  # no value of the flag any more
+            args["device"] = "cpu"
+        config = {"args": args, "script": script, "segments": [first], "published": config.get("published")}
+    return config | {"published": bool(config.get("published"))}
+
+
+def codes(config: dict) -> list[str | None]:
+    """The hashes of the code that made a run, in the order of its segments, each once."""
+    return list(dict.fromkeys(segment["code"] for segment in config["segments"]))
