@@ -275,7 +275,7 @@ def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dic
             unlike = [sum(own.settings.get(name) != s.get(name) for name in {*own.settings, *s}) for s in same.settings]
             chosen[arm] = same.index[np.argmin(unlike)]
     without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in statics.index]
-    if without:
+    if without and len(arms) > 1:
         found.append(f"no arm of method static on the base of {', '.join(without)}: held against none (see --against)")
     return chosen
 
@@ -411,8 +411,7 @@ def finish(figure, path: Path, order: list[str]) -> None:
     columns = max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, names)))))
     place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2, "frameon": False}
     figure.legend([entries[name] for name in names], names, **place)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    run_log.save_figure(figure, path)
 
 
 def show(axes, seen: np.ndarray) -> None:
@@ -487,10 +486,10 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
 
 RETURNS = """## Final return
 
-Mean over the evaluations of the last tenth of training, then over n seeds, with its 95% t interval. Difference to the
-arm under `against`: paired by seed, mean over so many pairs with its 95% t interval. P(better): probability that a run
-of the row's arm beats one of that arm, with 95% bootstrap interval (Agarwal et al. 2021), which at few seeds is too
-narrow, since a bootstrap only sees the seeds that were run.
+Mean over the evaluations of the last tenth of training, then over n seeds, with its 95% t interval. Where there is an
+arm to hold one `against`: the difference to it, paired by seed, mean over so many pairs with its 95% t interval; and
+P(better), the probability that a run of the row's arm beats one of it, with 95% bootstrap interval (Agarwal et al.
+2021), which at few seeds is too narrow, since a bootstrap only sees the seeds that were run.
 
 {table}
 
