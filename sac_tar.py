@@ -124,6 +124,7 @@ class Progress:
     actor_scalars: dict = field(default_factory=dict)  # of the actor's last update, logged with the critics'
     episode_generator: dict | None = None  # state of the environment's generator before the reset of this episode
     episode_actions: list = field(default_factory=list)  # since that reset; the same ones replay the episode
+    returns: dict = field(default_factory=dict)  # mean return of each evaluation, by its step
     sps_seconds: float = 0.0  # of training that counts in charts/SPS
 
 
@@ -394,15 +395,14 @@ def train(args: Args) -> Path:
     if args.capture_video:
         eval_env = RecordVideo(eval_env, run_dir / "videos", lambda episode: False)
 
-    def log_evaluation(global_step: int) -> float:
+    def log_evaluation(global_step: int) -> None:
         video = f"step-{global_step}" if args.capture_video else ""
         returns, lengths = evaluate(eval_env, actor.get_mean_action, args.eval_episodes, eval_seed, device, video)
-        mean_return = float(np.mean(returns))
+        progress.returns[global_step] = mean_return = float(np.mean(returns))
         writer.add_scalar("eval/episodic_return", mean_return, global_step)
         writer.add_scalar("eval/episodic_length", float(np.mean(lengths)), global_step)
         writer.add_scalar("flops/training", progress.training_flops, global_step)
         run_folder.stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
-        return mean_return
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
         """Each network's loss on replay data, drawn so that the random numbers of training do not shift."""
@@ -472,7 +472,7 @@ def train(args: Args) -> Path:
             sps_from_time = time.perf_counter()
         if last or global_step % args.eval_frequency == 0:
             eval_from_time = time.perf_counter()
-            mean_return = log_evaluation(global_step)
+            log_evaluation(global_step)
             sps_from_time += time.perf_counter() - eval_from_time  # SPS counts training only
         if last:
             break
@@ -582,10 +582,13 @@ def train(args: Args) -> Path:
 
     final = run_folder.final_state(SCRIPT, args, args.total_timesteps, modules, progress.masks)
     run_folder.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
+    # what comparisons go by: the mean of the evaluations in the last tenth of training
+    final_return = np.mean([value for step, value in progress.returns.items() if step > 0.9 * args.total_timesteps])
+    writer.add_scalar("eval/final_return", final_return, args.total_timesteps)
     writer.close()
     env.close()
     eval_env.close()
-    print(f"final evaluation return {mean_return:.1f}; saved {run_dir / 'final.pt'}")
+    print(f"final return {final_return:.1f}; saved {run_dir / 'final.pt'}")
     return run_dir
 
 

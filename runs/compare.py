@@ -1,38 +1,38 @@
-"""Compares the arms of a folder of runs: tables with intervals, learning curves, return against sparsity, masks.
+"""Compares the arms of a folder of runs: tables with intervals, return against steps, time and FLOPs, masks.
 
-python runs/compare.py runs
-python runs/compare.py runs --publish runs/published   # a compact copy first, then the comparison of that copy
+python runs/compare.py runs                             # every arm against `static` on its base
+python runs/compare.py runs --against rigl --env-id Hopper-v4 --arm tar rigl
+python runs/compare.py runs --publish runs/published    # a copy as text first, then the comparison of that copy
+python runs/compare.py runs/published --events folder   # event files of published runs, for TensorBoard
 
-Per algorithm and sparsity it writes a page (<algo>_s<sparsity>.md), its tables as CSV and a figure of learning curves;
-per algorithm a figure of return against sparsity; for one run, figures of the masks before and after revival; and
-evaluations.csv, every evaluation of every run. What is missing or unequal is listed on top of each page.
+An arm is what runs of one algorithm share: method, base (criterion+distribution), the script where there are several,
+and each flag that would differ between runs of one arm in one environment. Per algorithm and sparsity this writes a
+page (<algo>_s<sparsity>.md), its tables as CSV and its figures; per algorithm a figure of return against sparsity; the
+masks of one run before and after revival; and evaluations.csv, every evaluation of every run. What is missing or
+unequal, and the lines of the folder's NOTES.md, stand on top of each page.
 
 Statistics: the final return of a run is the mean of its evaluations in the last tenth of training; the 95% intervals
-of means over seeds are Student's t. Across environments, as in Agarwal et al. 2021 (Deep RL at the Edge of the
-Statistical Precipice): the interquartile mean over all runs of an arm of the return in % of dense (of the mean over
-dense's seeds in that environment, taken as a constant), the probability of improvement, and for both the 95% percentile
+of means over seeds are Student's t. As in Agarwal et al. 2021 (Deep RL at the Edge of the Statistical Precipice): the
+probability of improvement and, across environments, the interquartile mean over all runs of an arm of the return in %
+of dense (of the mean over dense's seeds in that environment, taken as a constant), both with the 95% percentile
 interval of a bootstrap that draws seeds anew within each environment.
 """
 
-import io
 import itertools
-import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import tyro
-from matplotlib.colors import ListedColormap
 from scipy import stats
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from runs import run_log
+from runs.record import codes, fail, identity, ignored, read_config
 
 
 @dataclass
@@ -41,91 +41,120 @@ class Args:
     """folder of run folders"""
     out: Path | None = None
     """where the comparison goes; default: comparison, in that folder"""
+    against: str | None = None
+    """the arm that all others are held against, or a part of its name; default: `static` on each arm's base"""
+    env_id: tuple[str, ...] = ()
+    """compare in these environments only"""
+    arm: tuple[str, ...] = ()
+    """compare only the arms whose names contain one of these"""
+    separate_code: bool = False
+    """runs of one arm that different code made are arms of their own"""
     publish: Path | None = None
-    """first copy the finished runs there, small enough for a repository, and compare the copy"""
+    """first copy the finished runs there as text, small enough for a repository, and compare the copy"""
+    events: Path | None = None
+    """only write the runs there as event files with their hyperparameters"""
     masks_of: str | None = None
-    """name of the run folder whose masks are drawn; default: the first tar run"""
+    """name of the run folder whose masks are drawn; default: the first run that revived connections"""
 
 
-# method: colour (Okabe and Ito's, which colour-blind readers can tell apart) and line style, in the order of the tables
-STYLES = {
-    "dense": ("#000000", "--"),
-    "tiny": ("#999999", "--"),
-    "static": ("#0072B2", "-"),
-    "uniform": ("#E69F00", "-"),
-    "tar": ("#D55E00", "-"),
-    "set": ("#56B4E9", "-."),
-    "rigl": ("#009E73", "-."),
-}
-BASELESS = ("dense", "tiny")  # arms that static pruning's criterion and distribution do not touch
+# colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and dashes: together the first 35
+# arms have lines of their own, and those with the same dashes differ in grey, too
+COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
+THIN_LINES = 5  # up to so many seeds are drawn each, the interval of more as a shade
 NETWORKS = ("actor", "critic")
-AXES = {"env_id", "seed", "method", "sparsity", "criterion", "distribution"} | {
+AXES = {"method", "sparsity", "criterion", "distribution"} | {
     f"{network}_{what}" for network in NETWORKS for what in ("method", "sparsity")
 }
-NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-PUBLISHED_TAGS = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
 CELL = ["algo", "sparsity", "env_id", "arm"]
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+COSTS = {"minutes": "time", "1e12 FLOPs": "flops"}  # and what their files' names end with
 
 
 # READING
 
 
-def read_events(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-
-
-def arm_of(args: dict) -> tuple[str, str]:
+def arm_of(args: dict, settings: dict) -> tuple[str, str]:
     """An arm's name and its base: "tar random+er" and "random+er"; networks that differ are named behind."""
-    methods = {network: args.get(f"{network}_method") or args["method"] for network in NETWORKS}
-    base = f"{args['criterion']}+{args['distribution']}"
-    if {args["method"], *methods.values()} <= set(BASELESS):
-        base = ""
+    base = "+".join(settings[name] for name in ("criterion", "distribution") if name in settings)
     parts = [args["method"], base]
-    for network, method in methods.items():
-        sparsity = args.get(f"{network}_sparsity")
+    for network in NETWORKS:
+        method, sparsity = args.get(f"{network}_method") or args["method"], args.get(f"{network}_sparsity")
         if method != args["method"]:
             parts.append(f"{network} {method}")
-        if method != "dense" and sparsity not in (None, args["sparsity"]):
+        if "sparsity" not in ignored({method}) and sparsity not in (None, args["sparsity"]):
             parts.append(f"{network} {sparsity}")
     return " ".join(part for part in parts if part), base
 
 
-def read_runs(folder: Path, notes: list[str]) -> pd.DataFrame:
-    """One row per finished run; `returns` is the series of its evaluations over steps. Notes name what is left out."""
+def label(arm: str, base: str) -> str:
+    """The arm without its base, which is the title in figures."""
+    return " ".join(part for part in arm.split() if part != base)
+
+
+def read_run(run: Path, notes: list[str], separate_code: bool) -> dict | None:
+    """The row of a finished run; `settings` is what makes it its arm. None, and a note, of a run that is left out."""
+    config, (points, began) = read_config(run), run_log.read_scalars(run)
+    args, segments = config["args"], config["segments"]
+    steps = points.step[points.tag == "eval/episodic_return"]
+    if not (steps > 0.9 * args["total_timesteps"]).any():
+        notes.append(f"no evaluation in the last tenth of training, so left out: {run.name}")
+        return None
+    if steps.duplicated().any():
+        notes.append(f"evaluations logged twice, of which the last counts: {run.name}")
+    curve = run_log.curve_of(points, [segment["from_step"] for segment in segments[1:]])
+    row = {"folder": run, "script": config["script"], "args": args, "curve": curve, "began": began}
+    row |= {name: args[name] for name in ("env_id", "seed", "method")}
+    row |= {"final": curve["return"][curve.index > 0.9 * args["total_timesteps"]].mean()}
+    row |= {"code": "+".join(code[:7] if code else "older" for code in codes(config))}
+    commits = dict.fromkeys(str(segment["git_commit"]) for segment in segments)
+    row |= {"commit": " then ".join(commit[:7] + commit[40:] for commit in commits)}  # [40:]: -dirty
+    made = {}
+    for segment in segments:
+        for name, value in {**(segment["versions"] or {}), **{n: segment[n] for n in ("processor", "device")}}.items():
+            made.setdefault(name, {}).update({str(value): None} if value else {})
+    row |= {"made": {name: " then ".join(values) for name, values in made.items() if values}}
+    settings = {name: value for name, value in identity(args).items() if name not in ("env_id", "seed")}
+    if settings.get("exp_name") == config["script"]:
+        del settings["exp_name"]  # the default
+    if separate_code:
+        settings["code"] = row["code"]
+    row |= {"settings": settings, "dense": "sparsity" not in settings, "sparsity": settings.get("sparsity", 0.0)}
+    return row | dict(zip(("arm", "base"), arm_of(args, settings)))
+
+
+def algorithms(runs: pd.DataFrame) -> dict[str, str]:
+    """The algorithm of each script. Scripts are of one if the flags of one are all among the other's, as in an edited
+    copy; a script's flags are those of its newest run."""
+    flags = {script: set(rows.args.iloc[-1]) for script, rows in runs.groupby("script")}
+    groups = []
+    for script in sorted(flags, key=lambda script: (len(flags[script]), script)):
+        group = next((group for group in groups if any(flags[other] <= flags[script] for other in group)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(script)
+    return {script: "+".join(sorted(group)) for group in groups for script in group}
+
+
+def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd.DataFrame:
+    """One row per finished run. Notes name what is left out."""
     rows = []
     for path in sorted(folder.glob("*/config.json")):
-        run, config = path.parent, json.loads(path.read_text())
-        if not ((run / "final.pt").exists() or config.get("published")):
-            notes.append(f"not finished, so left out: {run.name}")
-            continue
-        args, log = config["args"], read_events(run)
-        if "eval/episodic_return" not in log.Tags()["scalars"]:
-            notes.append(f"without any evaluation, so left out: {run.name}")
-            continue
-        arm, base = arm_of(args)
-        points = log.Scalars("eval/episodic_return")
-        returns = pd.Series({point.step: point.value for point in points}).sort_index()
-        if len(returns) < len(points):
-            notes.append(f"evaluations logged twice, of which the last counts: {run.name}")
-        row = {name: args[name] for name in ("env_id", "method", "seed")}
-        row |= {"folder": run, "algo": "td3" if "policy_noise" in args else "sac", "arm": arm, "base": base}
-        row |= {"dense": arm == "dense", "sparsity": 0.0 if arm == "dense" else args["sparsity"], "returns": returns}
-        row |= {"args": {name: value for name, value in args.items() if name not in AXES | NOT_OF_THE_RESULT}}
-        row |= {"versions": config["versions"] | {"git_commit": config["git_commit"]}}
-        row |= {"final": returns[returns.index > 0.9 * args["total_timesteps"]].mean()}
-        row |= {"began": log.FirstEventTimestamp(), "drawable": args["method"] == "tar" and bool(log.Tags()["images"])}
-        rows.append(row)
+        if (path.parent / "final.pt").exists() or read_config(path.parent)["published"]:
+            rows.append(read_run(path.parent, notes, separate_code))
+        else:
+            notes.append(f"not finished, so left out: {path.parent.name}")
+    rows = [row for row in rows if row]
     if not rows:
         fail(f"{folder} holds no finished run; a run is a folder in it with config.json and final.pt")
-    runs = pd.DataFrame(rows).sort_values("began")
-    for _, cell in runs.groupby(CELL):  # what else differs between runs of one arm makes arms of its own
-        for name in differing(cell.args):
-            runs.loc[cell.index, "arm"] += [f" {name}={args.get(name)}" for args in cell.args]
+    runs = pd.DataFrame(rows).sort_values("began", ignore_index=True)
+    runs["algo"] = runs.script.map(algorithms(runs))
+    several = runs.groupby("algo").script.transform("nunique") > 1
+    runs.loc[several, "arm"] += " " + runs.script[several]
+    # what else differs in one environment makes arms of its own, named alike in all environments and on all bases
+    for _, like in runs.groupby([runs.algo, [*map(label, runs.arm, runs.base)]]):
+        names = sorted({name for _, cell in like.groupby(CELL) for name in differing(cell.settings)})
+        ends = [[f" {name}={settings[name]}" for name in names if name in settings] for settings in like.settings]
+        runs.loc[like.index, "arm"] += ["".join(end) for end in ends]
     for run in runs.folder[runs.duplicated([*CELL, "seed"], keep="last")]:
         notes.append(f"run again later, so left out: {run.name}")
     return runs.drop_duplicates([*CELL, "seed"], keep="last").sort_values([*CELL, "seed"])
@@ -137,9 +166,29 @@ def differing(dictionaries: pd.Series) -> list[str]:
     return [name for name in names if len({str(d[name]) for d in dictionaries if name in d}) > 1]
 
 
+def code_warnings(runs: pd.DataFrame) -> list[str]:
+    """Which code made what, if it is not one code or not known."""
+    found = []
+    for arm, rows in runs.groupby("arm"):
+        makers = []
+        for (code, commit), part in rows.groupby(["code", "commit"]):
+            made = [f"{env_id} seed {', '.join(map(str, cell.seed))}" for env_id, cell in part.groupby("env_id")]
+            makers.append(f"{code} (commit {commit}) made {', '.join(made)}")
+        if rows.code.nunique() > 1:
+            found.append(f"{arm} averages runs of different code (see --separate-code): {'; '.join(makers)}")
+    if runs.code.nunique() > 1:
+        made = [f"{code} made {', '.join(arms_of(rows))}" for code, rows in runs.groupby("code")]
+        found.append(f"the arms were not made by one code: {'; '.join(made)}")
+    older = runs.commit[runs.code.str.contains("older")].value_counts().sort_index()
+    if len(older):
+        counts = ", ".join(f"{n} of {commit}" for commit, n in older.items())
+        found.append(f"runs older than the code hash, of which the commit alone is known: {counts}")
+    return found
+
+
 def warnings(runs: pd.DataFrame) -> list[str]:
     """What is missing or unequal within one comparison, in sentences."""
-    found, seeds = [], set(runs.seed)
+    found, seeds = code_warnings(runs), set(runs.seed)
     for (env_id, arm), cell in runs.groupby(["env_id", "arm"]):
         missing = sorted(seeds - set(cell.seed))
         if missing:
@@ -149,15 +198,15 @@ def warnings(runs: pd.DataFrame) -> list[str]:
             found.append(f"{arm}: no run on {env_id}, which other arms have, and so no aggregate")
     for run in runs.itertuples():
         last = run.args["total_timesteps"]
-        missing = sorted({*range(0, last, run.args["eval_frequency"]), last} - set(run.returns.index))
+        missing = sorted({*range(0, last, run.args["eval_frequency"]), last} - set(run.curve.index))
         if missing:
             steps = ", ".join(map(str, missing))
             found.append(f"{run.arm} on {run.env_id}, seed {run.seed}: no evaluation at step {steps}")
-    for column, noun in (("versions", "version"), ("args", "argument")):
-        for name in differing(runs[column]):
-            counts = pd.Series([str(dictionary.get(name)) for dictionary in runs[column]]).value_counts()
+    for column, noun in (("made", "version of"), ("settings", "argument")):
+        for name in (name for name in differing(runs[column]) if name not in AXES):
+            counts = pd.Series([str(d[name]) for d in runs[column] if name in d]).value_counts()
             values = "; ".join(f"{value} in {count} of {len(runs)} runs" for value, count in sorted(counts.items()))
-            found.append(f"unequal {noun} {name}: {values}")
+            found.append(f"unequal {'' if name in ('processor', 'device') else noun + ' '}{name}: {values}")
     return found
 
 
@@ -194,311 +243,371 @@ def bootstrapped(statistic, samples: list[np.ndarray]) -> tuple[float, float, fl
     return value, float(interval.low), float(interval.high)
 
 
+def with_interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip([name, f"{name} low", f"{name} high"], values))
+
+
 def arms_of(runs: pd.DataFrame) -> list[str]:
-    """By base, those without one first, then in the order of STYLES."""
-    order = runs.drop_duplicates("arm").set_index("arm")
-    rank = {method: i for i, method in enumerate(STYLES)}
-    return sorted(order.index, key=lambda arm: (order.base[arm], rank.get(order.method[arm], len(rank)), arm))
+    """By base, those without one first, then by name."""
+    return list(runs.sort_values(["base", "arm"]).arm.unique())
 
 
-def returns_table(runs: pd.DataFrame) -> pd.DataFrame:
-    rows = []
+def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
+    """(environment, arm): the final returns, by seed."""
+    return {key: cell.set_index("seed").final for key, cell in runs.groupby(["env_id", "arm"])}
+
+
+def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dict[str, str]:
+    """The arm that each arm is held against. By default the one of method static on the same base (on the only base if
+    it has none); of several, the one that shares most settings with it."""
+    arms = runs.drop_duplicates("arm").set_index("arm")
+    if against:
+        if against not in arms.index:
+            found.append(f"no run of {against}, so no arm is held against it")
+        return {arm: against for arm in arms.index if arm != against and against in arms.index}
+    chosen, statics = {}, arms[arms.method == "static"]
+    for arm, own in arms[arms.method != "static"].iterrows():
+        same = statics[(statics.base == own.base) | (own.base == "" and statics.base.nunique() == 1)]
+        if len(same):
+            unlike = [sum(own.settings.get(name) != s.get(name) for name in {*own.settings, *s}) for s in same.settings]
+            chosen[arm] = same.index[np.argmin(unlike)]
+    without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in statics.index]
+    if without and len(arms) > 1:
+        found.append(f"no arm of method static on the base of {', '.join(without)}: held against none (see --against)")
+    return chosen
+
+
+def returns_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
+    """Per environment and arm: its final return, its difference, paired by seed, to the arm that it is held against,
+    and how probably it beats that one."""
+    rows, finals = [], finals_of(runs)
     for env_id, arm in itertools.product(sorted(set(runs.env_id)), arms_of(runs)):
-        cell = runs[(runs.env_id == env_id) & (runs.arm == arm)]
-        if len(cell):
-            rows.append([env_id, arm, len(cell), " ".join(map(str, cell.seed)), *t_interval(cell.final.to_numpy())])
-    return pd.DataFrame(rows, columns=["environment", "arm", "n", "seeds", "final return", "low", "high"])
+        if (env_id, arm) not in finals:
+            continue
+        own, other = finals[env_id, arm], finals.get((env_id, chosen.get(arm)), pd.Series())
+        row = {"environment": env_id, "arm": arm, "n": len(own), "seeds": " ".join(map(str, own.index))}
+        row |= with_interval("final return", t_interval(own.to_numpy()))
+        difference, probability = (own - other).dropna().to_numpy(), (np.nan,) * 3
+        if len(other):
+            probability = bootstrapped(improvement, [own.to_numpy(), other.to_numpy()])
+        row |= {"against": chosen[arm] if len(other) else "-", "pairs": len(difference)}
+        row |= with_interval("difference", t_interval(difference) if len(difference) else (np.nan,) * 3)
+        rows.append(row | with_interval("P(better)", probability))
+    table = pd.DataFrame(rows)
+    return table if (table.against != "-").any() else table.loc[:, :"final return high"]
 
 
-def aggregate_table(runs: pd.DataFrame, found: list[str]) -> pd.DataFrame:
-    """Per arm with runs in every environment: its mean in % of dense, and how probably each TAR arm beats it."""
-    env_ids, arms = sorted(set(runs.env_id)), arms_of(runs)
-    finals = {arm: [runs[(runs.env_id == e) & (runs.arm == arm)].final.to_numpy() for e in env_ids] for arm in arms}
-    finals = {arm: samples for arm, samples in finals.items() if all(len(sample) for sample in samples)}
-    scale = np.array([sample.mean() for sample in finals.get("dense", [])])
-    relative = len(scale) > 0 and (scale > 0).all()
-    if not relative:
-        found.append("no return in % of dense: dense is missing in an environment or its mean return is not positive")
+def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str], found: list[str]) -> pd.DataFrame:
+    """Per arm with runs in every environment: its mean in % of dense, and how probably it beats the arm that it is
+    held against. Empty for one environment, or if there is neither."""
+    env_ids, finals = sorted(set(runs.env_id)), finals_of(runs)
+    if len(env_ids) == 1:
+        return pd.DataFrame()
+    samples = {arm: [finals.get((env_id, arm)) for env_id in env_ids] for arm in arms_of(runs)}
+    samples = {arm: [one.to_numpy() for one in s] for arm, s in samples.items() if all(one is not None for one in s)}
+    dense = [samples[arm] for arm in samples if runs.dense[runs.arm == arm].all()]
+    scale = [sample.mean() for sample in dense[0]] if len(dense) == 1 else [0.0]
+    if min(scale) <= 0:
+        why = "not one dense arm has runs in every environment, or its mean return is not positive in one"
+        found.append(f"no return in % of dense: {why}")
     rows = []
-    for arm, samples in finals.items():
-        row = {"arm": arm, "environments": len(env_ids), "n": sum(map(len, samples))}
-        percent = [100 * sample / dense for sample, dense in zip(samples, scale)] if relative else None
-        values = bootstrapped(iqm, percent) if relative else (np.nan,) * 3
-        row |= dict(zip(["IQM, % of dense", "IQM low", "IQM high"], values))
-        for tar in (other for other in finals if other.split()[0] == "tar"):
-            values = (np.nan,) * 3 if tar == arm else bootstrapped(improvement, finals[tar] + samples)
-            row |= dict(zip([f"P({tar} > arm)", f"P({tar} > arm) low", f"P({tar} > arm) high"], values))
-        rows.append(row)
+    for arm, own in samples.items():
+        row = {"arm": arm, "environments": len(env_ids), "n": sum(map(len, own))}
+        if min(scale) > 0:
+            percent = [100 * sample / mean for sample, mean in zip(own, scale)]
+            row |= with_interval("IQM, % of dense", bootstrapped(iqm, percent))
+        other = samples.get(chosen.get(arm))
+        row["against"] = chosen[arm] if other else "-"
+        rows.append(
+            row | with_interval("P(better)", bootstrapped(improvement, own + other) if other else (np.nan,) * 3)
+        )
+    table = pd.DataFrame(rows)
+    return table if len(table) and (min(scale) > 0 or (table.against != "-").any()) else pd.DataFrame()
+
+
+def least(runs: pd.DataFrame, cost: str) -> float:
+    """What the run cost that was done first."""
+    return min(curve[cost].iloc[-1] for curve in runs.curve)
+
+
+def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Return after equal minutes or FLOPs: those of the environment's first run to be done, by a straight line between
+    evaluations."""
+    rows = []
+    for env_id, of_env in runs.groupby("env_id"):
+        end = least(of_env, cost)
+        for arm in arms_of(of_env):
+            curves = of_env.curve[of_env.arm == arm]
+            row = {"environment": env_id, "arm": arm, "n": len(curves), f"compared after, {cost}": end}
+            returns = np.array([np.interp(end, curve[cost], curve["return"]) for curve in curves])
+            row |= with_interval("return then", t_interval(returns))
+            rows.append(row | {f"a whole run, {cost}": np.mean([curve[cost].iloc[-1] for curve in curves])})
     return pd.DataFrame(rows)
 
 
-def paired_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """TAR minus static on the same base, in the same environment, with the same seed."""
-    rows, finals = [], runs.set_index(["env_id", "arm"])[["seed", "final"]]
-    for env_id, tar in itertools.product(sorted(set(runs.env_id)), arms_of(runs)):
-        static = tar.replace("tar", "static", 1)
-        if tar.startswith("tar") and {(env_id, tar), (env_id, static)} <= set(finals.index):
-            pairs = finals.loc[[(env_id, tar)]].merge(finals.loc[[(env_id, static)]], on="seed")
-            seeds, difference = " ".join(map(str, pairs.seed)), (pairs.final_x - pairs.final_y).to_numpy()
-            rows.append([env_id, tar.removeprefix("tar "), len(pairs), seeds, *t_interval(difference)])
-    return pd.DataFrame(rows, columns=["environment", "base", "n", "seeds", "tar - static", "low", "high"])
+def cells_of(table: pd.DataFrame) -> list[list[str]]:
+    """Names and rows as text; a value and the ends of its interval become one cell."""
+    names = [name for name in table.columns if not name.endswith((" low", " high"))]
+    lines = [names]
+    for row in table.to_dict("records"):
+        lines.append([str(row[name]) for name in names])
+        for i, name in enumerate(names):
+            if isinstance(row[name], float):
+                value, low, high = (row.get(f"{name}{end}", np.nan) for end in ("", " low", " high"))
+                digits = 2 if name.startswith("P(") or (name.endswith(tuple(COSTS)) and value < 100) else 1
+                interval = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+                lines[-1][i] = "-" if np.isnan(value) else f"{value:.{digits}f}{interval}"
+    return lines
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A value and the low and high that follow it become one cell."""
-    names = [name for name in table.columns if not name.endswith(("low", "high"))]
-    lines = [names, ["-"] * len(names)]
-    for row in table.to_dict("records"):
-        cells, values = [], list(row.values())
-        for name in names:
-            if isinstance(row[name], float):
-                value, low, high = values[list(row).index(name) :][:3]
-                digits = 2 if name.startswith("P(") else 1
-                interval = "-" if np.isnan(low) else f"[{low:.{digits}f}, {high:.{digits}f}]"
-                cells.append("-" if np.isnan(value) else f"{value:.{digits}f} {interval}")
-            else:
-                cells.append(str(row[name]))
-        lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    names, *rows = cells_of(table)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["-"] * len(names), *rows))
+
+
+def aligned(table: pd.DataFrame) -> str:
+    lines = cells_of(table)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 # FIGURES
 
 
-def style(method: str) -> dict:
-    colour, line = STYLES.get(method, ("#CC79A7", ":"))
-    return {"color": colour, "linestyle": line}
+def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
+    """Colour and dashes by label, in the order of the tables; an arm looks the same on every base."""
+    labels = sorted({(base != "", label(arm, base)) for arm, base in zip(runs.arm, runs.base)})
+    looks = [{"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]} for i in range(len(labels))]
+    return dict(zip((name for _, name in labels), looks))
 
 
 def panels(runs: pd.DataFrame):
-    """A grid of axes, environments down and bases across, and for each the arms on that base and those without one."""
-    env_ids, bases = sorted(set(runs.env_id)), sorted(set(runs.base) - {""}) or [""]
-    figure, axes = plt.subplots(
-        len(env_ids), len(bases), squeeze=False, sharey="row", layout="constrained",
-        figsize=(1 + 3.6 * len(bases), 0.8 + 2.8 * len(env_ids)),
-    )  # fmt: skip
+    """Two columns of axes, one for each environment and base, and for each the arms on that base and those without."""
+    grid = list(itertools.product(sorted(set(runs.env_id)), sorted(set(runs.base) - {""}) or [""]))
+    columns = min(2, len(grid))
+    rows = -(-len(grid) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=(9, 0.7 + 3.3 * rows))
+    for spare in axes.flat[len(grid) :]:
+        spare.remove()
     cells = []
-    for i, env_id in enumerate(env_ids):
-        axes[i, 0].set_ylabel(f"{env_id}\nevaluation return")
-        for j, base in enumerate(bases):
-            axes[0, j].set_title(base)
-            cells.append((axes[i, j], env_id, runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]))
+    for ax, (env_id, base) in zip(axes.flat, grid):
+        ax.set_title(" ".join(filter(None, [env_id, base])))
+        ax.spines[["top", "right"]].set_visible(False)
+        cells.append((ax, env_id, runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]))
+    for ax in axes[:, 0]:
+        ax.set_ylabel("evaluation return")
     return figure, cells
 
 
-def finish(figure, path: Path) -> None:
+def finish(figure, path: Path, order: list[str]) -> None:
+    """Save with one legend, in that order."""
     entries = {}
     for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-    figure.legend(
-        entries.values(),
-        entries.keys(),
-        loc="outside lower center",
-        ncols=int(figure.get_figwidth() / 1.1),
-        frameon=False,
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def label(arm: str, base: str) -> str:
-    """The arm without its base, which is the title."""
-    return " ".join(part for part in arm.split() if part != base)
+    names = sorted(entries, key=order.index)
+    columns = max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, names)))))
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2, "frameon": False}
+    figure.legend([entries[name] for name in names], names, **place)
+    run_log.save_figure(figure, path)
 
 
 def show(axes, seen: np.ndarray) -> None:
-    """All that was seen; wide intervals may leave the axes."""
-    axes.set_ylim(seen.min() - 0.05 * np.ptp(seen) - 1e-9, seen.max() + 0.05 * np.ptp(seen) + 1e-9)
+    """All that was seen, and 1% of its size at least; wide intervals may leave the axes."""
+    margin = max(0.05 * np.ptp(seen), 0.01 * np.abs(seen).max()) or 1.0
+    axes.set_ylim(seen.min() - margin, seen.max() + margin)
+    axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def draw_curves(runs: pd.DataFrame, path: Path) -> None:
-    """Mean over seeds at the steps that all of an arm has in each, with its interval. Two seeds, which would stretch it
-    over the whole panel, are thin lines instead."""
+def on_one_axis(curves: list[pd.DataFrame], x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points of the axis and the curves' returns there, [points, curves]: the steps that all have; or 300 minutes or
+    FLOPs from where all have begun to where the first is done, by straight lines between evaluations."""
+    if x == "step":
+        joined = pd.concat([curve["return"] for curve in curves], axis=1, join="inner")
+        return joined.index.to_numpy(), joined.to_numpy()
+    begin = max(curve[x][curve[x] > 0].iloc[0] for curve in curves)
+    points = np.geomspace(begin, max(begin, min(curve[x].iloc[-1] for curve in curves)), 300)
+    return points, np.stack([np.interp(points, curve[x], curve["return"]) for curve in curves], 1)
+
+
+def draw_curves(runs: pd.DataFrame, styles: dict[str, dict], x: str, path: Path) -> None:
     figure, cells = panels(runs)
     for axes, env_id, part in cells:
         for arm in arms_of(part):
             rows = part[part.arm == arm]
-            curves = pd.concat(list(rows.returns), axis=1, join="inner")
-            mean, low, high = t_interval(curves.to_numpy())
-            line = style(rows.method.iloc[0])
-            axes.plot(curves.index, mean, label=label(arm, rows.base.iloc[0]), **line)
-            if len(rows) == 2:
-                axes.plot(curves.index, curves, **line, linewidth=0.5, alpha=0.6)
-            elif len(rows) > 2:
-                axes.fill_between(curves.index, low, high, color=line["color"], alpha=0.12, linewidth=0)
-        show(axes, np.concatenate(list(runs.returns[runs.env_id == env_id])))
-        axes.set_xlabel("environment steps")
-        axes.ticklabel_format(axis="x", scilimits=(-3, 4))
-    finish(figure, path)
+            name = label(arm, rows.base.iloc[0])
+            points, curves = on_one_axis(list(rows.curve), x)
+            mean, low, high = t_interval(curves)
+            axes.plot(points, mean, label=name, linewidth=2, **styles[name])
+            if len(rows) > THIN_LINES:
+                axes.fill_between(points, low, high, color=styles[name]["color"], alpha=0.12, linewidth=0)
+            elif len(rows) > 1:
+                axes.plot(points, curves, color=styles[name]["color"], linewidth=0.6, alpha=0.4)
+        of_env = runs[runs.env_id == env_id]
+        show(axes, np.concatenate([curve["return"] for curve in of_env.curve]))
+        axes.set_xlabel({"step": "environment steps", "1e12 FLOPs": "training FLOPs, 1e12"}.get(x, x))
+        if x == "step":
+            axes.ticklabel_format(axis="x", scilimits=(-3, 4))
+        else:
+            end = least(of_env, x)
+            axes.axvline(end, color="#999999", linewidth=0.8)  # where the table compares
+            axes.set(xscale="log", xlim=(0.03 * end, None))
+            axes.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+    finish(figure, path, list(styles))
 
 
-def draw_sparsities(runs: pd.DataFrame, path: Path) -> None:
+def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> None:
     figure, cells = panels(runs)
+    sparsities = sorted(set(runs.sparsity[~runs.dense]))
     for axes, env_id, part in cells:
-        arms, sparsities = arms_of(part), sorted(set(runs.sparsity[~runs.dense])) or [0.0]
+        arms = arms_of(part)
         for i, arm in enumerate(arms):
             rows = part[part.arm == arm]
-            line = style(rows.method.iloc[0])
             name = label(arm, rows.base.iloc[0])
             points = {s: t_interval(cell.final.to_numpy()) for s, cell in rows.groupby("sparsity")}
+            mean, low, high = np.array(list(points.values())).T
             if rows.dense.all():
-                ((mean, low, high),) = points.values()
-                axes.axhline(mean, label=name, **line)
-                axes.axhspan(low, high, color=line["color"], alpha=0.08, linewidth=0)
+                axes.axhline(mean[0], label=name, **styles[name])
+                axes.axhspan(*np.nan_to_num([low[0], high[0]], nan=mean[0]), color="#000000", alpha=0.08, linewidth=0)
                 continue
             x = [sparsities.index(s) + 0.08 * (i - len(arms) / 2) for s in points]  # side by side, not on one another
-            mean, low, high = np.array(list(points.values())).T
-            axes.errorbar(x, mean, [mean - low, high - mean], marker="o", ms=4, capsize=2, label=name, **line)
+            axes.errorbar(x, mean, [mean - low, high - mean], marker="o", ms=4, capsize=2, label=name, **styles[name])
         axes.set_xticks(range(len(sparsities)), [f"{s:g}" for s in sparsities])
-        axes.set_xlim(-0.6, len(sparsities) - 0.4)
+        axes.set(xlim=(-0.6, len(sparsities) - 0.4), xlabel="sparsity")
         show(axes, runs.final[runs.env_id == env_id])
-        axes.set_xlabel("sparsity")
-    finish(figure, path)
-
-
-def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Per network and layer the masks before and after revival, bool [out, in], read from the images in the log, which
-    have a whole number of pixels per connection: before on the left, after on the right, both dark where pruned."""
-    log, masks = read_events(run), {}
-    for network, report in json.loads((run / "topology.json").read_text()).items():
-        masks[network] = {}
-        for layer, row in report["layers"].items():
-            image = log.Images(f"topology/{network}.{layer}")[0]
-            connected = plt.imread(io.BytesIO(image.encoded_image_string))[..., 0] > 0.5
-            down, across = (max(1, 256 // n) for n in row["shape"])
-            width = row["shape"][1] * across
-            before, after = connected[::down, :width:across], connected[::down, -width::across]
-            if (before.sum(), after.sum()) != (row["static"], row["active"]):
-                fail(f"the image topology/{network}.{layer} of {run.name} does not show what its topology.json counts")
-            masks[network][layer] = before, after
-    return masks
-
-
-def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], run: str, path: Path) -> None:
-    figure, grid = plt.subplots(
-        len(layers), 4, layout="constrained", figsize=(12, 1 + 2.6 * len(layers)), squeeze=False
-    )
-    figure.suptitle(f"{network} of {run}\ndark: pruned, grey: kept by static pruning, orange: revived")
-    colours = ListedColormap(["#18181f", "#b0b6c0", "#ff8c00"])
-    for (layer, (before, after)), row in zip(layers.items(), grid):
-        for axes, kind, when in zip(row, (before * 1, before + 2 * (after & ~before)), ("before", "after")):
-            axes.imshow(kind, cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-            title = f"{layer} {when}: {np.count_nonzero(kind)} of {kind.size}"
-            axes.set(title=title, xlabel="input neuron", ylabel="output neuron")
-        for axes, axis, side in zip(row[2:], (0, 1), ("input", "output")):
-            for mask, name, width in ((before, "static", 3.5), (after, "tar", 1.5)):
-                degrees = -np.sort(-mask.sum(axis))
-                when = "before revival" if name == "static" else "after revival"
-                edges = np.arange(len(degrees) + 1)
-                axes.stairs(degrees, edges, baseline=None, label=when, color=STYLES[name][0], linewidth=width)
-            axes.set(title=f"{layer}: connections per {side}", xlabel=f"{side} neurons, by degree", ylim=(0, None))
-        for axes in row:
-            axes.locator_params(integer=True, nbins=6)
-    finish(figure, path)
+    finish(figure, path, list(styles))
 
 
 # WRITING
 
 
-def publish(runs: pd.DataFrame, drawn: Path | None, destination: Path) -> None:
-    """A copy of each run with the scalars of PUBLISHED_TAGS, speed once per evaluation, and images of the drawn run."""
-    for run, args in zip(runs.folder, runs.args):
-        copy = destination / run.name
-        shutil.rmtree(copy, ignore_errors=True)
-        copy.mkdir(parents=True)
-        shutil.copy(run / "topology.json", copy)
-        config = json.loads((run / "config.json").read_text()) | {"published": True}
-        config["args"]["runs_dir"] = Path(config["args"]["runs_dir"]).name  # no one else has the folders above
-        (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        log, values = read_events(run), []
-        for tag in (tag for tag in log.Tags()["scalars"] if tag.startswith(PUBLISHED_TAGS)):
-            points = log.Scalars(tag)
-            if tag == "charts/SPS":
-                points = {point.step // args["eval_frequency"]: point for point in points}.values()
-            values += [(point, Summary.Value(tag=tag, simple_value=point.value)) for point in points]
-        for tag in log.Tags()["images"] if run == drawn else []:
-            for point in log.Images(tag):
-                image = {"encoded_image_string": point.encoded_image_string}
-                image |= {"height": point.height, "width": point.width, "colorspace": 3}
-                values.append((point, Summary.Value(tag=tag, image=Summary.Image(**image))))
-        began = log.FirstEventTimestamp()
-        events = [Event(wall_time=began, file_version="brain.Event:2")]
-        for point, value in sorted(values, key=lambda pair: (pair[0].wall_time, pair[0].step)):
-            events.append(Event(wall_time=point.wall_time, step=point.step, summary=Summary(value=[value])))
-        with (copy / f"events.out.tfevents.{int(began)}").open("wb") as file:
-            for event in events:
-                RecordWriter(file).write(event.SerializeToString())
+RETURNS = """## Final return
 
+Mean over the evaluations of the last tenth of training, then over n seeds, with its 95% t interval. Where there is an
+arm to hold one `against`: the difference to it, paired by seed, mean over so many pairs with its 95% t interval; and
+P(better), the probability that a run of the row's arm beats one of it, with 95% bootstrap interval (Agarwal et al.
+2021), which at few seeds is too narrow, since a bootstrap only sees the seeds that were run.
 
-def compare(runs: pd.DataFrame, notes: list[str], drawn: Path | None, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    curves = runs.explode("returns").assign(step=np.concatenate([returns.index for returns in runs.returns]))
-    curves = curves.assign(run=[folder.name for folder in curves.folder]).rename(columns={"returns": "return"})
-    columns = ["algo", "env_id", "arm", "sparsity", "seed", "step", "return", "run"]
-    curves[columns].to_csv(out / "evaluations.csv", index=False)
-    for algo, of_algo in runs.groupby("algo"):
-        draw_sparsities(of_algo, out / f"{algo}_sparsity.png")
-        for sparsity in sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]:
-            group = of_algo[of_algo.dense | (of_algo.sparsity == sparsity)]
-            name, found = f"{algo}_s{sparsity}", notes + warnings(group)
-            returns, aggregate, paired = returns_table(group), aggregate_table(group, found), paired_table(group)
-            for kind, table in (("returns", returns), ("aggregate", aggregate), ("paired", paired)):
-                table.to_csv(out / f"{name}_{kind}.csv", index=False)
-            draw_curves(group, out / f"{name}_curves.png")
-            listed = "\n".join(f"- {sentence}" for sentence in found) or "Nothing is missing or unequal."
-            page = f"""# {algo.upper()} at sparsity {sparsity}
-
-{listed}
-
-## Final return
-
-Mean over the evaluations of the last tenth of training, then over n seeds, with its 95% t interval.
-
-{markdown(returns)}
+{table}
 
 ![learning curves]({name}_curves.png)
 
-Lines are means over seeds, shades their 95% t intervals; of two seeds each is a thin line.
-
-## Across environments
-
-Interquartile mean over n runs of the final return in % of dense (below 4 runs nothing is trimmed), and the probability
-that a run of a TAR arm beats one of the row's arm, with 95% stratified bootstrap intervals (Agarwal et al. 2021). At
-few seeds these intervals are too narrow, since a bootstrap only sees the seeds that were run.
-
-{markdown(aggregate)}
-
-## TAR minus static, paired by seed
-
-{markdown(paired)}
+Thick lines are means over seeds. Up to five seeds are thin lines; the shade of more is the 95% t interval.
 """
-            (out / f"{name}.md").write_text(page)
-            for sentence in found:
-                print(f"{name}: {sentence}")
-    if drawn:
-        for network, layers in masks_of(drawn).items():
-            draw_masks(network, layers, drawn.name, out / f"masks_{network}.png")
-    print(f"wrote {out}")
+AGGREGATE = """## Across environments
+
+Interquartile mean over n runs of the final return in % of dense (below 4 runs nothing is trimmed), and probability that
+a run of the row's arm beats one of the arm under `against` in the same environment, with 95% stratified bootstrap
+intervals (Agarwal et al. 2021), too narrow at few seeds.
+
+{table}
+"""
+TIME = """## Return against time
+
+After as many minutes as the fastest run in the environment took (grey in the figure). The clock is the wall time since
+a run's first event, evaluations included; an interval between two evaluations within which the run was resumed, or
+which is more than five times as long as the run's median one, counts as that median. How busy the machine was with
+other work is not known.
+
+{table}
+
+![return against time]({name}_time.png)
+"""
+FLOPS = """## Return against training FLOPs
+
+After as many floating-point operations of training as the cheapest run in the environment took (grey in the figure).
+Zeros are not counted, however they are computed.
+
+{table}
+
+![return against training FLOPs]({name}_flops.png)
+"""
+SECTIONS = {"returns": RETURNS, "aggregate": AGGREGATE, "time": TIME, "flops": FLOPS}
+
+
+def write_page(group: pd.DataFrame, notes: list[str], against: str | None, styles: dict, out: Path, name: str) -> None:
+    """The tables, figures and page of one algorithm and sparsity; its sentences and main table on the console too."""
+    found = notes + warnings(group)
+    chosen = references(group, against, found)
+    tables = {"returns": returns_table(group, chosen), "aggregate": aggregate_table(group, chosen, found)}
+    draw_curves(group, styles, "step", out / f"{name}_curves.png")
+    for cost, end in COSTS.items() if group.arm.nunique() > 1 else ():
+        logged = group[[curve[cost].notna().all() and curve[cost].iloc[-1] > 0 for curve in group.curve]]
+        if len(logged) < len(group):
+            found.append(
+                f"{len(group) - len(logged)} of {len(group)} runs did not log {cost}, by which they are left out"
+            )
+        if len(logged):
+            tables[end] = cost_table(logged, cost)
+            draw_curves(logged, styles, cost, out / f"{name}_{end}.png")
+    title = f"{group.algo.iloc[0]} at sparsity {group.sparsity.max()}"
+    listed = "\n".join(f"- {sentence}" for sentence in found) or "Nothing is missing or unequal."
+    page = [f"# {title}\n\n{listed}\n"]
+    for kind, table in tables.items():
+        if len(table):
+            table.to_csv(out / f"{name}_{kind}.csv", index=False)
+            page.append(SECTIONS[kind].format(table=markdown(table), name=name))
+    (out / f"{name}.md").write_text("\n".join(page))
+    print(f"{title}\n{listed}\n\n{aligned(tables['returns'].drop(columns='seeds'))}\n")
+
+
+def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    curves = {tuple(run[[*CELL, "seed"]]): run.curve["return"] for _, run in runs.iterrows()}
+    pd.concat(curves).rename_axis([*CELL, "seed", "step"]).to_csv(out / "evaluations.csv")
+    styles = styles_of(runs)
+    for algo, of_algo in runs.groupby("algo"):
+        sparsities = sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]
+        if len(sparsities) > 1:
+            draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
+        for sparsity in sparsities:
+            group = of_algo[of_algo.dense | (of_algo.sparsity == sparsity)]
+            write_page(group, notes, against, styles, out, f"{algo}_s{sparsity}")
+
+
+def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]:
+    """The runs in a folder that the flags ask for, its notes, and the name of the arm to hold them against."""
+    path = folder / "NOTES.md"
+    notes = [line.removeprefix("- ") for line in path.read_text().splitlines() if line] if path.exists() else []
+    runs, against = read_runs(folder, notes, args.separate_code), args.against
+    arms = arms_of(runs)
+    if against is not None and against not in arms:
+        matches = [arm for arm in arms if against in arm]
+        if len(matches) != 1:
+            fail(f"--against {against} is not one arm; there are: {', '.join(matches or arms)}")
+        against = matches[0]
+    texts = args.arm or ("",)
+    kept = [arm for arm in arms if arm == against or any(text in arm for text in texts)]
+    runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
+    return (runs, notes, against) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
 
 def main(args: Args) -> None:
-    notes = []
-    if args.publish and args.publish.resolve() == args.folder.resolve():
-        fail("--publish needs another folder than that of the runs, whose files it would thin out")
-    runs = read_runs(args.folder, notes)
-    drawable = {run.name: run for run in runs.folder[runs.drawable]}
-    if args.masks_of and args.masks_of not in drawable:
-        fail(
-            f"--masks-of {args.masks_of} is no finished tar run with images; there are: {', '.join(drawable) or 'none'}"
-        )
-    drawn = drawable.get(args.masks_of or next(iter(drawable), None))
+    for flag, folder in (("--publish", args.publish), ("--events", args.events)):
+        if folder and folder.resolve() == args.folder.resolve():
+            fail(f"{flag} needs another folder than that of the runs")
     folder = args.folder
+    runs, notes, against = read(folder, args)
+    if args.events:
+        for run in runs.itertuples():
+            first = {"method": run.method, "base": run.base, "sparsity": run.sparsity, "seed": run.seed}
+            rest = {"env_id": run.env_id, "script": run.script} | run.settings
+            run_log.write_events(run.folder, args.events / run.folder.name, first, rest | first, run.final)
+        print(f"wrote {args.events}; watch it with: tensorboard --logdir {args.events}")
+        return
+    drawn = next((run for run in runs.folder if args.masks_of in (None, run.name) and run_log.has_masks(run)), None)
+    if args.masks_of and not drawn:
+        fail(f"--masks-of {args.masks_of} is no finished run that revived connections and has images of that")
     if args.publish:
-        publish(runs, drawn, args.publish)
-        folder, notes = args.publish, []
-        runs, drawn = read_runs(folder, notes), drawn and folder / drawn.name
-    compare(runs, notes, drawn, args.out or folder / "comparison")
+        for run in runs.folder:
+            run_log.publish(run, args.publish / run.name)
+        folder = args.publish
+        runs, notes, against = read(folder, args)
+    out = args.out or folder / "comparison"
+    compare(runs, notes, against, out)
+    for network, layers in run_log.masks_of(drawn).items() if drawn else ():
+        run_log.draw_masks(network, layers, drawn.name, out / f"masks_{network}.png")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def read_config(run_dir: Path) -> dict:
     run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
     `processor`, `device`, `versions`."""
     config = json.loads((run_dir / "config.json").read_text())
-    config["args"] = {"regrow": False} | config["args"]  # nothing was regrown before there was this flag
+    if "rewire_every" in config["args"]:
+        config["args"].setdefault("regrow", False)  # nothing was regrown before there was this flag
     if "segments" not in config:  # older
         keys = ("git_commit", "processor", "versions")
         first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}

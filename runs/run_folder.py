@@ -26,9 +26,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import sparse_utils
@@ -190,16 +192,37 @@ def claim(run_dir: Path) -> None:
 # LOGGING
 
 
+def hyperparameters(first: dict, rest: dict, metrics: list[str]) -> list[Summary]:
+    """What TensorBoard's HParams tab reads. It shows first what is said to differ, so `first` is said to."""
+    start, infos = SessionStartInfo(), []
+    for name, value in (first | rest).items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
+        kind = api_pb2.DataType.Value("DATA_TYPE_FLOAT64" if number else "DATA_TYPE_STRING")
+        infos.append(api_pb2.HParamInfo(name=name, type=kind, differs=name in first))
+    infos_of_metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=metric)) for metric in metrics]
+    end = SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
+    contents = {
+        metadata.EXPERIMENT_TAG: HParamsPluginData(
+            experiment=api_pb2.Experiment(hparam_infos=infos, metric_infos=infos_of_metrics)
+        ),
+        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=start),
+        metadata.SESSION_END_INFO_TAG: HParamsPluginData(session_end_info=end),
+    }
+    described = {tag: metadata.create_summary_metadata(content) for tag, content in contents.items()}
+    return [Summary(value=[Summary.Value(tag=tag, metadata=content)]) for tag, content in described.items()]
+
+
 def log_args(writer: SummaryWriter, args) -> None:
     """All arguments as a table and, to filter and compare runs by them, through TensorBoard's HParams plugin."""
-    rows = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     given = asdict(args)
-    first = {"method": args.method, "base": f"{args.criterion}+{args.distribution}"}
-    first |= {key: given[key] for key in ("sparsity", "seed", "env_id")}
-    shown = {key: str(value) if value is None else value for key, value in (first | given).items()}
-    metrics = dict.fromkeys(("eval/episodic_return", "charts/episodic_return", "charts/SPS"), 0)
-    for summary in hparams(shown, metrics):
+    rows = "\n".join(f"|{key}|{value}|" for key, value in given.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    first = {"base": f"{args.criterion}+{args.distribution}"} | {
+        key: given[key] for key in ("method", "seed", "sparsity")
+    }
+    metrics = ["eval/final_return", "eval/episodic_return", "charts/SPS"]
+    for summary in hyperparameters(first, {key: given[key] for key in given if key not in first}, metrics):
         writer.file_writer.add_summary(summary)
 
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(ROOT / "runs"))
 import sweep  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
+import sparse_utils  # noqa: E402
 from runs import record  # noqa: E402
 
 # Stands in for the scripts: config.json, checkpoint.pt, final.pt, --resume and SIGTERM are as theirs. Its journal
@@ -284,7 +284,7 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
     more = {"device": "cpu", "compute": "masked", "learning_starts": 60, "hidden_size": 24, "batch_size": 32}
     more |= {"buffer_size": 1000, "eval_frequency": 100, "eval_episodes": 1}
     flags = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    for method in get_args(script.Args.__dataclass_fields__["method"].type):
+    for method in sparse_utils.METHODS:
         arm = {"sparsity": 0.5, "criterion": "magnitude", "distribution": "uniform"}
         run_dir = run(method=method, total_timesteps=62, **arm)
         runs_dir = str(run_dir.parent)
@@ -403,6 +403,8 @@ def test_another_script_is_a_run_of_its_own_with_its_own_modules(project, cluste
     (project / "mine").mkdir()
     shutil.copy(project / "sac_tar.py", project / "mine" / "my_sac.py")
     shutil.copy(project / "sparse_utils.py", project / "mine")
+    (project / "mine" / "runs").mkdir()
+    shutil.copy(project / "runs" / "record.py", project / "mine" / "runs")
     words = (*GRID, "--seeds", 1, "--ray-address", cluster.address, "--script", "sac_tar.py")
     end(start(project, *words, *QUICK))
     commands, text = planned(project, *words, "mine/my_sac.py", "--any-code", *QUICK)
