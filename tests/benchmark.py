@@ -58,7 +58,7 @@ def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, 
         with tempfile.TemporaryDirectory() as folder:
             run_dir = script.train(
                 script.Args(
-                    env_id=env_id, runs_dir=folder, device="cpu", torch_threads=threads, total_timesteps=total + 1,
+                    env_id=env_id, runs_dir=folder, torch_threads=threads, total_timesteps=total + 1,
                     learning_starts=LEARNING_STARTS, eval_frequency=10**9, eval_episodes=1, **flags,
                 )
             )  # fmt: skip
@@ -176,10 +176,10 @@ def layers(benchmark: Benchmark) -> None:
     import torch
     import torch.nn as nn
 
-    import sparse_utils
+    import sparse_kernels
 
     def kernels(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> nn.Module:
-        return sparse_utils.SparseMLP(linears, {name: masks[name] for name in linears})
+        return sparse_kernels.SparseMLP(linears, {name: masks[name] for name in linears})
 
     def in_torch(linears: Iterable[nn.Linear]) -> nn.Module:
         fc1, fc2, fc3 = linears
@@ -236,6 +236,7 @@ def inference(benchmark: Benchmark) -> None:
     import torch
 
     import sac_tar
+    import sparse_kernels
     import sparse_utils
 
     torch.set_num_threads(benchmark.threads)
@@ -249,9 +250,9 @@ def inference(benchmark: Benchmark) -> None:
             sparse = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
             sparse.load_state_dict(dense.state_dict())
             weights = sparse_utils.linear_weights(dense)
-            keep, _ = sparse_utils.connection_budget(weights, "static", sparsity, 0.0)
+            keep, _ = sparse_utils.connection_budget(sum(w.numel() for w in weights.values()), "static", sparsity, 0.0)
             masks = sparse_utils.static_prune(weights, keep, "random", "er", torch.Generator())
-            sparse_utils.compact(sparse, masks)
+            sparse_kernels.compact_network(sparse, masks)
             dense_bytes = sum(4 * p.numel() for p in dense.parameters())
             mlp = sparse.sparse
             sparse_bytes = sum(t.numel() * t.element_size() for t in (mlp.flat, *mlp.indices, *mlp.masks.values()))
@@ -264,7 +265,7 @@ def inference(benchmark: Benchmark) -> None:
 
 
 def main(benchmark: Benchmark) -> None:
-    from sparse_utils import processor
+    from runs.run_folder import processor
 
     names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
     installed = [(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()]
