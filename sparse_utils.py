@@ -45,7 +45,9 @@ def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
 def connection_budget(size: int, method: str, sparsity: float, reserve: float) -> tuple[int, int]:
     """Active connections K = round((1 - sparsity) * size) of a network with `size` weights (all, if the method prunes
     nothing) and how many of them, R = round(reserve * K), are left to revival (0, if the method has none). Raises
-    ValueError if no connection would be left."""
+    ValueError if no connection would be left or the method is unknown."""
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; METHODS has {', '.join(METHODS)}")
     budget = size if method in UNPRUNED else round((1 - sparsity) * size)
     if budget < 1:
         raise ValueError(f"--sparsity {sparsity} keeps none of a network's {size} connections; choose a lower sparsity")

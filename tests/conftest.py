@@ -50,6 +50,12 @@ class NeedsPackageEnv(ProbeEnv):
         raise gym.error.DependencyNotInstalled("rare_physics is not installed")
 
 
+class BrokenEnv(ProbeEnv):
+    def __init__(self, render_mode=None):
+        raise AttributeError("module has no attribute 'bool8'")  # as of a package that is older than its NumPy
+
+
+gym.register("BrokenProbe-v0", BrokenEnv)
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
 gym.register("UnboundedProbe-v0", UnboundedEnv)
 gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)

@@ -25,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"env_id": "NeedsPackageProbe-v0"}, "rare_physics is not installed"),
         ({"env_id": "NeedsPackageProbe-v0"}, "pip install"),
         ({"env_id": "no_such_module:Foo-v0"}, "cannot make no_such_module:Foo-v0"),
+        ({"env_id": "BrokenProbe-v0"}, "cannot make BrokenProbe-v0 (AttributeError: module has no attribute 'bool8')"),
         ({"env_id": "CartPole-v1"}, "has the action space Discrete(2)"),
         ({"env_id": "UnboundedProbe-v0"}, "needs a bounded 1-D Box"),
         ({"env_id": "CarRacing-v3"}, "has the observation space Box(0, 255, (96, 96, 3), uint8)"),

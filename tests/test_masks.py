@@ -101,6 +101,8 @@ def test_connection_budget(n, sparsity, reserve):
     assert su.connection_budget(n, "rigl", sparsity, reserve) == (budget, 0)
     assert su.connection_budget(n, "dense", sparsity, reserve) == (n, 0)
     assert su.connection_budget(n, "tiny", sparsity, reserve) == (n, 0)
+    with pytest.raises(ValueError, match="unknown method 'tra'"):
+        su.connection_budget(n, "tra", sparsity, reserve)
 
 
 @given(st.data(), SHAPES, st.sampled_from(["er", "uniform"]))

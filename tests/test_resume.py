@@ -113,6 +113,7 @@ CASES = {
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
     "an odd policy frequency": (200, {"policy_frequency": 3, "total_timesteps": 210}),
+    "rigl in the kernels": (100, {"method": "rigl", "rewire_every": 40, "total_timesteps": 210, "compute": "sparse"}),
     "dense": (100, {"method": "dense"}),
     "the third episode": (430, {"total_timesteps": 450}),
 }
@@ -392,6 +393,49 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     torch.save(state | {"args": state["args"] | {"colour": 1}}, tmp_path / "checkpoint.pt")
     message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
     assert "are not those of this sac_tar.py" in message and "colour" in message
+    for kind in ("adam", "progress"):  # of a script with one thing more to save
+        torch.save(state | {kind: state[kind] | {"temperature": {}}}, tmp_path / "checkpoint.pt")
+        args = sac_tar.Args(**state["args"] | {"resume": str(tmp_path)})
+        assert "differ in temperature; use the script that saved it" in refused(capsys, sac_tar.train, args)
+
+
+def test_a_published_run_holds_no_weights(finished, capsys, tmp_path):
+    config = json.loads((finished[sac_tar] / "config.json").read_text()) | {"published": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "is a published run, which holds no weights" in refused(capsys, rf.load_policy, str(tmp_path), SAC)
+
+
+def test_what_a_user_adds_to_the_agent_is_restored_if_it_stands_in_its_place(monkeypatch, tmp_path, capsys):
+    """A normalizer in `modules` and a counter in Progress, each one line more in a copy of the script."""
+    source = SAC.read_text()
+    line = '    modules["entropy"] = '
+    assert line in source
+    source = source.replace(line, '    modules["normalizer"] = torch.nn.BatchNorm1d(observation_size)\n' + line)
+    field_line = "    training_flops: int = 0\n"
+    source = source.replace(field_line, field_line + "    seen: int = 0\n")
+    act = "        progress.episode_actions.append("
+    source = source.replace(act, '        progress.seen += 1\n        modules["normalizer"].running_mean += 1\n' + act)
+    for name in ("sparse_utils.py", "sparse_kernels", "runs"):
+        (tmp_path / name).symlink_to(SAC.parent / name)
+    (tmp_path / "my_sac.py").write_text(source)
+    flags = "--env-id Pendulum-v1 --learning-starts 50 --hidden-size 16 --batch-size 16 --eval-episodes 1 --runs-dir"
+    command = [sys.executable, str(tmp_path / "my_sac.py"), *flags.split(), str(tmp_path / "mine")]
+    subprocess.run([*command, "--total-timesteps", "80"], check=True, capture_output=True)
+    (run_dir,) = (tmp_path / "mine").iterdir()
+    assert run_dir.name.startswith("Pendulum-v1__my_sac__tar__random+er__s0.9__1__")
+    again = [sys.executable, str(tmp_path / "my_sac.py"), "--resume", str(run_dir), "--total-timesteps", "100"]
+    subprocess.run(again, check=True, capture_output=True)
+    checkpoint = load_checkpoint(run_dir)
+    assert checkpoint["progress"]["seen"] == 100 and checkpoint["normalizer"]["running_mean"].tolist() == [100] * 3
+    config = json.loads((run_dir / "config.json").read_text())
+    assert [part["from_step"] for part in config["segments"]] == [0, 80]
+    assert len({part["code"] for part in config["segments"]}) == 1 and config["script"] == "my_sac"
+    (tmp_path / "my_sac.py").write_text(source.replace("progress.seen += 1", "progress.seen += 2"))
+    again[-1] = "110"
+    out = subprocess.run(again, check=True, capture_output=True, text=True).stdout
+    assert "warning: the run's code was" in out and "from step 100 on" in out
+    config = json.loads((run_dir / "config.json").read_text())
+    assert len({part["code"] for part in config["segments"]}) == 2
 
 
 def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, resume, capsys):

@@ -1,7 +1,9 @@
 """The dynamic arms: dropping and growing on tensors alone, set and rigl in runs, arms per network, tiny, FLOPs."""
 
+import inspect
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -302,12 +304,79 @@ def test_rigl_grows_by_the_gradient_of_each_networks_own_loss(run, script, monke
     assert len(seen["calls"]) == 9 * 2
 
 
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
 @pytest.mark.parametrize("method", ["set", "rigl"])
-def test_i4_i6_for_the_dynamic_arms(run, method):
-    assert same_weights(load(run(method=method, **REWIRING | {"sparsity": 0.0})), load(run(method="dense", **REWIRING)))
-    a, b = (load(run(method=method, drop_criterion="random", **REWIRING)) for _ in range(2))
+def test_i4_i6_for_the_dynamic_arms(run, method, compute):
+    flags = REWIRING | {"compute": compute}
+    assert same_weights(load(run(method=method, **flags | {"sparsity": 0.0})), load(run(method="dense", **flags)))
+    a, b = (load(run(method=method, drop_criterion="random", **flags)) for _ in range(2))
     assert same_weights(a, b)
     assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, script, monkeypatch, tmp_path, method):
+    """From one checkpoint, made just before it: masks, weights, moments and targets right after it."""
+    log_rewiring, seen = run_folder.log_rewiring, {}
+
+    def state_of(train, compute):
+        def spy(writer, run_dir, step, first, previous, masks):
+            frame = inspect.currentframe().f_back.f_locals
+            seen[compute] = run_folder.final_state(script.SCRIPT, frame["args"], step, frame["modules"], masks)
+            optimizers = frame["optimizers"].items()
+            seen[compute]["adam"] = {n: run_folder.adam_state(frame["modules"][n], o) for n, o in optimizers}
+            compacted = [hasattr(network, "sparse") for network in frame["networks"].values()]
+            assert compacted == [compute == "sparse"] * 3
+            raise InterruptedError
+
+        monkeypatch.setattr(run_folder, "log_rewiring", spy)
+        with pytest.raises(InterruptedError):
+            train()
+
+    flags = REWIRING | {"method": method, "checkpoint_frequency": 80, "runs_dir": str(tmp_path / "a")}
+    state_of(lambda: run(**flags), "masked")  # leaves the checkpoint of step 80
+    monkeypatch.setattr(run_folder, "log_rewiring", log_rewiring)
+    (run_dir,) = (tmp_path / "a").iterdir()
+    for compute in ("masked", "sparse"):
+        copy = shutil.copytree(run_dir, tmp_path / compute)
+        saved = vars(run_folder.resumed_args(script.Args, str(copy), script.SCRIPT)) | {"compute": compute}
+        state_of(lambda saved=saved: script.train(script.Args(**saved)), compute)
+    masked, sparse = seen["masked"], seen["sparse"]
+    assert {name: m for name, m in masked.items() if name != "args"}.keys() >= {"actor", "qf1_target", "masks", "adam"}
+
+    def same(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    assert same(masked | {"args": 0}, sparse | {"args": 0})
+    assert any(moments["exp_avg"].any() for moments in sparse["adam"]["qf1"].values())
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_i1_i2_hold_in_the_kernels(run, script, monkeypatch, method):
+    """At every rewiring and at the end: K connections in each network, and nothing outside the mask anywhere."""
+    seen, log_rewiring = [], run_folder.log_rewiring
+
+    def spy(writer, run_dir, step, first, previous, masks):
+        frame = inspect.currentframe().f_back.f_locals
+        for name, module in frame["modules"].items():
+            for layer, mask in masks.get(name.removesuffix("_target"), {}).items():
+                assert module.sparse.masks[layer].equal(mask) and module.sparse.masks[layer] is not mask
+                assert not module.state_dict()[f"{layer}.weight"][~mask].any()
+        for name, layers in masks.items():
+            assert sum(int(m.sum()) for m in layers.values()) == frame["budgets"][name][0]
+            grown = [mask & ~previous[name][layer] for layer, mask in layers.items()]
+            weights = [frame["modules"][name].state_dict()[f"{layer}.weight"] for layer in layers]
+            assert any(g.any() for g in grown) and not any(w[g].any() for w, g in zip(weights, grown, strict=True))
+        seen.append(step)
+        return log_rewiring(writer, run_dir, step, first, previous, masks)
+
+    monkeypatch.setattr(run_folder, "log_rewiring", spy)
+    final = load(run(method=method, compute="sparse", **REWIRING))
+    assert seen == [80, 120]
+    for name, layers in final["masks"].items():
+        assert all(not final[name][f"{layer}.weight"][~mask].any() for layer, mask in layers.items())
 
 
 def test_set_and_rigl_start_from_the_static_mask(run):

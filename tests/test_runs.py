@@ -358,6 +358,29 @@ def test_sac_alpha_follows_its_loss(tmp_path):
     assert alphas[-1] < alphas[0] < 1  # the entropy of a fresh policy is above the target, so alpha falls from 1
 
 
+def test_a_module_with_the_environment_may_be_named_and_the_folders_name_holds_no_colon(run):
+    assert run(env_id="conftest:Probe-v0", total_timesteps=62).name.startswith("conftest-Probe-v0__")
+
+
+def test_comments_and_docstrings_are_not_code(script, tmp_path):
+    source = script.SCRIPT.read_text()
+    copy = tmp_path / "copy.py"
+    hashes = []
+    for text in (
+        source, source.replace("# ALGO LOGIC", "# algorithm"), source.replace('"""The actor\'s loss', '"""A loss'),
+        source.replace("gamma: float = 0.99", "gamma: float = 0.98"),
+    ):  # fmt: skip
+        copy.write_text(text)
+        hashes.append(record.code_hash(copy))
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    (tmp_path / "sparse_kernels").mkdir()
+    kernel = tmp_path / "sparse_kernels" / "kernels.cpp"
+    for text in ("int x;", "int x; // why\n/* and\nhow */", "int y;"):
+        kernel.write_text(text)
+        hashes.append(record.code_hash(copy))
+    assert hashes[4] == hashes[5] != hashes[6] != hashes[3]
+
+
 def test_two_runs_in_one_second_get_two_folders(run, script, monkeypatch):
     monkeypatch.setattr(run_folder.time, "time", lambda: 1234.5)
     a, b = run(total_timesteps=62), run(total_timesteps=62)
