@@ -545,6 +545,7 @@ def train(args: Args) -> Path:
                     writer.add_scalar("charts/SPS", sps, global_step)
 
     final = run_folder.final_state(SCRIPT, args, args.total_timesteps, modules, progress.masks)
+    final = run_folder.without_dead_neurons(final, widths)
     run_folder.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
     # what comparisons go by: the mean of the evaluations in the last tenth of training
     final_return = np.mean([value for step, value in progress.returns.items() if step > 0.9 * args.total_timesteps])

@@ -342,6 +342,19 @@ def final_state(script: Path, args, global_step: int, modules: dict[str, nn.Modu
     return state | about
 
 
+def without_dead_neurons(state: dict, widths: dict[str, int]) -> dict:
+    """What final.pt holds, its networks and masks cut to their active widths: the neurons outside have no connections,
+    so the outputs stay the same."""
+    for name, masks in state["masks"].items():
+        masks.update(sparse_utils.active_part(masks, widths[name]))
+        for network in (state[key] for key in (name, f"{name}_target") if key in state):
+            for layer, (n_out, n_in) in ((layer, mask.shape) for layer, mask in masks.items()):
+                network[f"{layer}.weight"] = network[f"{layer}.weight"][:n_out, :n_in].clone()
+                if f"{layer}.bias" in network:
+                    network[f"{layer}.bias"] = network[f"{layer}.bias"][:n_out].clone()
+    return state
+
+
 def load_state(path: Path, script: Path, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:
     """The dictionary in a final.pt or checkpoint.pt, checked as above, to be one of this script and format, and to have
     `keys`."""

@@ -239,29 +239,38 @@ def inference(benchmark: Benchmark) -> None:
     import sparse_kernels
     import sparse_utils
 
+    def actor(width: int) -> sac_tar.Actor:
+        return sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
+
     torch.set_num_threads(benchmark.threads)
     env = gym.make(benchmark.env_id)
-    print("\n| SAC actor | sparsity | batch | dense, us | sparse, us | dense over sparse | dense, KiB | sparse, KiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "\n| SAC actor | sparsity | batch | dense, us | sparse, us | cut, us | dense over sparse | dense over cut |",
+        end="",
+    )
+    print(" dense, KiB | sparse, KiB | cut, KiB, and neurons |\n|---|---|---|---|---|---|---|---|---|---|---|")
     for width in (256, 512, 1024):
-        for sparsity in (0.9, 0.95):
+        for sparsity in (0.9, 0.95, 0.98):
             torch.manual_seed(0)
-            dense = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
-            sparse = sac_tar.Actor(env.observation_space.shape[0], env.action_space, width)
-            sparse.load_state_dict(dense.state_dict())
-            weights = sparse_utils.linear_weights(dense)
+            dense, sparse = actor(width), actor(width)
+            weights = sparse_utils.linear_weights(sparse)
             keep, _ = sparse_utils.connection_budget(sum(w.numel() for w in weights.values()), "static", sparsity, 0.0)
             masks = sparse_utils.static_prune(weights, keep, "random", "er", torch.Generator())
+            budgets, methods = {"actor": (keep, 0)}, {"actor": "static"}
+            cut = actor(
+                sparse_utils.active_widths({"actor": sparse}, methods, budgets, "auto")["actor"]
+            )  # as in final.pt
             sparse_kernels.compact_network(sparse, masks)
-            dense_bytes = sum(4 * p.numel() for p in dense.parameters())
             mlp = sparse.sparse
-            sparse_bytes = sum(t.numel() * t.element_size() for t in (mlp.flat, *mlp.indices, *mlp.masks.values()))
+            stored = [dense.parameters(), (mlp.flat, *mlp.indices, *mlp.masks.values()), cut.parameters()]
+            sizes = [sum(t.numel() * t.element_size() for t in tensors) / 1024 for tensors in stored]
+            memory = f"{sizes[0]:.0f} | {sizes[1]:.0f} | {sizes[2]:.0f}, {cut.fc2.in_features}"
             for batch in (1, 256):
                 x = torch.randn(batch, env.observation_space.shape[0])
                 with torch.no_grad():
-                    d, s = microseconds(partial(dense, x), partial(sparse, x))
-                memory = f"{dense_bytes / 1024:.0f} | {sparse_bytes / 1024:.0f}"
-                print(f"| {width} wide | {sparsity:.0%} | {batch} | {d:.0f} | {s:.0f} | {d / s:.1f}x | {memory} |")
+                    d, s, c = microseconds(partial(dense, x), partial(sparse, x), partial(cut, x))
+                times = f"{d:.0f} | {s:.0f} | {c:.0f} | {d / s:.1f}x | {d / c:.1f}x"
+                print(f"| {width} wide | {sparsity:.0%} | {batch} | {times} | {memory} |")
 
 
 def main(benchmark: Benchmark) -> None:

@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
-from test_runs import events, load, same_weights
+from test_runs import events, same_weights
+from test_runs import load as load_final
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
@@ -16,6 +18,11 @@ from runs import record, run_folder
 from runs.checks import complete_args
 
 SMALL = {"sparsity": 0.9, "rewire_every": 40, "total_timesteps": 150}
+
+
+def load(run_dir):
+    """All of the networks; final.pt has their active part alone."""
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
 
 
 def generator(seed=0):
@@ -310,6 +317,28 @@ def test_sparse_and_masked_compute_agree(run, width, init):
     for name in (name for name in masked if name.split("_")[0] in ("actor", "qf1", "qf2")):
         for key, tensor in masked[name].items():
             torch.testing.assert_close(sparse[name][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
+def test_the_networks_in_final_pt_have_no_dead_neurons_and_the_same_outputs(run, script, monkeypatch, capsys, compute):
+    run_dir = run(active_width=10, init="sparse", compute=compute, **SMALL)
+    whole, final = load(run_dir), load_final(run_dir)
+    shapes = {layer: tuple(mask.shape) for layer, mask in final["masks"]["actor"].items()}
+    outputs = len(whole["actor"]["fc3.bias"])
+    assert shapes == {"fc1": (10, 3), "fc2": (10, 10), "fc3": (outputs, 10)}
+    for name in ("qf1", "qf1_target", "qf2", "actor"):
+        chain = {}
+        for kind, state in (("whole", whole), ("final", final)):
+            x = torch.linspace(-2, 2, 40 * state[name]["fc1.weight"].shape[1]).view(40, -1)
+            for layer in ("fc1", "fc2", "fc3"):
+                weight = state[name][f"{layer}.weight"]
+                assert kind == "whole" or weight.shape == state["masks"][name.removesuffix("_target")][layer].shape
+                x = nn.functional.linear(x if layer == "fc1" else x.relu(), weight, state[name][f"{layer}.bias"])
+            chain[kind] = x
+        torch.testing.assert_close(chain["final"], chain["whole"])
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--evaluate", str(run_dir), "--eval-episodes", "1"])
+    script.main()
+    assert f"mean {events(run_dir).Scalars('eval/episodic_return')[-1].value:.1f}" in capsys.readouterr().out
 
 
 def test_the_mask_image_shows_what_is_outside_the_part(run):
