@@ -99,7 +99,8 @@ class SparseMLP(nn.Module):
             layer.input, layer.output = row, row + layer.n_in
             layer.values, layer.bias = position, position + len(by_row)
             row, position = layer.output, layer.bias + layer.n_out
-        self.rows = row + self.layers[-1].n_out
+        self.n_in, self.n_out, self.rows = self.layers[0].n_in, self.layers[-1].n_out, row + self.layers[-1].n_out
+        self.widest_dense_input = max((layer.n_in for layer in self.layers if layer.dense), default=0)
 
     def __getstate__(self) -> dict:
         """For copy.deepcopy and torch.save: pointers are made anew by the copy."""
@@ -128,11 +129,11 @@ class SparseMLP(nn.Module):
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
-        for tensor, shape in ((x, (len(x), self.layers[0].n_in)), (flat, (len(self.flat),))):
-            if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        batch, threads = x.shape[0] if x.dim() else 0, torch.get_num_threads()  # len(x) is slow
+        for tensor, shape in ((x, (batch, self.n_in)), (flat, self.flat.shape)):
+            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_cpu:
                 raise ValueError(f"needs float32 of shape {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}")
-        batch, threads = len(x), torch.get_num_threads()
-        x, y = x.contiguous(), x.new_empty(batch, self.layers[-1].n_out)
+        x, y = x.contiguous(), x.new_empty(batch, self.n_out)
         width = self.kernels.tile_width(batch)
         workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
         self.kernels.mlp_forward(
@@ -164,11 +165,12 @@ class _SparseMLPFunction(torch.autograd.Function):
         workspace, ctx.workspace = ctx.workspace, None  # the kernel overwrites it with gradients
         if workspace is None:  # a retained graph, run backward again
             _, workspace = mlp.run(x, flat, keep=True)
-        width = mlp.kernels.tile_width(len(x))
-        inputs = max((-(-layer.n_in // width) * width for layer in mlp.layers if layer.dense), default=0)
-        scratch = flat.new_empty(max(len(flat), -(-len(x) // width) * width * inputs))
+        batch = x.shape[0]
+        width = mlp.kernels.tile_width(batch)
+        inputs = -(-mlp.widest_dense_input // width) * width
+        scratch = flat.new_empty(max(flat.shape[0], -(-batch // width) * width * inputs))
         mlp.kernels.mlp_backward(
-            mlp.layers, len(mlp.layers), flat.data_ptr(), len(x), grad_y.data_ptr(),
+            mlp.layers, len(mlp.layers), flat.data_ptr(), batch, grad_y.data_ptr(),
             None if grad_x is None else grad_x.data_ptr(), None if grad_flat is None else grad_flat.data_ptr(),
             workspace.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
