@@ -71,16 +71,16 @@ def read_config(run_dir: Path) -> dict:
     run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
     `processor`, `device`, `versions`."""
     config = json.loads((run_dir / "config.json").read_text())
-    if "rewire_every" in config["args"]:
-        config["args"].setdefault("regrow", False)  # nothing was regrown before there was this flag
+    args = config["args"]
+    if "rewire_every" in args:
+        args.setdefault("regrow", False)  # nothing was regrown before there was this flag
+    if args.get("device") == "auto":  # no value of the flag any more
+        args["device"] = "cpu"
     if "segments" not in config:  # older
         keys = ("git_commit", "processor", "versions")
         first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
-        script = "td3_tar" if "policy_noise" in config["args"] else "sac_tar"
-        args = config["args"]
-        if args.get("device") == "auto":  # no value of the flag any more
-            args["device"] = "cpu"
-        config = {"args": args, "script": script, "segments": [first], "published": config.get("published")}
+        script = "td3_tar" if "policy_noise" in args else "sac_tar"
+        config = {"script": script, "args": args, "segments": [first], "published": config.get("published")}
     return config | {"published": bool(config.get("published"))}
 
 
