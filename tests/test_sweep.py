@@ -569,3 +569,10 @@ def test_a_node_dies_and_every_run_still_ends_once(project, cluster):
     assert finals(project) == names(5)
     whats = [what for what, _, _ in journal(project)]
     assert (whats.count("--start"), whats.count("--resume"), whats.count("twice")) == (5, 2, 0)
+
+
+def test_the_published_runs_of_this_repository_can_be_planned_again():
+    """Whatever flags have come and gone since they were made."""
+    args = sweep.Args(like=str(ROOT / "runs" / "published"), published=str(ROOT / "runs" / "published"), any_code=True)
+    runs = sweep.plan(args, [])
+    assert len(runs) >= 66 and all(run.next_command("nowhere") is None for run in runs)
