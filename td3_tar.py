@@ -338,7 +338,8 @@ def train(args: Args) -> Path:
     active = {name: budget for name, (budget, _) in budgets.items()}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
-    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args)  # the first to be written
+    # nothing is written before this
+    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args, in_kernels)
     run_folder.claim(run_dir)
     start_step, learn_from = 0, args.learning_starts
     if checkpoint:
@@ -349,7 +350,7 @@ def train(args: Args) -> Path:
         else:  # collect anew before learning goes on
             learn_from += start_step
         args.resume = None  # from here on it is that run
-        run_folder.rewind(run_dir, SCRIPT, args, checkpoint, rb.rows, rb.added)
+        run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:

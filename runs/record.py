@@ -69,7 +69,7 @@ def code_hash(script: Path) -> str:
 def read_config(run_dir: Path) -> dict:
     """config.json: `args`, `script` (its name without .py), `published`, and `segments`, one for each process that the
     run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
-    `processor`, `device`, `versions`."""
+    `processor`, `device`, `versions`, and `in_kernels`, the networks that were not computed by torch."""
     config = json.loads((run_dir / "config.json").read_text())
     args = config["args"]
     if "rewire_every" in args:

@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **modules}
 
 
-def segment(script: Path, args, from_step: int) -> dict:
+def segment(script: Path, args, from_step: int, in_kernels: list[str]) -> dict:
     """What made this part of a run; see `read_config`."""
     return {
         "from_step": from_step,
@@ -74,6 +74,7 @@ def segment(script: Path, args, from_step: int) -> dict:
         "git_commit": git_commit(script.resolve().parent),
         "processor": processor(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+        "in_kernels": in_kernels,
         "versions": versions(),
     }
 
@@ -139,7 +140,7 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 # THE FOLDER OF A RUN
 
 
-def make_run_dir(script: Path, args) -> Path:
+def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>+<distribution>, left
     out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
@@ -167,7 +168,7 @@ def make_run_dir(script: Path, args) -> Path:
             unix_time += 1  # its twin started in the same second
         except OSError as error:
             fail(f"cannot make the run folder ({error}); choose another --runs-dir")
-    write_config(run_dir, script, args, [segment(script, args, 0)])
+    write_config(run_dir, script, args, [segment(script, args, 0, in_kernels)])
     return run_dir
 
 
@@ -485,7 +486,9 @@ def restore(
     vars(progress).update(checkpoint["progress"])
 
 
-def rewind(run_dir: Path, script: Path, args, checkpoint: dict, rows: Tensor, added: int) -> None:
+def rewind(
+    run_dir: Path, script: Path, args, in_kernels: list[str], checkpoint: dict, rows: Tensor, added: int
+) -> None:
     """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
     `added` transitions into `rows`. config.json takes over `args`, since some may change, and gets one more segment.
     Warns if a log is lost or if other code, packages or another machine goes on. Nothing is changed before the replay
@@ -508,10 +511,10 @@ def rewind(run_dir: Path, script: Path, args, checkpoint: dict, rows: Tensor, ad
     (run_dir / "final.pt").unlink(missing_ok=True)  # it comes anew at the end
     step = checkpoint["global_step"]
     segments = [part for part in read_config(run_dir)["segments"] if part["from_step"] < step or part["from_step"] == 0]
-    now = segment(script, args, step)
+    now = segment(script, args, step, in_kernels)
     for what, value in now.items():
-        if what not in ("from_step", "git_commit") and value != segments[-1][what]:
-            tqdm.write(f"warning: the run's {what} was {segments[-1][what]} and is {value} from step {step} on")
+        if what not in ("from_step", "git_commit") and value != segments[-1].get(what):
+            tqdm.write(f"warning: the run's {what} was {segments[-1].get(what)} and is {value} from step {step} on")
     write_config(run_dir, script, args, [*segments, now])
     for path, (_, stop) in replay_files(run_dir).items():
         if stop > added:

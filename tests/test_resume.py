@@ -214,11 +214,15 @@ def test_every_generator_is_put_back():
 
 
 @pytest.mark.parametrize("before, after", [("sparse", "masked"), ("masked", "sparse")])
-def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, tmp_path, before, after):
+def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, capsys, tmp_path, before, after):
     undisturbed = run(compute="masked", runs_dir=str(tmp_path / "a"), sparsity=0.8)
     stop_after(90)
     run_dir = interrupted(run, compute=before, runs_dir=str(tmp_path / "b"), sparsity=0.8)
+    capsys.readouterr()
     resume(run_dir, compute=after)
+    assert "warning: the run's in_kernels was" in capsys.readouterr().out
+    choices = [part["in_kernels"] for part in rf.read_config(run_dir)["segments"]]
+    assert choices == [["actor", "qf1", "qf2"] if compute == "sparse" else [] for compute in (before, after)]
     final, expected = load(run_dir), load(undisturbed)
     assert same(final["masks"], expected["masks"])
     for name in ("actor", "qf1", "qf1_target"):
