@@ -513,7 +513,7 @@ MASK_COLOURS = (
 def topology_report(static: Masks, masks: Masks, budget: int, reserve: int, width: int) -> dict:
     """Counts for `topology.json`, per layer. `blind_inputs` (inputs with no active connection out) and `dead_units`
     (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are those of the
-    `part`, the layer between active neurons."""
+    `part`, the layer between active neurons. Raises ValueError if a rule did not place what it was given."""
     layers = {}
     static_part, part = active_part(static, width), active_part(masks, width)
     for name, mask in masks.items():
@@ -530,6 +530,9 @@ def topology_report(static: Masks, masks: Masks, budget: int, reserve: int, widt
             "blind_inputs": [int((~m.any(0)).sum()) for m in (static_part[name], part[name])],
             "dead_units": [int((~m.any(1)).sum()) for m in (static_part[name], part[name])],
         }
+    active, revived = (sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
+    if (active, revived) != (budget, reserve):
+        raise ValueError(f"{active} connections, {revived} of them revived, in place of {budget} and {reserve}")
     return {"budget": budget, "reserve": reserve, "active_width": width, "layers": layers}
 
 

@@ -99,7 +99,8 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
         fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
     except Exception as error:  # a package of environments may be broken in any way
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        fail(f"cannot make {env_id} ({why}); `pip install -r requirements.txt` brings what MuJoCo and Box2D need")
+        where = "`pip install -r requirements.txt` brings MuJoCo's and Box2D's, PYTHONPATH says where yours is"
+        fail(f"cannot make {env_id} ({why}); {where}")
     action_space, observation_space = env.action_space, env.observation_space
     if not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1 and action_space.is_bounded()):
         fail(f"{env_id} has the action space {action_space}; this script needs a bounded 1-D Box")

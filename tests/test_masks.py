@@ -394,6 +394,13 @@ def test_topology_report_counts():
     }
 
 
+@pytest.mark.parametrize("budget, reserve", [(3, 1), (2, 0)])
+def test_a_rule_whose_counts_do_not_add_up_is_an_error(budget, reserve):
+    static, final = {"fc1": torch.tensor([[True, False]])}, {"fc1": torch.tensor([[True, True]])}
+    with pytest.raises(ValueError, match=f"2 connections, 1 of them revived, in place of {budget} and {reserve}"):
+        su.topology_report(static, final, budget, reserve, 1)
+
+
 def test_topology_warnings_name_empty_layers_and_blind_inputs():
     static = {"fc1": torch.zeros(4, 5).bool(), "fc2": torch.zeros(1, 4).bool()}
     static["fc1"][0, [0, 2]] = True
