@@ -274,13 +274,16 @@ def inference(benchmark: Benchmark) -> None:
 
 
 def main(benchmark: Benchmark) -> None:
-    from runs.run_folder import processor
+    from runs.run_folder import git_commit, processor
 
     names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
     installed = [(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()]
     found = {name.replace("_", "-"): version for name, version in installed}
     versions = ", ".join(f"{name} {found[name]}" for name in names if name in found)
     print(f"{datetime.date.today()}, {processor()}, {benchmark.threads} thread(s), {benchmark.env_id}, batch 256")
+    busy = os.getloadavg()[0]  # of the last minute, before anything is measured
+    beside = f"BESIDE A LOAD of {busy:.1f} on {os.cpu_count()} cores" if busy > 0.3 else "the machine otherwise idle"
+    print(f"{beside}; commit {git_commit(Path(__file__).parent)}")
     print(f"Python {sys.version.split()[0]}, {versions}; median of {benchmark.rounds} rounds (smallest-largest)")
     for table in benchmark.tables:
         if table in CELLS:
