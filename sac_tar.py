@@ -288,7 +288,8 @@ def evaluate_saved(args: Args) -> None:
     env = make_env(saved["args"]["env_id"], args.capture_video)
     if args.capture_video:
         env = RecordVideo(env, path.parent / "videos", lambda episode: False)
-    actor = Actor(env.observation_space.shape[0], env.action_space, len(saved["actor"]["fc1.bias"]))
+    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
+    actor = Actor(env.observation_space.shape[0], env.action_space, hidden_size)
     run_folder.load_networks({"actor": actor}, saved)
     video = f"evaluate-{path.stem}" if args.capture_video else ""
     seed = saved["args"]["seed"] + 2**31
@@ -318,13 +319,10 @@ def train(args: Args) -> Path:
 
     # ALGO LOGIC: initialize agent here
     observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
-    actor_hidden = critic_hidden = args.hidden_size
+    pi_ends, q_ends = (observation_size, 2 * action_size), (observation_size + action_size, 1)
     with bad_input():
-        if args.actor_method == "tiny":
-            actor_hidden = sparse_utils.tiny_size(observation_size, actor_hidden, 2 * action_size, args.actor_sparsity)
-        if args.critic_method == "tiny":
-            inputs = observation_size + action_size
-            critic_hidden = sparse_utils.tiny_size(inputs, critic_hidden, 1, args.critic_sparsity)
+        actor_hidden = sparse_utils.hidden_neurons(args.actor_method, args.hidden_size, args.actor_sparsity, *pi_ends)
+        critic_hidden = sparse_utils.hidden_neurons(args.critic_method, args.hidden_size, args.critic_sparsity, *q_ends)
     actor = Actor(observation_size, env.action_space, actor_hidden).to(device)
     qf1 = QNetwork(observation_size, action_size, critic_hidden).to(device)
     qf2 = QNetwork(observation_size, action_size, critic_hidden).to(device)
@@ -354,6 +352,7 @@ def train(args: Args) -> Path:
     dynamic = [name for name, method in methods.items() if method in sparse_utils.GROWTHS]
     sizes = {name: sum(w.numel() for w in sparse_utils.linear_weights(net).values()) for name, net in networks.items()}
     with bad_input():
+        run_folder.check_parts(modules, optimizers)
         budgets = {
             name: sparse_utils.connection_budget(size, methods[name], sparsities[name], args.reserve)
             for name, size in sizes.items()
@@ -387,6 +386,7 @@ def train(args: Args) -> Path:
         progress.sps_seconds = time.perf_counter() - sps_from_time
         state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks) | {
             "adam": {name: run_folder.adam_state(modules[name], optimizer) for name, optimizer in optimizers.items()},
+            "rates": {name: run_folder.rates(optimizer) for name, optimizer in optimizers.items()},
             "progress": vars(progress),
             "random": run_folder.random_states(mask_generator, env.action_space),
         }
@@ -487,12 +487,16 @@ def train(args: Args) -> Path:
             losses = own_losses(args.batch_size)
             for name in dynamic:
                 weights = sparse_utils.linear_weights(networks[name])
-                # dense gradients of the network's own loss
-                gradients = dict(zip(weights, torch.autograd.grad(losses[name], list(weights.values())), strict=True))
-                parts = (sparse_utils.active_part(t, widths[name]) for t in (weights, gradients, progress.masks[name]))
-                for weight, gradient, mask in zip(*(part.values() for part in parts), strict=True):
-                    rules = (methods[name], args.drop_criterion, args.regrow, mask_generator)
-                    mask.copy_(sparse_utils.rewire(weight, gradient, mask, fraction, *rules))
+                # dense gradients of the network's own loss, for the rules that read them
+                gradients = [None] * len(weights)
+                if sparse_utils.reads_gradient(methods[name], args.drop_criterion):
+                    gradients = torch.autograd.grad(losses[name], list(weights.values()))
+                part = sparse_utils.active_part(progress.masks[name], widths[name])
+                rules = (methods[name], args.drop_criterion, args.regrow, mask_generator)
+                for (layer, mask), gradient in zip(part.items(), gradients, strict=True):
+                    corner = tuple(map(slice, mask.shape))
+                    gradient = None if gradient is None else gradient[corner]
+                    mask.copy_(sparse_utils.rewire(weights[layer][corner], gradient, mask, fraction, *rules))
                 # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
                 sparse_utils.zero_pruned(networks[name], progress.masks[name], optimizers[name])
                 if name in targets:
@@ -551,7 +555,7 @@ def train(args: Args) -> Path:
                     progress.actor_scalars["losses/actor_loss"] = actor_loss.detach()
                     if args.autotune:
                         alpha_loss = -log_alpha.exp() * (log_pi.detach().mean() + target_entropy)
-                        total_loss = actor_loss + alpha_loss
+                        total_loss = total_loss + alpha_loss
                         progress.actor_scalars["losses/alpha_loss"] = alpha_loss.detach()
                     zero_grad(actor_optimizer)
                     total_loss.backward()
@@ -582,7 +586,7 @@ def train(args: Args) -> Path:
                     writer.add_scalar("charts/SPS", sps, global_step)
 
     final = run_folder.final_state(SCRIPT, args, args.total_timesteps, modules, progress.masks)
-    final = run_folder.without_dead_neurons(final, widths)
+    final = run_folder.without_dead_neurons(final, networks, widths)
     run_folder.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
     # what comparisons go by: the mean of the evaluations in the last tenth of training
     final_return = np.mean([value for step, value in progress.returns.items() if step > 0.9 * args.total_timesteps])

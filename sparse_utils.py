@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
     scores: Callable
     uses_loss: bool = False  # reads `loss`, or its `gradient`, which is None for the others
-    rounds: int = 1  # of pruning: as many times scored and pruned, ever further
+    rounds: int = 1  # of pruning, without a loss: as many times scored and pruned, ever further
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -54,10 +54,12 @@ def connection_budget(size: int, method: str, sparsity: float, reserve: float) -
     return budget, round(reserve * budget) if method in REVIVALS else 0
 
 
-def tiny_size(n_in: int, hidden_size: int, n_out: int, sparsity: float) -> int:
-    """Neurons in each of two hidden layers of the widest dense network that has no more weights than a network of
-    `hidden_size` has connections at this sparsity: the largest w with w * w + (n_in + n_out) * w <= K. Raises
-    ValueError if that is 0."""
+def hidden_neurons(method: str, hidden_size: int, sparsity: float, n_in: int, n_out: int) -> int:
+    """Neurons in each of two hidden layers: `hidden_size`, and with `tiny` those of the widest dense network that has
+    no more weights than a network of `hidden_size` has connections at this sparsity, so the largest w with w * w +
+    (n_in + n_out) * w <= K. Raises ValueError if that is 0."""
+    if method != "tiny":
+        return hidden_size
     ends = n_in + n_out
     budget = round((1 - sparsity) * hidden_size * (hidden_size + ends))
     width = (math.isqrt(ends * ends + 4 * budget) - ends) // 2
@@ -94,16 +96,20 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
     return counts
 
 
+def room(scores: dict[str, Tensor]) -> list[int]:
+    """How many connections each layer can keep: what an earlier round has pruned scores minus infinity."""
+    return [int((s > -math.inf).sum()) for s in scores.values()]
+
+
 def er_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
     """Erdos-Renyi. Density proportional to (n_in + n_out) / (n_in * n_out), so a count proportional to n_in + n_out; a
     layer that would pass density 1 is dense and the others are rescaled (Mocanu et al. 2018; Evci et al. 2020)."""
-    return allocate(keep, [sum(s.shape) for s in scores.values()], [s.numel() for s in scores.values()])
+    return allocate(keep, [sum(s.shape) for s in scores.values()], room(scores))
 
 
 def uniform_layer_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
     """The same fraction in every layer."""
-    sizes = [s.numel() for s in scores.values()]
-    return allocate(keep, sizes, sizes)
+    return allocate(keep, [s.numel() for s in scores.values()], room(scores))
 
 
 def global_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
@@ -146,6 +152,9 @@ def active_widths(
     widths, narrowest = {}, {}
     for name, network in networks.items():
         layers = linear_weights(network)
+        shapes = [weight.shape for weight in layers.values()]
+        if asked is not None and any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
+            raise ValueError(f"--active-width needs layers that are a chain, and those of {name} are {shapes}")
         hidden = max((weight.shape[0] for weight in list(layers.values())[:-1]), default=0)
         if asked is None or methods[name] in UNPRUNED:
             widths[name] = hidden
@@ -240,6 +249,8 @@ def static_prune(
     between active neurons. `loss` is the network's own loss, for the criteria that use it; `generator` is on the CPU.
     The weights are read, not changed."""
     rule = CRITERIA[criterion]
+    if rule.uses_loss and rule.rounds > 1:
+        raise ValueError(f"criterion {criterion} uses the loss, that of the dense network, so it has one round")
     masks = embed({name: torch.ones_like(w) for name, w in active_part(weights, width).items()}, weights)
     size = sum(int(mask.sum()) for mask in masks.values())
     for i in range(1, rule.rounds + 1):
@@ -403,7 +414,7 @@ def grow(
 
 def rewire(
     weight: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
     mask: Tensor,
     fraction: float,
     method: str,
@@ -420,13 +431,18 @@ def rewire(
     return grow(weight, gradient, kept, ~kept if regrow else ~mask, count, method, generator)
 
 
+def reads_gradient(method: str, criterion: str) -> bool:
+    """Whether a rewiring by these rules of growth and dropping needs the loss."""
+    return GROWTHS[method].uses_loss or DROPS[criterion].uses_loss
+
+
 def rewiring_flops(active: int, size: int, method: str, criterion: str) -> int:
     """Floating-point operations per sample of a rewiring, for the gradient of the network's own layers alone: 2 per
     active connection forward and 2 backward to the inputs; for the weights' gradient 2 per weight, active or not, if
     growth reads it (Evci et al. 2020), 2 per active one if dropping alone does, and nothing at all if neither does."""
     if GROWTHS[method].uses_loss:
         return 4 * active + 2 * size
-    return 6 * active if DROPS[criterion].uses_loss else 0
+    return 6 * active if reads_gradient(method, criterion) else 0
 
 
 # METHODS: all arms, with their help
@@ -453,12 +469,12 @@ def choices(rules: dict) -> str:
 
 @torch.no_grad()
 def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Zero, in place, a network's weights outside the masks and, with its optimizer, both Adam moments there: a moment
-    left over from dense training would push the weight away from zero."""
+    """Zero, in place, a network's weights outside the masks and, with its optimizer, what it keeps of them, such as
+    Adam's moments: one left over from dense training would push the weight away from zero."""
     for name, weight in linear_weights(network).items():
         state = optimizer.state.get(weight, {}) if optimizer else {}
-        for tensor in (weight, state.get("exp_avg"), state.get("exp_avg_sq")):
-            if tensor is not None:
+        for tensor in (weight, *state.values()):
+            if torch.is_tensor(tensor) and tensor.shape == weight.shape:
                 tensor.mul_(masks[name])
 
 

@@ -152,7 +152,8 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     runs.loc[several, "arm"] += " " + runs.script[several]
     # what else differs in one environment makes arms of its own, named alike in all environments and on all bases
     for _, like in runs.groupby([runs.algo, [*map(label, runs.arm, runs.base)]]):
-        names = sorted({name for _, cell in like.groupby(CELL) for name in differing(cell.settings)})
+        # a flag that only some of the runs have differs too
+        names = sorted({name for _, cell in like.groupby(CELL) for name in differing(cell.settings, absent="none")})
         ends = [[f" {name}={settings[name]}" for name in names if name in settings] for settings in like.settings]
         runs.loc[like.index, "arm"] += ["".join(end) for end in ends]
     for run in runs.folder[runs.duplicated([*CELL, "seed"], keep="last")]:
@@ -160,10 +161,11 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     return runs.drop_duplicates([*CELL, "seed"], keep="last").sort_values([*CELL, "seed"])
 
 
-def differing(dictionaries: pd.Series) -> list[str]:
-    """Names that do not have the same value wherever they occur."""
+def differing(dictionaries: pd.Series, absent: str | None = None) -> list[str]:
+    """Names that do not have the same value wherever they occur; elsewhere their value is `absent`, if it is given."""
     names = sorted({name for dictionary in dictionaries for name in dictionary})
-    return [name for name in names if len({str(d[name]) for d in dictionaries if name in d}) > 1]
+    values = {name: {str(d.get(name, absent)) for d in dictionaries if absent or name in d} for name in names}
+    return [name for name in names if len(values[name]) > 1]
 
 
 def code_warnings(runs: pd.DataFrame) -> list[str]:

@@ -29,7 +29,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def ignored(methods: set[str]) -> set[str]:
-    """The flags that make no difference to networks of these methods."""
+    """The flags that make no difference to networks of these methods; none, if one of them is not known here."""
+    if methods - sparse_utils.METHODS.keys():
+        return set()
     found = set() if methods & sparse_utils.REVIVALS.keys() else {"reserve"}
     found |= set() if methods & sparse_utils.GROWTHS.keys() else REWIRING
     found |= set() if methods - sparse_utils.UNPRUNED.keys() else MASK
@@ -59,10 +61,26 @@ def essence(path: Path) -> str:
     return ast.unparse(tree)
 
 
+def imported(path: Path, folder: Path) -> set[Path]:
+    """The modules in this folder that a file there imports, and those that they import, beside what CODE names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = {folder / f"{name.replace('.', '/')}.py" for name in names if name.split(".")[0] != "runs"}
+    found = {file for file in files if file.exists() and file.name != "sparse_utils.py"}
+    return found.union(*(imported(file, folder) for file in found - {path}))
+
+
 def code_hash(script: Path) -> str:
-    """What a script and the project's own code that it runs amount to, in 12 hexadecimal digits. Comments and
-    docstrings do not count; what a script imports beyond the project does not either."""
-    files = [script, *(path for pattern in CODE for path in sorted(script.resolve().parent.glob(pattern)))]
+    """What a script and the code that it runs amount to, in 12 hexadecimal digits: itself, CODE, and what it imports
+    from its own folder. Comments and docstrings do not count; packages and the rest of `runs/` do not either."""
+    folder = script.resolve().parent
+    beside = folder if (folder / "sparse_utils.py").exists() else Path(sparse_utils.__file__).parent
+    files = [script, *(path for pattern in CODE for path in sorted(beside.glob(pattern)))]
+    files += sorted(imported(script, folder))
     return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
 
 
@@ -73,7 +91,9 @@ def read_config(run_dir: Path) -> dict:
     config = json.loads((run_dir / "config.json").read_text())
     args = config["args"]
     if "rewire_every" in args:
-        args.setdefault("regrow", False)  # nothing was regrown before there was this flag
+        # before there were these flags
+        usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
+        args.update(usual | args)
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"
     if "segments" not in config:  # older

@@ -39,8 +39,15 @@ from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
 REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that much is copied in memory
-MAY_CHANGE = {  # flags that may change when a run is resumed
-    *("resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video"),
+# flags that may change when a run is resumed
+MAY_CHANGE = {
+    "resume",
+    "total_timesteps",
+    "compute",
+    "device",
+    "torch_threads",
+    "checkpoint_frequency",
+    "capture_video",
 }
 
 
@@ -343,13 +350,18 @@ def final_state(script: Path, args, global_step: int, modules: dict[str, nn.Modu
     return state | about
 
 
-def without_dead_neurons(state: dict, widths: dict[str, int]) -> dict:
-    """What final.pt holds, its networks and masks cut to their active widths: the neurons outside have no connections,
-    so the outputs stay the same."""
+def without_dead_neurons(state: dict, networks: dict[str, nn.Module], widths: dict[str, int]) -> dict:
+    """What final.pt holds, its networks and masks cut to their active widths: in a chain of Linear and ReLU the neurons
+    outside have no connections, so the outputs stay the same. Other networks are left whole."""
     for name, masks in state["masks"].items():
-        masks.update(sparse_utils.active_part(masks, widths[name]))
+        hidden = {mask.shape[0] for mask in list(masks.values())[:-1]}
+        kinds = {type(child).__name__ for child in networks[name].children()}
+        if not kinds <= {"Linear", "ReLU", "SparseMLP"} or len(hidden) != 1:
+            continue
+        part = {layer: mask.clone() for layer, mask in sparse_utils.active_part(masks, widths[name]).items()}
+        state["masks"][name] = part
         for network in (state[key] for key in (name, f"{name}_target") if key in state):
-            for layer, (n_out, n_in) in ((layer, mask.shape) for layer, mask in masks.items()):
+            for layer, (n_out, n_in) in ((layer, mask.shape) for layer, mask in part.items()):
                 network[f"{layer}.weight"] = network[f"{layer}.weight"][:n_out, :n_in].clone()
                 if f"{layer}.bias" in network:
                     network[f"{layer}.bias"] = network[f"{layer}.bias"][:n_out].clone()
@@ -377,7 +389,7 @@ def load_checkpoint(run_dir: str, script: Path, device: torch.device | str = "cp
     """The checkpoint of a run folder, checked."""
     if Path(run_dir).is_file():
         fail(f"--resume takes the run folder, not a file; try --resume {shlex.quote(str(Path(run_dir).parent))}")
-    keys = ("adam", "progress", "random", "added", "masks", "log_sizes")
+    keys = ("adam", "rates", "progress", "random", "added", "log_sizes")
     return load_state(Path(run_dir) / "checkpoint.pt", script, device, keys)
 
 
@@ -419,6 +431,9 @@ def check_resumed_args(given, saved) -> None:
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
     if given.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+    rewired = {saved.actor_method, saved.critic_method} & sparse_utils.GROWTHS.keys()
+    if rewired and given.total_timesteps != saved.total_timesteps:
+        fail(f"--method {min(rewired)} rewires by a schedule over --total-timesteps; start a new run to train longer")
 
 
 def random_states(mask_generator: torch.Generator, action_space: gym.Space) -> dict:
@@ -472,6 +487,23 @@ def save_checkpoint(run_dir: Path, state: dict, rows: Tensor | None, added: int)
             path.unlink()
 
 
+def check_parts(modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> None:
+    """Raises ValueError if an optimizer trains what no checkpoint would hold."""
+    for optimizer in optimizers.values():
+        names = [name for name, other in optimizers.items() if other is optimizer]
+        held = {id(param) for name in names for param in modules[name].parameters()}
+        if any(id(param) not in held for group in optimizer.param_groups for param in group["params"]):
+            raise ValueError(
+                f"the optimizer of {', '.join(names)} trains a parameter of none of them; put its module into "
+                "`modules` and `optimizers`, or a resumed run would lose it"
+            )
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """What a schedule may have changed: all values of the optimizer's groups but the parameters."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
 def restore(
     checkpoint: dict, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], progress: object
 ) -> None:
@@ -483,6 +515,8 @@ def restore(
             fail(f"the checkpoint and this script differ in {', '.join(other)}; use the script that saved it")
     for name, optimizer in optimizers.items():
         load_adam_state(modules[name], optimizer, checkpoint["adam"][name])
+        for group, saved in zip(optimizer.param_groups, checkpoint["rates"][name], strict=True):
+            group.update(saved)
     vars(progress).update(checkpoint["progress"])
 
 

@@ -4,8 +4,8 @@ A network whose mask is fixed for a while is compiled once and used for thousand
 biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
 agree to rounding.
 
-The scripts use it in three lines: `choose` before training, `compact` after the masks are fixed, `expand` before they
-change. Whoever deletes this folder and these lines loses speed and nothing else.
+The scripts use it in a few lines that start with `sparse_kernels.`: `choose` before training, `compact` after the masks
+are fixed, `expand` before they change. Whoever deletes these and this folder loses speed and nothing else.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the kernels; measured, tests/README.md
+ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 DENSE_PAYS_UP_TO = 512  # inputs or outputs of a layer up to which it does where nothing is pruned; measured there
 
 
@@ -178,11 +179,12 @@ class _SparseMLPFunction(torch.autograd.Function):
 
 
 def is_mlp(network: nn.Module) -> bool:
-    """Whether `SparseMLP` computes what the children of this network compute."""
+    """Whether `SparseMLP` computes what this network's children compute, and they have all of its parameters."""
     kinds = [type(child) for child in network.children()]
-    with_bias = all(child.bias is not None for child in network.children() if isinstance(child, nn.Linear))
-    alternating = kinds[::2] == [nn.Linear] * len(kinds[::2]) and kinds[1::2] == [nn.ReLU] * len(kinds[1::2])
-    return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and with_bias
+    linears = [child for child in network.children() if isinstance(child, nn.Linear) and child.bias is not None]
+    alternating = kinds[::2] == [nn.Linear] * len(linears) and kinds[1::2] == [nn.ReLU] * len(kinds[1::2])
+    own = sum(1 for _ in network.parameters()) == 2 * len(linears)
+    return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and own
 
 
 def choose(
@@ -211,8 +213,10 @@ def choose(
             why_not = f"the kernels are for the CPU and the networks are on {device.type}"
         elif not is_mlp(networks[name]):
             why_not = "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+        elif type(optimizers[name]) not in ADAMS or optimizers[name].defaults["amsgrad"]:
+            why_not = "its optimizer is not plain Adam"
         elif len(groups_of(networks[name].parameters(), optimizers[name])) != 1:
-            why_not = "its parameters are not in one group of its optimizer"
+            why_not = "its parameters are not all in one group of its optimizer"
         elif compute == "auto" and SPARSE_PAYS_UP_TO < density < 1:
             limit = f"up to {SPARSE_PAYS_UP_TO:.0%} or where nothing is pruned"
             why_not = f"it is {density:.0%} dense and auto takes the kernels {limit}"
@@ -309,10 +313,9 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
 
 
 def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """The optimizer's own lists that hold some of these parameters."""
+    """The optimizer's own lists that hold all of these parameters."""
     own = {id(param) for param in params}
-    held = [group["params"] for group in optimizer.param_groups]
-    return [params for params in held if any(id(param) in own for param in params)]
+    return [group["params"] for group in optimizer.param_groups if own <= {id(param) for param in group["params"]}]
 
 
 def swap(old: list[nn.Parameter], new: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict]:

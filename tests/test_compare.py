@@ -238,6 +238,14 @@ def test_dense_is_one_arm_whatever_sparsity_its_flags_say(make, comparison):
     assert "dense random+er critic static" in comparison(sparsity=0.95)["page"]
 
 
+def test_a_flag_that_only_some_runs_have_makes_arms_of_their_own(make, comparison):
+    for seed in (1, 2):
+        make(100 * seed, method="static", seed=seed)
+        make(300 * seed, method="static", seed=seed, my_coefficient=0.5)
+    arms = comparison()["returns"].set_index("arm")["final return"].to_dict()
+    assert arms == {"static random+er": 150, "static random+er my_coefficient=0.5": 450}
+
+
 def test_a_complete_comparison_says_so(make, comparison):
     for method, seed in itertools.product(("dense", "static", "tar"), (1, 2)):
         make(seed, method=method, seed=seed)

@@ -310,6 +310,23 @@ def test_synflow_never_takes_back_what_it_pruned(monkeypatch):
         assert not any((later & ~earlier).any() for earlier, later in zip(rounds, rounds[1:]))
 
 
+@pytest.mark.parametrize("keep", [842, 27, 1])
+@pytest.mark.parametrize("distribution", ["uniform", "er", "global"])
+def test_synflow_keeps_the_exact_count_in_every_round(keep, distribution):
+    """Largest remainders are not monotone: a layer's share may be more than the round before has left of it."""
+    for seed in range(5):
+        g = generator(seed)
+        shapes = [(24, 14), (24, 24), (1, 24)]
+        weights = {f"fc{i}": torch.randn(shape, generator=g) for i, shape in enumerate(shapes)}
+        assert sum(counts(su.static_prune(weights, keep, "synflow", distribution, g))) == keep
+
+
+def test_a_criterion_that_uses_the_loss_has_one_round(monkeypatch):
+    monkeypatch.setitem(su.CRITERIA, "iterative", su.Rule(su.snip_scores, uses_loss=True, rounds=5))
+    with pytest.raises(ValueError, match="iterative uses the loss, that of the dense network, so it has one round"):
+        su.static_prune({"fc": torch.ones(3, 2)}, 2, "iterative", "er", generator(), torch.ones(()))
+
+
 def test_synflow_needs_a_chain():
     with pytest.raises(ValueError, match="chain"):
         scores_of("synflow", {"a": torch.ones(3, 2), "b": torch.ones(3, 2)})
@@ -364,6 +381,23 @@ def test_zero_pruned_and_mask_gradients_hold_weights_and_moments_at_zero():
             assert not tensor[~masks[name]].any()
             assert tensor[masks[name]].any()
         assert not torch.equal(weight[masks[name]], active_before[name])  # what is active does train
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.SGD])
+def test_whatever_the_optimizer_keeps_of_pruned_weights_is_zeroed(optimizer):
+    network, loss = toy_network()
+    flags = {} if optimizer is torch.optim.Adam else {"momentum": 0.9}
+    optimizer = optimizer(network.parameters(), lr=1e-2, **flags)
+    masks = su.static_prune(su.linear_weights(network), 30, "random", "uniform", generator())
+    for pruned in (False, True):
+        if pruned:
+            su.fix_masks({"net": network}, {}, {"net": optimizer}, {"net": masks})
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+    for name, weight in su.linear_weights(network).items():
+        assert not weight[~masks[name]].any() and weight[masks[name]].all()
 
 
 # what a mask looks like

@@ -1,5 +1,6 @@
 """Interrupted and resumed runs end as the undisturbed one; damaged or foreign files are refused; evaluation."""
 
+import argparse
 import errno
 import importlib.util
 import json
@@ -280,6 +281,27 @@ def assert_same_run_but_the_last_losses(run_dir, undisturbed):
     assert [p for p in logged["losses/qf_loss"] if p[0] != 199] == expected["losses/qf_loss"]
 
 
+def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, script, monkeypatch, capsys):
+    run_dir = run(method="static", critic_method="rigl")
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir), "--total-timesteps", "300"])
+    assert "--method rigl rewires by a schedule over --total-timesteps" in refused(capsys, script.main)
+
+
+def test_an_optimizers_rate_is_restored_and_a_parameter_that_no_checkpoint_holds_is_refused():
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.5)
+    rates = {"net": rf.rates(optimizer)}
+    optimizer.param_groups[0]["lr"] = 0.1
+    checkpoint = {"net": module.state_dict(), "adam": {"net": rf.adam_state(module, optimizer)}, "progress": {}}
+    rf.restore(checkpoint | {"rates": rates}, {"net": module}, {"net": optimizer}, argparse.Namespace())
+    assert optimizer.param_groups[0]["lr"] == 0.5 and len(optimizer.param_groups[0]["params"]) == 2
+    rf.check_parts({"net": module}, {"net": optimizer})
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match="the optimizer of net trains a parameter of none of them"):
+        rf.check_parts({"net": module}, {"net": optimizer})
+
+
 def test_resuming_a_finished_run_changes_nothing(run, resume):
     run_dir = run()
     final, logged = load(run_dir), scalars(run_dir)
@@ -387,7 +409,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         assert "cannot read" in refused(capsys, rf.load_state, file, SAC)
     (tmp_path / "checkpoint.pt").write_bytes((sac / "final.pt").read_bytes())
     message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
-    assert "lacks adam, added, log_sizes, progress, random" in message and "is no checkpoint" in message
+    assert "lacks adam, added, log_sizes, progress, random, rates" in message and "is no checkpoint" in message
     message = refused(capsys, rf.resumed_args, sac_tar.Args, str(sac / "checkpoint.pt"), SAC)
     assert f"--resume takes the run folder, not a file; try --resume {sac}" in message
     torch.save(state | {"qf1": {"fc1.weight": torch.ones(3, 3)}}, tmp_path / "checkpoint.pt")

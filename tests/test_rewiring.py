@@ -424,9 +424,9 @@ def test_tiny_is_the_widest_dense_network_within_the_budget(n_in, hidden, n_out,
     budget = round((1 - sparsity) * hidden * (n_in + hidden + n_out))
     if budget < n_in + 1 + n_out:
         with pytest.raises(ValueError, match="no connections for even one hidden neuron"):
-            su.tiny_size(n_in, hidden, n_out, sparsity)
+            su.hidden_neurons("tiny", hidden, sparsity, n_in, n_out)
         return
-    width = su.tiny_size(n_in, hidden, n_out, sparsity)
+    width = su.hidden_neurons("tiny", hidden, sparsity, n_in, n_out)
     assert width * (n_in + width + n_out) <= budget < (width + 1) * (n_in + width + 1 + n_out)
 
 
@@ -460,6 +460,20 @@ def test_flops_are_those_of_the_textbook_count(run, script, method):
             total += 2 * 32 * networks * (4 * active[name] + 2 * size[name])
     assert log.Scalars("flops/training")[0].value == 0
     assert log.Scalars("flops/training")[-1].value == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method, criterion, given", [("set", "magnitude", False), ("set", "snip", True), ("rigl", "random", True)]
+)
+def test_a_gradient_is_given_to_the_rules_that_say_they_read_it_and_to_no_others(
+    run, monkeypatch, method, criterion, given
+):
+    seen, drop = [], su.drop
+    monkeypatch.setattr(
+        su, "drop", lambda w, gradient, *rest: seen.append(gradient is not None) or drop(w, gradient, *rest)
+    )
+    run(method=method, drop_criterion=criterion, **REWIRING)
+    assert seen == [given] * 18
 
 
 def test_flops_of_a_rewiring():

@@ -373,12 +373,32 @@ def test_comments_and_docstrings_are_not_code(script, tmp_path):
         copy.write_text(text)
         hashes.append(record.code_hash(copy))
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    copy.write_text("import my_nets\n" + source)  # what a reader puts beside it and imports
+    for text in ("size = 1", "size = 1  # one", "size = 2"):
+        (tmp_path / "my_nets.py").write_text(text)
+        hashes.append(record.code_hash(copy))
+    assert hashes[4] == hashes[5] != hashes[6]
+    del hashes[4:]
+    copy.write_text(source)
+    (tmp_path / "sparse_utils.py").write_text("")
+    hashes[3] = record.code_hash(copy)
     (tmp_path / "sparse_kernels").mkdir()
     kernel = tmp_path / "sparse_kernels" / "kernels.cpp"
     for text in ("int x;", "int x; // why\n/* and\nhow */", "int y;"):
         kernel.write_text(text)
         hashes.append(record.code_hash(copy))
     assert hashes[4] == hashes[5] != hashes[6] != hashes[3]
+
+
+def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(script, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.py"
+    copy.write_text(script.SCRIPT.read_text())
+    before = record.code_hash(copy)
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "sparse_utils.py").write_text("AUTO_WIDTH_C = 9")
+    monkeypatch.setattr(sparse_utils, "__file__", str(project / "sparse_utils.py"))
+    assert record.code_hash(copy) != before
 
 
 def test_two_runs_in_one_second_get_two_folders(run, script, monkeypatch):

@@ -305,6 +305,25 @@ def step(network, optimizer):
     optimizer.step()
 
 
+def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch():
+    network, _ = make_network()
+    budgets = {"net": (20, 0)}
+
+    def chosen(optimizer, network=network):
+        return sk.choose("auto", torch.device("cpu"), {"net": network}, {"net": optimizer}, budgets)
+
+    assert chosen(torch.optim.Adam(network.parameters())) == chosen(torch.optim.AdamW(network.parameters())) == ["net"]
+    assert chosen(torch.optim.Adam(network.parameters(), amsgrad=True)) == []
+    assert chosen(torch.optim.SGD(network.parameters())) == []
+    assert chosen(torch.optim.Adam([p for p in network.parameters() if p.dim() == 2])) == []  # biases stay as they are
+    groups = [{"params": [p for p in network.parameters() if p.dim() == d]} for d in (1, 2)]
+    assert chosen(torch.optim.Adam(groups)) == []
+    with pytest.raises(ValueError, match="not to be had for the net: its parameters are not all in one group"):
+        sk.choose("sparse", torch.device("cpu"), {"net": network}, {"net": torch.optim.Adam(groups)}, budgets)
+    network.scale = nn.Parameter(torch.ones(1))
+    assert chosen(torch.optim.Adam(network.parameters())) == []
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_compacting_keeps_each_groups_rate_and_what_the_optimizer_knows(swapped):
     """The network's parameters need not be in the optimizer's first group."""

@@ -113,7 +113,10 @@ if __name__ == "__main__":
 """
 
 
-UTILS = "HIDDEN_SIZE = 256\nREVIVALS, GROWTHS, UNPRUNED = {'tar': 0}, {'rigl': 0}, {'dense': 0}\n"
+UTILS = """HIDDEN_SIZE = 256
+REVIVALS, GROWTHS, UNPRUNED = {"tar": 0}, {"rigl": 0}, {"dense": 0}
+METHODS = REVIVALS | {"static": 0} | GROWTHS | UNPRUNED
+"""
 FILES = ["record.py", "sweep.py"]
 
 
@@ -576,3 +579,8 @@ def test_the_published_runs_of_this_repository_can_be_planned_again():
     args = sweep.Args(like=str(ROOT / "runs" / "published"), published=str(ROOT / "runs" / "published"), any_code=True)
     runs = sweep.plan(args, [])
     assert len(runs) >= 66 and all(run.next_command("nowhere") is None for run in runs)
+
+
+def test_flags_of_a_method_that_is_not_known_here_all_count():
+    args = {"method": "mine", "actor_method": None, "critic_method": None, "reserve": 0.05, "rewire_every": 10}
+    assert record.identity(args)["reserve"] == 0.05 and "reserve" not in record.identity(args | {"method": "static"})

@@ -120,6 +120,27 @@ def test_widths_are_per_network_and_only_of_networks_with_a_mask():
     assert auto["actor"] < auto["qf1"] == auto["qf2"] == 256
 
 
+def test_a_width_needs_a_chain_of_layers():
+    heads = nn.ModuleDict({"fc1": nn.Linear(3, 8), "mean": nn.Linear(8, 2), "log_std": nn.Linear(8, 2)})
+    with pytest.raises(ValueError, match="--active-width needs layers that are a chain"):
+        su.active_widths({"actor": heads}, {"actor": "tar"}, {"actor": (20, 0)}, 4)
+    assert su.active_widths({"actor": heads}, {"actor": "tar"}, {"actor": (20, 0)}, None) == {"actor": 8}
+
+
+def test_only_plain_networks_are_cut():
+    """A norm over neurons reads the dead ones too."""
+    plain = network(3, 8, 2)
+    normed = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2))
+    for module, cut in ((plain, True), (normed, False)):
+        masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in su.linear_weights(module).items()}
+        state = {"net": dict(module.state_dict()), "masks": {"net": masks}}
+        state = run_folder.without_dead_neurons(state, {"net": module}, {"net": 5})
+        first = state["net"]["0.weight"]
+        assert len(first) == (5 if cut else 8) and first.untyped_storage().size() == 4 * first.numel()
+        mask = state["masks"]["net"]["0"]
+        assert mask.shape == first.shape and mask.untyped_storage().size() == mask.numel()
+
+
 def test_a_width_too_narrow_for_one_network_names_the_smallest_that_serves_all():
     networks = {"actor": network(17, 256, 6), "qf1": network(23, 256, 1)}
     methods, budgets = dict.fromkeys(networks, "static"), {"actor": (1428, 0), "qf1": (5000, 0)}
