@@ -224,7 +224,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     losses += ["alpha", "alpha_loss"] if script is sac_tar else []
     expected = {f"losses/{loss}" for loss in losses}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    expected |= {"eval/episodic_return", "eval/episodic_length"}
+    expected |= {"eval/episodic_return", "eval/episodic_length", "eval/final_return"}
     expected |= {f"sparsity/{name}" for name in topology} | {f"sparsity/density_{layer}" for layer in layers}
     expected |= {"flops/inference", "flops/training"}
     assert set(log.Tags()["scalars"]) == expected
