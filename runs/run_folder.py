@@ -25,7 +25,7 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
@@ -263,7 +263,7 @@ def log_topology(
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
             image = sparse_utils.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
-            image = np.concatenate([image, mask_legend(image.shape[1])])
+            image = np.concatenate([image, mask_legend(image)])
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
             writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
         active = sum(int(mask.sum()) for mask in network_masks.values())
@@ -271,15 +271,20 @@ def log_topology(
         writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
 
 
-def mask_legend(width: int) -> np.ndarray:
-    """What the colours of a mask's image mean, as uint8 of shape (height, width, 3)."""
-    entries = [((255, 255, 255), "left: after static pruning, right: after revival"), *sparse_utils.MASK_COLOURS]
-    image = Image.new("RGB", (width, 16 * len(entries)), "white")
-    draw = ImageDraw.Draw(image)
+def mask_legend(image: np.ndarray) -> np.ndarray:
+    """What the halves of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
+    with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
+    colours = [entry for entry in sparse_utils.MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    entries = [("white", "after static pruning"), ("white", "after revival"), *colours]
+    width, size = image.shape[1], image.shape[1] // 28
+    row = size * 3 // 2
+    legend = Image.new("RGB", (width, row * math.ceil(len(entries) / 2)), "white")
+    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
     for i, (colour, text) in enumerate(entries):
-        draw.rectangle((4, 16 * i + 3, 14, 16 * i + 13), fill=colour)
-        draw.text((20, 16 * i + 2), text, fill="black")
-    return np.asarray(image)
+        x, y = i % 2 * (width // 2 + 4), i // 2 * row + row // 2
+        draw.rectangle((x, y - size // 3, x + size * 2 // 3, y + size // 3), colour)
+        draw.text((x + size, y), text, "black", font, "lm")
+    return np.asarray(legend)
 
 
 def log_rewiring(

@@ -242,6 +242,26 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
         assert all(math.isfinite(e.value) for e in log.Scalars(tag)), tag
 
 
+@pytest.mark.parametrize("n_in", [3, 140, 376])
+def test_the_legend_is_as_wide_as_the_mask_and_names_the_colours_in_it(n_in):
+    (pruned, _), (kept, _), (revived, _), (outside, _) = sparse_utils.MASK_COLOURS
+    static, final = torch.zeros(64, n_in, dtype=torch.bool), torch.ones(64, n_in, dtype=torch.bool)
+    heights = []
+    for masks, part, colours in (
+        ((final, final), (64, n_in), [kept]),
+        ((static, final), (64, n_in), [pruned, revived]),
+        ((static, static), (24, n_in), [pruned, outside]),
+    ):
+        image = sparse_utils.mask_image(*masks, part)
+        legend = run_folder.mask_legend(image)
+        assert legend.shape[1:] == image.shape[1:] and legend.dtype == np.uint8
+        for colour, _ in sparse_utils.MASK_COLOURS:
+            assert (legend == colour).all(-1).any() == (colour in colours)
+        assert (legend == 255).all(-1)[:, -image.shape[1] // 50 :].all()  # no text is cut off
+        heights.append(legend.shape[0] / image.shape[1])
+    assert min(heights) > 0.1  # letters grow with the image, which TensorBoard scales to its card
+
+
 @pytest.mark.parametrize("distribution", ["er", "uniform"])
 def test_distributions_reach_the_masks(run, distribution):
     topology = json.loads((run(method="static", distribution=distribution) / "topology.json").read_text())
