@@ -34,7 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from runs.record import code_hash, fail, read_config
+from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
@@ -193,11 +193,13 @@ def claim(run_dir: Path) -> None:
 
 
 def hyperparameters(first: dict, rest: dict, metrics: list[str]) -> list[Summary]:
-    """What TensorBoard's HParams tab reads. It shows first what is said to differ, so `first` is said to."""
+    """What TensorBoard's HParams tab reads. It opens with the first five by name of what is said to differ, so `first`,
+    five of them, is said to. None is an empty cell. A column of numbers and strings could not be sorted."""
     start, infos = SessionStartInfo(), []
-    for name, value in (first | rest).items():
+    for name, value in (rest | first).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
+        if value is not None:
+            setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
         kind = api_pb2.DataType.Value("DATA_TYPE_FLOAT64" if number else "DATA_TYPE_STRING")
         infos.append(api_pb2.HParamInfo(name=name, type=kind, differs=name in first))
     infos_of_metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=metric)) for metric in metrics]
@@ -214,15 +216,24 @@ def hyperparameters(first: dict, rest: dict, metrics: list[str]) -> list[Summary
 
 
 def log_args(writer: SummaryWriter, args) -> None:
-    """All arguments as a table and, to filter and compare runs by them, through TensorBoard's HParams plugin."""
+    """All arguments as a table and, to filter and compare runs by them, those that act on the result through
+    TensorBoard's HParams plugin, the ones that the run's methods ignore left empty."""
     given = asdict(args)
     rows = "\n".join(f"|{key}|{value}|" for key, value in given.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    first = {"base": f"{args.criterion}+{args.distribution}"} | {
-        key: given[key] for key in ("method", "seed", "sparsity")
+    settings = {name: None for name in given if name not in NOT_OF_THE_RESULT} | identity(given)
+    for name, value in settings.items():  # a flag whose default is no number may be a word in another run
+        if value is not None and not isinstance(getattr(type(args), name, None), (int, float)):
+            settings[name] = str(value)
+    first = {
+        "base": "+".join(filter(None, (settings["criterion"], settings["distribution"]))),
+        "env_id": args.env_id,
+        "method": "+".join(dict.fromkeys([args.actor_method, args.critic_method])),
+        "seed": args.seed,
+        "sparsity": max(args.actor_sparsity, args.critic_sparsity),
     }
     metrics = ["eval/final_return", "eval/episodic_return", "charts/SPS"]
-    for summary in hyperparameters(first, {key: given[key] for key in given if key not in first}, metrics):
+    for summary in hyperparameters(first, settings, metrics):
         writer.file_writer.add_summary(summary)
 
 
