@@ -519,10 +519,10 @@ def fix_masks(
 # WHAT A MASK LOOKS LIKE
 
 MASK_COLOURS = (
-    ((24, 26, 32), "dark: pruned"),
-    ((176, 182, 192), "grey: kept by static pruning"),
-    ((255, 140, 0), "orange: revived"),
-    ((16, 32, 96), "blue: outside the active width"),
+    ((24, 26, 32), "pruned"),
+    ((176, 182, 192), "kept by static pruning"),
+    ((255, 140, 0), "revived"),
+    ((16, 32, 96), "outside the active width"),
 )
 
 

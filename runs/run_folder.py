@@ -25,7 +25,7 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
@@ -34,7 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from runs.record import code_hash, fail, read_config
+from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
@@ -201,11 +201,13 @@ def claim(run_dir: Path) -> None:
 
 
 def hyperparameters(first: dict, rest: dict, metrics: list[str]) -> list[Summary]:
-    """What TensorBoard's HParams tab reads. It shows first what is said to differ, so `first` is said to."""
+    """What TensorBoard's HParams tab reads. It opens with the first five by name of what is said to differ, so `first`,
+    five of them, is said to. None is an empty cell. A column of numbers and strings could not be sorted."""
     start, infos = SessionStartInfo(), []
-    for name, value in (first | rest).items():
+    for name, value in (rest | first).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
+        if value is not None:
+            setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
         kind = api_pb2.DataType.Value("DATA_TYPE_FLOAT64" if number else "DATA_TYPE_STRING")
         infos.append(api_pb2.HParamInfo(name=name, type=kind, differs=name in first))
     infos_of_metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=metric)) for metric in metrics]
@@ -222,15 +224,24 @@ def hyperparameters(first: dict, rest: dict, metrics: list[str]) -> list[Summary
 
 
 def log_args(writer: SummaryWriter, args) -> None:
-    """All arguments as a table and, to filter and compare runs by them, through TensorBoard's HParams plugin."""
+    """All arguments as a table and, to filter and compare runs by them, those that act on the result through
+    TensorBoard's HParams plugin, the ones that the run's methods ignore left empty."""
     given = asdict(args)
     rows = "\n".join(f"|{key}|{value}|" for key, value in given.items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-    first = {"base": f"{args.criterion}+{args.distribution}"} | {
-        key: given[key] for key in ("method", "seed", "sparsity")
+    settings = {name: None for name in given if name not in NOT_OF_THE_RESULT} | identity(given)
+    for name, value in settings.items():  # a flag whose default is no number may be a word in another run
+        if value is not None and not isinstance(getattr(type(args), name, None), (int, float)):
+            settings[name] = str(value)
+    first = {
+        "base": "+".join(filter(None, (settings["criterion"], settings["distribution"]))),
+        "env_id": args.env_id,
+        "method": "+".join(dict.fromkeys([args.actor_method, args.critic_method])),
+        "seed": args.seed,
+        "sparsity": max(args.actor_sparsity, args.critic_sparsity),
     }
     metrics = ["eval/final_return", "eval/episodic_return", "charts/SPS"]
-    for summary in hyperparameters(first, {key: given[key] for key in given if key not in first}, metrics):
+    for summary in hyperparameters(first, settings, metrics):
         writer.file_writer.add_summary(summary)
 
 
@@ -271,7 +282,7 @@ def log_topology(
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
             image = sparse_utils.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
-            image = np.concatenate([image, mask_legend(image.shape[1])])
+            image = np.concatenate([image, mask_legend(image)])
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
             writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
         active = sum(int(mask.sum()) for mask in network_masks.values())
@@ -279,15 +290,20 @@ def log_topology(
         writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
 
 
-def mask_legend(width: int) -> np.ndarray:
-    """What the colours of a mask's image mean, as uint8 of shape (height, width, 3)."""
-    entries = [((255, 255, 255), "left: after static pruning, right: after revival"), *sparse_utils.MASK_COLOURS]
-    image = Image.new("RGB", (width, 16 * len(entries)), "white")
-    draw = ImageDraw.Draw(image)
+def mask_legend(image: np.ndarray) -> np.ndarray:
+    """What the halves of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
+    with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
+    colours = [entry for entry in sparse_utils.MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    entries = [("white", "after static pruning"), ("white", "after revival"), *colours]
+    width, size = image.shape[1], image.shape[1] // 28
+    row = size * 3 // 2
+    legend = Image.new("RGB", (width, row * math.ceil(len(entries) / 2)), "white")
+    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
     for i, (colour, text) in enumerate(entries):
-        draw.rectangle((4, 16 * i + 3, 14, 16 * i + 13), fill=colour)
-        draw.text((20, 16 * i + 2), text, fill="black")
-    return np.asarray(image)
+        x, y = i % 2 * (width // 2 + 4), i // 2 * row + row // 2
+        draw.rectangle((x, y - size // 3, x + size * 2 // 3, y + size // 3), colour)
+        draw.text((x + size, y), text, "black", font, "lm")
+    return np.asarray(legend)
 
 
 def log_rewiring(

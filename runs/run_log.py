@@ -152,6 +152,7 @@ def publish(run: Path, copy: Path) -> None:
 def write_events(run: Path, destination: Path, first: dict, rest: dict, final: float) -> None:
     """An event file with the run's scalars at their steps and times, its hyperparameters and its final return."""
     points, began = read_scalars(run)
+    first = first | {"env_id": rest["env_id"]}  # the fifth of the columns with which the HParams tab opens
     events = [Event(wall_time=began, file_version="brain.Event:2")]
     events += [Event(wall_time=began, summary=part) for part in hyperparameters(first, rest, ["eval/final_return"])]
     points = points.sort_values("seconds", kind="stable").to_dict("records")

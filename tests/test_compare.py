@@ -665,7 +665,7 @@ def test_event_files_of_published_runs_hold_steps_times_and_hyperparameters(make
         }
         experiment, start = (parse(log.SummaryMetadata(tag).plugin_data.content) for tag, parse in contents.items())
         infos = sorted(experiment.hparam_infos, key=lambda info: (not info.differs, info.name))  # as TensorBoard does
-        assert [info.name for info in infos[:4]] == ["base", "method", "seed", "sparsity"]
+        assert [info.name for info in infos[:5]] == ["base", "env_id", "method", "seed", "sparsity"]
         assert [metric.name.tag for metric in experiment.metric_infos] == ["eval/final_return"]
         shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
         assert shown["method"] == args["method"] and shown["seed"] == args["seed"] and shown["policy_noise"] == 0.2

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.tensorboard import SummaryWriter
 
 import sac_tar
 import sparse_utils
 import td3_tar
 from runs import record, run_folder
+from runs.checks import complete_args
 
 METHODS = ["tar", "static", "uniform", "dense"]  # those of one size whose masks stay
 
@@ -224,7 +227,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
     losses += ["alpha", "alpha_loss"] if script is sac_tar else []
     expected = {f"losses/{loss}" for loss in losses}
     expected |= {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    expected |= {"eval/episodic_return", "eval/episodic_length"}
+    expected |= {"eval/episodic_return", "eval/episodic_length", "eval/final_return"}
     expected |= {f"sparsity/{name}" for name in topology} | {f"sparsity/density_{layer}" for layer in layers}
     expected |= {"flops/inference", "flops/training"}
     assert set(log.Tags()["scalars"]) == expected
@@ -240,6 +243,60 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
         assert measured == pytest.approx([1 - network["budget"] / size] * len(measured))
     for tag in expected:
         assert all(math.isfinite(e.value) for e in log.Scalars(tag)), tag
+
+
+@pytest.mark.parametrize(
+    "given, opens_with, reserve, active_width",
+    [
+        ({"seed": 3}, ["random+er", "A-v1", "tar", 3, 0.9], 0.1, None),
+        ({"method": "dense"}, ["", "A-v1", "dense", 1, 0.0], None, None),
+        ({"critic_method": "dense"}, ["random+er", "A-v1", "tar+dense", 1, 0.9], 0.1, None),
+        ({"actor_sparsity": 0.5, "critic_sparsity": 0.8}, ["random+er", "A-v1", "tar", 1, 0.8], 0.1, None),
+        ({"method": "static", "active_width": 24}, ["random+er", "A-v1", "static", 1, 0.9], None, "24"),
+        ({"active_width": "auto"}, ["random+er", "A-v1", "tar", 1, 0.9], 0.1, "auto"),
+    ],
+)
+def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(
+    script, tmp_path, given, opens_with, reserve, active_width
+):
+    """TensorBoard opens with five columns, sorted as here, and cannot sort a column of numbers and strings."""
+    args = script.Args(env_id="A-v1", **given)
+    complete_args(args)
+    with SummaryWriter(tmp_path) as writer:
+        run_folder.log_args(writer, args)
+    contents = {
+        tag: about.plugin_data.content for tag, about in events(tmp_path).summary_metadata.items() if "_hparams_" in tag
+    }
+    infos = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG]).hparam_infos
+    columns = sorted(infos, key=lambda info: (not info.differs, info.name))
+    start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    assert [info.name for info in columns[:5]] == ["base", "env_id", "method", "seed", "sparsity"]
+    assert [shown[info.name] for info in columns[:5]] == opens_with
+    assert (shown.get("reserve"), shown.get("active_width")) == (reserve, active_width)
+    left_out = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
+    # the same ones in every run, since TensorBoard takes the columns of any one run
+    assert {info.name for info in columns} == {"base"} | vars(args).keys() - left_out
+
+
+@pytest.mark.parametrize("n_in", [3, 140, 376])
+def test_the_legend_is_as_wide_as_the_mask_and_names_the_colours_in_it(n_in):
+    (pruned, _), (kept, _), (revived, _), (outside, _) = sparse_utils.MASK_COLOURS
+    static, final = torch.zeros(64, n_in, dtype=torch.bool), torch.ones(64, n_in, dtype=torch.bool)
+    heights = []
+    for masks, part, colours in (
+        ((final, final), (64, n_in), [kept]),
+        ((static, final), (64, n_in), [pruned, revived]),
+        ((static, static), (24, n_in), [pruned, outside]),
+    ):
+        image = sparse_utils.mask_image(*masks, part)
+        legend = run_folder.mask_legend(image)
+        assert legend.shape[1:] == image.shape[1:] and legend.dtype == np.uint8
+        for colour, _ in sparse_utils.MASK_COLOURS:
+            assert (legend == colour).all(-1).any() == (colour in colours)
+        assert (legend == 255).all(-1)[:, -image.shape[1] // 50 :].all()  # no text is cut off
+        heights.append(legend.shape[0] / image.shape[1])
+    assert min(heights) > 0.1  # letters grow with the image, which TensorBoard scales to its card
 
 
 @pytest.mark.parametrize("distribution", ["er", "uniform"])
