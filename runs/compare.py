@@ -591,9 +591,11 @@ def main(args: Args) -> None:
     folder = args.folder
     runs, notes, against = read(folder, args)
     if args.events:
+        # the same columns in every run, since TensorBoard takes those of any one run
+        names = dict.fromkeys(name for settings in runs.settings for name in settings)
         for run in runs.itertuples():
             first = {"method": run.method, "base": run.base, "sparsity": run.sparsity, "seed": run.seed}
-            rest = {"env_id": run.env_id, "script": run.script} | run.settings
+            rest = {"env_id": run.env_id, "script": run.script} | names | run.settings
             run_log.write_events(run.folder, args.events / run.folder.name, first, rest | first, run.final)
         print(f"wrote {args.events}; watch it with: tensorboard --logdir {args.events}")
         return

@@ -149,7 +149,7 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
-    it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>+<distribution>, left
+    it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
     out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
     """
     methods, sparsities, inits = (
@@ -158,7 +158,7 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     )
     parts = [args.env_id, args.exp_name, "+".join(methods)]
     if set(methods) - sparse_utils.UNPRUNED.keys():
-        parts.append(f"{args.criterion}+{args.distribution}")
+        parts.append(f"{args.criterion}-{args.distribution}")  # TensorBoard breaks long names at a hyphen
     parts.append("s" + "+".join(map(str, sparsities)))
     if args.active_width is not None:
         parts.append(f"w{args.active_width}")

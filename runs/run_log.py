@@ -17,9 +17,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from runs.record import read_config
 from runs.run_folder import hyperparameters
+from sparse_utils import MASK_COLOURS
 
 PUBLISHED_TAGS = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
-MASK_COLOURS = ("#181a20", "#b0b6c0", "#ff8c00", "#102060")  # pruned, kept, revived, outside the active neurons
 
 
 def read_events(run: Path) -> EventAccumulator:
@@ -86,8 +86,8 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
             image = log.Images(f"topology/{network}.{layer}")[0]
             pixels = (255 * plt.imread(io.BytesIO(image.encoded_image_string))[..., :3]).round().astype(int)
             kinds = np.full(pixels.shape[:2], 3)
-            for kind, colour in enumerate(MASK_COLOURS[:3]):
-                kinds[(pixels == list(bytes.fromhex(colour[1:]))).all(-1)] = kind
+            for kind, (colour, _) in enumerate(MASK_COLOURS[:3]):
+                kinds[(pixels == colour).all(-1)] = kind
             down, across = (max(1, 256 // n) for n in row["shape"])
             height, width = row["shape"][0] * down, row["shape"][1] * across
             before, after = kinds[:height:down, :width:across], kinds[:height:down, -width::across]
@@ -105,11 +105,12 @@ def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], r
     figure, grid = plt.subplots(len(layers), 4, layout="constrained", figsize=size, squeeze=False)
     outside = ", blue: outside the active neurons" if any((kinds[0] == 3).any() for kinds in layers.values()) else ""
     figure.suptitle(f"{network} of {run}\ndark: pruned, grey: kept by static pruning, orange: revived{outside}")
+    colours = ListedColormap([np.array(colour) / 255 for colour, _ in MASK_COLOURS])
     looks = {"before": ("#0072B2", 3.5), "after": ("#D55E00", 1.5)}
     for (layer, kinds), row in zip(layers.items(), grid):
         masks = [np.isin(kind, (1, 2)) for kind in kinds]
         for axes, kind, mask, when in zip(row, kinds, masks, looks):
-            axes.imshow(kind, ListedColormap(MASK_COLOURS), vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+            axes.imshow(kind, colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
             title = f"{layer} {when}: {np.count_nonzero(mask)} of {mask.size}"
             axes.set(title=title, xlabel="input neuron", ylabel="output neuron")
         for axes, axis, side in zip(row[2:], (0, 1), ("input", "output")):

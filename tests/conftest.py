@@ -57,6 +57,7 @@ class BrokenEnv(ProbeEnv):
 
 gym.register("BrokenProbe-v0", BrokenEnv)
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
+gym.register("folder/Probe-v0", ProbeEnv, max_episode_steps=7)
 gym.register("UnboundedProbe-v0", UnboundedEnv)
 gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)
 

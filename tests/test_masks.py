@@ -308,6 +308,7 @@ def test_synflow_never_takes_back_what_it_pruned(monkeypatch):
         su.static_prune(weights, 5, "synflow", "global", g)
         assert len(rounds) == 101 and rounds[0].all()
         assert not any((later & ~earlier).any() for earlier, later in zip(rounds, rounds[1:]))
+        assert [int(kept.sum()) for kept in rounds] == [round(84 * (5 / 84) ** (i / 100)) for i in range(101)]
 
 
 @pytest.mark.parametrize("keep", [842, 27, 1])

@@ -305,8 +305,18 @@ def test_an_optimizers_rate_is_restored_and_a_parameter_that_no_checkpoint_holds
 def test_resuming_a_finished_run_changes_nothing(run, resume):
     run_dir = run()
     final, logged = load(run_dir), scalars(run_dir)
-    resume(run_dir)
-    assert same(load(run_dir), final) and scalars(run_dir) == logged
+    for _ in range(2):
+        resume(run_dir)
+        assert same(load(run_dir), final) and scalars(run_dir) == logged
+    assert [part["from_step"] for part in rf.read_config(run_dir)["segments"]] == [0, 160]
+
+
+def test_a_run_that_grows_is_not_finished_until_it_is(run, resume, stop_after):
+    run_dir = run(total_timesteps=200)
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        resume(run_dir, total_timesteps=300)
+    assert not (run_dir / "final.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -448,7 +458,7 @@ def test_what_a_user_adds_to_the_agent_is_restored_if_it_stands_in_its_place(mon
     command = [sys.executable, str(tmp_path / "my_sac.py"), *flags.split(), str(tmp_path / "mine")]
     subprocess.run([*command, "--total-timesteps", "80"], check=True, capture_output=True)
     (run_dir,) = (tmp_path / "mine").iterdir()
-    assert run_dir.name.startswith("Pendulum-v1__my_sac__tar__random+er__s0.9__1__")
+    assert run_dir.name.startswith("Pendulum-v1__my_sac__tar__random-er__s0.9__1__")
     again = [sys.executable, str(tmp_path / "my_sac.py"), "--resume", str(run_dir), "--total-timesteps", "100"]
     subprocess.run(again, check=True, capture_output=True)
     checkpoint = load_checkpoint(run_dir)
@@ -512,20 +522,27 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_last_checkpoint_whole(
     assert_same_run(run_dir, undisturbed)
 
 
-def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(run, resume, script, stop_after, tmp_path):
+def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(
+    run, resume, script, stop_after, tmp_path, monkeypatch
+):
     stop_after(130)
-    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50}
+    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50, "method": "set"}
+    flags |= {"rewire_every": 20}
     run_dir = interrupted(run, **flags, runs_dir=str(tmp_path / "b"))
     assert not list(run_dir.glob("replay/*"))  # that of step 50, which pruning could have needed, is gone
     checkpoint = load_checkpoint(run_dir)
     sampled = []
     sample = script.ReplayBuffer.sample
     script.ReplayBuffer.sample = lambda self, size: sampled.append(self.added) or sample(self, size)
+    rewired, log_rewiring = [], rf.log_rewiring
+    monkeypatch.setattr(rf, "log_rewiring", lambda *a: rewired.append(a[2]) or log_rewiring(*a))
     try:
         resume(run_dir)
     finally:
         script.ReplayBuffer.sample = sample
-    assert sampled[0] == 62 and len(sampled) == 300 - 130 - 61  # 60 steps of --learning-starts, as at first
+    # 60 steps of --learning-starts, as at first; each rewiring draws a batch too, and the first comes after them
+    assert rewired == [200, 220]
+    assert sampled[0] == 62 and len(sampled) == 300 - 130 - 61 + len(rewired)
     assert load(run_dir)["global_step"] == 300 and checkpoint["global_step"] == 130
 
 

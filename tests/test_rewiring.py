@@ -245,6 +245,23 @@ def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, widt
     assert seen["steps"] == [80, 120]
 
 
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, [80, 120]),
+        ({"prune_at": 20}, [80, 120]),  # learning, from 60 on, comes first
+        ({"prune_at": 80}, [120]),  # not at the step of pruning
+        ({"rewire_stop": 0.6}, [80]),  # nor at the step where it stops
+    ],
+)
+def test_rewirings_come_when_they_should_and_drop_by_the_criterion_of_the_flag(run, monkeypatch, flags, expected):
+    steps, criteria, log_rewiring, drop = [], set(), run_folder.log_rewiring, su.drop
+    monkeypatch.setattr(run_folder, "log_rewiring", lambda *a: steps.append(a[2]) or log_rewiring(*a))
+    monkeypatch.setattr(su, "drop", lambda *a: criteria.add(a[4]) or drop(*a))
+    run(method="set", drop_criterion="mest", **REWIRING | flags)
+    assert steps == expected and criteria == {"mest"}
+
+
 def test_an_evaluation_comes_before_the_rewiring_of_its_step(run, script, monkeypatch):
     order, evaluate, log_rewiring = [], script.evaluate, run_folder.log_rewiring
     monkeypatch.setattr(script, "evaluate", lambda *a: order.append("evaluation") or evaluate(*a))
@@ -391,7 +408,7 @@ def test_each_network_may_have_an_arm_and_a_sparsity_of_its_own(run, capsys, com
     flags = {"actor_method": "static", "critic_method": "rigl", "actor_sparsity": 0.9, "compute": compute}
     flags |= {"total_timesteps": 300, "rewire_stop": 0.5}
     run_dir = run(method="tar", **REWIRING | flags)
-    assert "__static+rigl__random+er__s0.9+0.8__" in run_dir.name
+    assert "__static+rigl__random-er__s0.9+0.8__" in run_dir.name
     console = capsys.readouterr().out
     assert {"masked": "actor, qf1, qf2 masked, since", "auto": "qf1, qf2 sparse, since it is 20%"}[compute] in console
     topology, final = json.loads((run_dir / "topology.json").read_text()), load(run_dir)

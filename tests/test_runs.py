@@ -190,7 +190,7 @@ def test_every_criterion_trains_and_leaves_its_files_and_tags(run, script, monke
         "replay",
         "topology.json",
     ]
-    base = "" if method == "dense" else f"{criterion}+global__"
+    base = "" if method == "dense" else f"{criterion}-global__"
     sparsity = 0.0 if method == "dense" else 0.9
     assert run_dir.name.startswith(f"Pendulum-v1__{script.__name__}__{method}__{base}s{sparsity}__1__")
     assert run_dir.name.split("__")[-1].isdigit()
@@ -416,7 +416,15 @@ def test_sac_alpha_follows_its_loss(tmp_path):
 
 
 def test_a_module_with_the_environment_may_be_named_and_the_folders_name_holds_no_colon(run):
-    assert run(env_id="conftest:Probe-v0", total_timesteps=62).name.startswith("conftest-Probe-v0__")
+    run_dir = run(env_id="conftest:Probe-v0", total_timesteps=62)
+    assert run_dir.name.startswith("conftest-Probe-v0__")
+    other = run(env_id="folder/Probe-v0", total_timesteps=62)  # a slash makes no folder
+    assert other.name.startswith("folder-Probe-v0__") and other.parent == run_dir.parent
+
+
+@pytest.mark.parametrize("method", ["dense", "tiny"])
+def test_what_is_not_pruned_has_no_base_in_its_name(run, script, method):
+    assert f"__{script.__name__}__{method}__s" in run(method=method, total_timesteps=62).name
 
 
 def test_comments_and_docstrings_are_not_code(script, tmp_path):
@@ -445,6 +453,11 @@ def test_comments_and_docstrings_are_not_code(script, tmp_path):
         kernel.write_text(text)
         hashes.append(record.code_hash(copy))
     assert hashes[4] == hashes[5] != hashes[6] != hashes[3]
+    (tmp_path / "runs").mkdir()
+    for name in ("sparse_utils.py", "runs/checks.py"):
+        (tmp_path / name).write_text("size = 2")
+        hashes.append(record.code_hash(copy))
+    assert len(set(hashes[-3:])) == 3
 
 
 def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(script, tmp_path, monkeypatch):

@@ -367,6 +367,16 @@ def test_expanding_gives_back_the_same_layers_with_todays_values_and_moments():
     assert {optimizer.state[p]["step"].item() for p in parameters} == {3}
 
 
+def test_a_frozen_network_stays_frozen():
+    network, masks = make_network()
+    network.requires_grad_(False)
+    sk.compact_network(network, masks)
+    assert not network.sparse.flat.requires_grad
+    network.requires_grad_(True)
+    sk.expand_network(network)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_a_compacted_network_can_be_copied_and_saved(tmp_path):
     network, masks = make_network()
     x = torch.randn(20, 5)

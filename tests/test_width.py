@@ -115,6 +115,7 @@ def test_widths_are_per_network_and_only_of_networks_with_a_mask():
     methods = {"actor": "tar", "qf1": "rigl", "qf2": "dense"}
     assert su.active_widths(networks, methods, budgets, None) == dict.fromkeys(networks, 256)
     assert su.active_widths(networks, methods, budgets, 48) == {"actor": 48, "qf1": 48, "qf2": 256}
+    assert su.active_widths(networks, methods, budgets, "auto")["qf1"] == 37  # at 98% of HalfCheetah-v4's critics
     budgets["qf1"] = (71680, 0)
     auto = su.active_widths(networks, methods, budgets, "auto")
     assert auto["actor"] < auto["qf1"] == auto["qf2"] == 256
