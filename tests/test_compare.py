@@ -246,6 +246,19 @@ def test_a_flag_that_only_some_runs_have_makes_arms_of_their_own(make, compariso
     assert arms == {"static random+er": 150, "static random+er my_coefficient=0.5": 450}
 
 
+def test_flags_of_one_network_are_named_where_they_are_not_those_of_both(make, comparison):
+    for method in ("static", "tar"):
+        make(100, method=method, init="dense", actor_init="dense", critic_init="dense")
+        make(200, method=method, init="sparse", actor_init="sparse", critic_init="sparse")
+    make(300, method="tar", init="dense", actor_init="sparse", critic_init="dense")
+    arms = comparison()["returns"].set_index("arm")["final return"].to_dict()
+    assert arms == {
+        "static random+er init=dense": 100, "static random+er init=sparse": 200,
+        "tar random+er actor_init=dense init=dense": 100, "tar random+er actor_init=sparse init=sparse": 200,
+        "tar random+er actor_init=sparse init=dense": 300,
+    }  # fmt: skip
+
+
 def test_a_complete_comparison_says_so(make, comparison):
     for method, seed in itertools.product(("dense", "static", "tar"), (1, 2)):
         make(seed, method=method, seed=seed)
