@@ -155,7 +155,7 @@ def active_widths(
         shapes = [weight.shape for weight in layers.values()]
         if asked is not None and any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
             raise ValueError(f"--active-width needs layers that are a chain, and those of {name} are {shapes}")
-        hidden = max((weight.shape[0] for weight in list(layers.values())[:-1]), default=0)
+        hidden = max((n for (n_out, _), (_, n_in) in zip(shapes, shapes[1:]) for n in (n_out, n_in)), default=0)
         if asked is None or methods[name] in UNPRUNED:
             widths[name] = hidden
             continue

@@ -61,17 +61,21 @@ def essence(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def imported(path: Path, folder: Path) -> set[Path]:
-    """The modules in this folder that a file there imports, and those that they import, beside what CODE names."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = {folder / f"{name.replace('.', '/')}.py" for name in names if name.split(".")[0] != "runs"}
-    found = {file for file in files if file.exists() and file.name != "sparse_utils.py"}
-    return found.union(*(imported(file, folder) for file in found - {path}))
+def imported(script: Path, folder: Path) -> set[Path]:
+    """The modules in this folder that a script imports, and those that they import, beside what CODE names."""
+    found, todo = set(), [script]
+    while todo:
+        names = set()
+        for node in ast.walk(ast.parse(todo.pop().read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        files = {folder / f"{name.replace('.', '/')}.py" for name in names if name.split(".")[0] != "runs"}
+        new = {file for file in files - found if file.exists() and file.name not in ("sparse_utils.py", script.name)}
+        found |= new
+        todo += new
+    return found
 
 
 def code_hash(script: Path) -> str:

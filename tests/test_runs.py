@@ -444,6 +444,9 @@ def test_comments_and_docstrings_are_not_code(script, tmp_path):
         hashes.append(record.code_hash(copy))
     assert hashes[4] == hashes[5] != hashes[6]
     del hashes[4:]
+    for name, other in (("my_nets", "my_losses"), ("my_losses", "my_nets")):  # which import each other
+        (tmp_path / f"{name}.py").write_text(f"import {other}")
+    assert record.code_hash(copy) not in hashes
     copy.write_text(source)
     (tmp_path / "sparse_utils.py").write_text("")
     hashes[3] = record.code_hash(copy)

@@ -128,6 +128,13 @@ def test_a_width_needs_a_chain_of_layers():
     assert su.active_widths({"actor": heads}, {"actor": "tar"}, {"actor": (20, 0)}, None) == {"actor": 8}
 
 
+def test_without_a_width_no_connection_is_closed_also_where_inputs_come_in_again_behind_a_layer():
+    layers = {"fc1": nn.Linear(3, 8), "fc2": nn.Linear(8 + 3, 8), "fc3": nn.Linear(8, 1)}  # fc2 reads the input too
+    (width,) = su.active_widths({"qf1": nn.ModuleDict(layers)}, {"qf1": "tar"}, {"qf1": (20, 0)}, None).values()
+    weights = {name: layer.weight for name, layer in layers.items()}
+    assert all(torch.equal(part, weights[name]) for name, part in su.active_part(weights, width).items())
+
+
 def test_only_plain_networks_are_cut():
     """A norm over neurons reads the dead ones too."""
     plain = network(3, 8, 2)
