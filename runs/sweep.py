@@ -58,7 +58,9 @@ class Args:
     vary: tuple[str, ...] = ()
     """further axes, each any flag of the scripts as <name>=<value>,<value>; none stands for the default None"""
     seeds: int = 5
-    """seeds 1 to this one; all arms at one seed come before the next seed"""
+    """the last seed; all arms at one seed come before the next seed"""
+    first_seed: int = 1
+    """the first seed; another one keeps an evaluation apart from the seeds on which something was chosen"""
     total_timesteps: int = 1_000_000
     """environment steps of each run"""
     runs_dir: str = "runs"
@@ -240,7 +242,7 @@ def grid(args: Args) -> Iterator[tuple[Script, dict]]:
     """Script and flags of every combination, seed by seed, so that what is done first is a balanced part of it all."""
     scripts = [load(find_script(name)) for name in args.script]
     for seed, script, env_id, sparsity, base, method in itertools.product(
-        range(1, args.seeds + 1), scripts, args.env_id, args.sparsity, args.base, args.method
+        range(args.first_seed, args.seeds + 1), scripts, args.env_id, args.sparsity, args.base, args.method
     ):
         own = dict(zip(AXES, (env_id, method, *base.split("+"), sparsity, seed), strict=True))
         yield script, own | {"total_timesteps": args.total_timesteps}
@@ -428,6 +430,8 @@ def main() -> int:
             fail(f"--base is <criterion>+<distribution>, such as random+er, got {base}")
     if args.seeds < 1 or args.retries < 0 or (args.cores is not None and args.cores < 1):
         fail("--seeds and --cores must be at least 1 and --retries at least 0")
+    if not 1 <= args.first_seed <= args.seeds:
+        fail(f"--first-seed must be from 1 to --seeds, which is {args.seeds}, got {args.first_seed}")
     if args.cores and args.ray_address:
         fail("--cores is for this machine; a cluster's nodes say their own with `ray start --num-cpus`")
     if len({Path(name).stem for name in args.script}) < len(args.script):

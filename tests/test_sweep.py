@@ -211,11 +211,12 @@ GRID = ("--env-id", "E", "--method", "tar")
 
 def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing(project):
     words = "--script td3_tar.py --env-id E --method dense static --base random+er snip+global --sparsity 0.9 0.95"
-    text = end(start(project, *words.split(), "--seeds", 2, "--dry-run", "--", "--hidden-size", 32))
+    seeds = ("--first-seed", 4, "--seeds", 5)
+    text = end(start(project, *words.split(), *seeds, "--dry-run", "--", "--hidden-size", 32))
     commands = [line for line in text.splitlines() if line.startswith("python ")]
     place = "--total-timesteps 10 --runs-dir runs --torch-threads 1 --hidden-size 32"
     expected = []
-    for seed in (1, 2):
+    for seed in (4, 5):
         expected.append(f"python td3_tar.py --env-id E --method dense --seed {seed} {place}")
         for sparsity in (0.9, 0.95):
             for criterion, distribution in (("random", "er"), ("snip", "global")):
@@ -230,6 +231,7 @@ def test_the_grid_is_seed_by_seed_with_dense_once_and_the_dry_run_writes_nothing
     [
         ("--base random", "--base is <criterion>+<distribution>"),
         ("--seeds 0", "must be at least 1"),
+        ("--seeds 3 --first-seed 4", "--first-seed must be from 1 to --seeds, which is 3, got 4"),
         ("--cores 0", "must be at least 1"),
         ("--ray-address auto --cores 2", "--cores is for this machine"),
         ("-- --seed 3", "--seed is for the sweep to set"),
