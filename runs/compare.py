@@ -116,6 +116,8 @@ def read_run(run: Path, notes: list[str], separate_code: bool) -> dict | None:
     settings = {name: value for name, value in identity(args).items() if name not in ("env_id", "seed")}
     if settings.get("exp_name") == config["script"]:
         del settings["exp_name"]  # the default
+    if len(segments) == 1 and "save_buffer" in settings:
+        settings["save_buffer"] = True  # which makes a difference to a resumed run alone
     if separate_code:
         settings["code"] = row["code"]
     row |= {"settings": settings, "dense": "sparsity" not in settings, "sparsity": settings.get("sparsity", 0.0)}

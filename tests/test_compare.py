@@ -246,6 +246,15 @@ def test_a_flag_that_only_some_runs_have_makes_arms_of_their_own(make, compariso
     assert arms == {"static random+er": 150, "static random+er my_coefficient=0.5": 450}
 
 
+def test_keeping_the_buffer_makes_an_arm_of_its_own_only_where_a_run_was_resumed(make, comparison):
+    make(1, seed=1, save_buffer=True)
+    make(3, seed=2, save_buffer=False)
+    assert list(comparison()["returns"].arm) == ["tar random+er"]
+    make(5, seed=3, save_buffer=False, segments=[{"code": "c0de" * 3}, {"code": "c0de" * 3, "from_step": 500}])
+    arms = list(comparison()["returns"].arm)
+    assert arms == ["tar random+er save_buffer=False", "tar random+er save_buffer=True"]
+
+
 def test_flags_of_one_network_are_named_where_they_are_not_those_of_both(make, comparison):
     for method in ("static", "tar"):
         make(100, method=method, init="dense", actor_init="dense", critic_init="dense")
