@@ -8,9 +8,7 @@ tensorboard --logdir runs
 import copy
 import math
 import random
-import shlex
 import signal
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -27,7 +25,6 @@ import torch.optim as optim
 import tyro
 from gymnasium.wrappers import RecordVideo
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import sparse_kernels
 import sparse_utils
@@ -259,26 +256,6 @@ def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module],
     torch._foreach_lerp_(parameters_of(targets.values()), online, tau)
 
 
-def evaluate_saved(args: Args) -> None:
-    """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
-    complete_args(args)
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    path, saved = run_folder.load_policy(args.evaluate, SCRIPT)
-    env = make_env(saved["args"]["env_id"], args.capture_video)
-    if args.capture_video:
-        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
-    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
-    actor = Actor(env.observation_space.shape[0], env.action_space, hidden_size)
-    run_folder.load_networks({"actor": actor}, saved)
-    video = f"evaluate-{path.stem}" if args.capture_video else ""
-    seed = saved["args"]["seed"] + 2**31
-    returns, _ = evaluate(env, actor, args.eval_episodes, seed, torch.device("cpu"), video)
-    env.close()
-    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
-    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")
-
-
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
     complete_args(args)
@@ -359,12 +336,9 @@ def train(args: Args) -> Path:
         """All that the rest of the run depends on, the environment as its generator and actions since the reset."""
         writer.flush()
         progress.sps_seconds = time.perf_counter() - sps_from_time
-        state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks) | {
-            "adam": {name: run_folder.adam_state(modules[name], optimizer) for name, optimizer in optimizers.items()},
-            "rates": {name: run_folder.rates(optimizer) for name, optimizer in optimizers.items()},
-            "progress": vars(progress),
-            "random": run_folder.random_states(mask_generator, env.action_space),
-        }
+        state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks)
+        state |= run_folder.training_state(modules, optimizers, progress)
+        state["random"] = run_folder.random_states(mask_generator, env.action_space)
         with_buffer = args.save_buffer or global_step <= args.prune_at  # pruning may need it
         run_folder.save_checkpoint(run_dir, state, rb.rows if with_buffer else None, rb.added)
 
@@ -393,27 +367,16 @@ def train(args: Args) -> Path:
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
     if checkpoint:  # back to the middle of its episode: the same reset, the same actions
-        if progress.episode_generator:
-            env.unwrapped.np_random.bit_generator.state = progress.episode_generator
-            obs, _ = env.reset()
-        for action in progress.episode_actions:
-            obs, reward, _, _, _ = env.step(np.array(action, dtype=env.action_space.dtype))
-            episodic_return += float(reward)
-            episodic_length += 1
+        obs, episodic_return, episodic_length = run_folder.replay_episode(env, obs, progress)
         run_folder.set_random_states(checkpoint["random"], mask_generator, env.action_space)
-    steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
-    wait = 0.5 if sys.stderr.isatty() else 60
-    bar = tqdm(steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
+    bar = run_folder.progress_bar(start_step, args.total_timesteps)  # the last step only saves and evaluates
     sps_from_time = time.perf_counter() - progress.sps_seconds
     for global_step in bar:
         last = global_step == args.total_timesteps
         if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:
             save_checkpoint(global_step)
         if STOP_SIGNALS:
-            writer.close()
-            command = f"python {SCRIPT.name} --resume {shlex.quote(str(run_dir))}"
-            tqdm.write(f"stopped at step {global_step}; go on with: {command}")
-            sys.exit(128 + STOP_SIGNALS[0])
+            run_folder.stop(writer, SCRIPT, run_dir, global_step, STOP_SIGNALS[0])
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
         if global_step == args.prune_at:
@@ -541,10 +504,7 @@ def train(args: Args) -> Path:
                     "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
                     **progress.actor_scalars,
                 }
-                scalars = {name: value.item() for name, value in scalars.items()}
-                run_folder.stop_unless_finite(writer, global_step, scalars)
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, global_step)
+                run_folder.log_scalars(writer, global_step, scalars)
                 if global_step > sps_from_step:
                     sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)
                     writer.add_scalar("charts/SPS", sps, global_step)
@@ -565,7 +525,7 @@ def train(args: Args) -> Path:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.evaluate is not None:
-        return evaluate_saved(args)
+        return run_folder.evaluate_saved(args, SCRIPT, Actor, Actor.forward, evaluate)
     if args.resume is not None:  # what is not given is as it was
         saved = run_folder.resumed_args(Args, args.resume, SCRIPT)
         args = tyro.cli(Args, default=saved)
