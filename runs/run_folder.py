@@ -40,7 +40,7 @@ from runs.checks import check_args, complete_args, make_env
 from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
-CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
+CHECKPOINT_FORMAT = 3  # raised whenever a checkpoint of before can no longer be resumed
 REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that much is copied in memory
 # flags that may change when a run is resumed
 MAY_CHANGE = {
@@ -153,7 +153,8 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
-    out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
+    out where nothing is pruned; w<active width>, init-<init>, n<n step> and recent<recent fraction> stand before the
+    seed where they are not the defaults.
     """
     methods, sparsities, inits = (
         list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
@@ -167,6 +168,10 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
         parts.append(f"w{args.active_width}")
     if inits != [type(args).init]:
         parts.append("init-" + "+".join(inits))
+    if args.n_step != 1:
+        parts.append(f"n{args.n_step}")
+    if args.recent_fraction:
+        parts.append(f"recent{args.recent_fraction}")
     unix_time = int(time.time())
     while True:
         name = "__".join([*parts, str(args.seed), str(unix_time)])
@@ -256,12 +261,19 @@ def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict
             fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
 
 
-def log_scalars(writer: SummaryWriter, global_step: int, scalars: dict[str, Tensor]) -> None:
-    """Log tensors of one element; ends the program with one sentence if one is NaN or infinite."""
-    values = {name: value.item() for name, value in scalars.items()}
+def log_scalars(writer: SummaryWriter, global_step: int, scalars: dict[str, Tensor | float]) -> None:
+    """Log numbers, or tensors of one element; ends the program with one sentence if one is NaN or infinite."""
+    values = {name: float(value) for name, value in scalars.items()}
     stop_unless_finite(writer, global_step, values)
     for name, value in values.items():
         writer.add_scalar(name, value, global_step)
+
+
+def log_final_return(writer: SummaryWriter, returns: dict[int, float], total_timesteps: int) -> float:
+    """What comparisons go by: the mean of the evaluations, given by their steps, in the last tenth of training."""
+    final_return = np.mean([value for step, value in returns.items() if step > 0.9 * total_timesteps])
+    writer.add_scalar("eval/final_return", final_return, total_timesteps)
+    return final_return
 
 
 def log_topology(
@@ -393,6 +405,12 @@ def without_dead_neurons(state: dict, networks: dict[str, nn.Module], widths: di
                 if f"{layer}.bias" in network:
                     network[f"{layer}.bias"] = network[f"{layer}.bias"][:n_out].clone()
     return state
+
+
+def save_final(run_dir: Path, state: dict, networks: dict[str, nn.Module], widths: dict[str, int]) -> None:
+    """Write final.pt as a whole, with `final_state`'s networks cut to their active widths."""
+    state = without_dead_neurons(state, networks, widths)
+    write_whole(run_dir / "final.pt", functools.partial(torch.save, state))
 
 
 def load_state(path: Path, script: Path, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:

@@ -61,6 +61,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"active_width": 0}, "--active-width must be from 1 to --hidden-size 24, got 0"),
         ({"active_width": 25}, "--active-width must be from 1 to --hidden-size 24, got 25"),
         ({"active_width": 6}, "--active-width 6 cannot hold the connections; the smallest that can is 7"),
+        ({"n_step": 0}, "--n-step must be positive"),
+        ({"n_step_from": -1}, "--n-step-from must be at least 0 and below the end of training"),
+        ({"n_step_from": 160}, "--n-step-from must be at least 0 and below the end of training"),
+        ({"recent_fraction": 1.0}, "--recent-fraction must be at least 0 and below 1, got 1.0"),
+        ({"recent_fraction": -0.1}, "--recent-fraction must be at least 0 and below 1"),
+        ({"recent_fraction": 0.01}, "--recent-fraction 0.01 of --batch-size 32 is no transition; raise one"),
+        ({"recent_size": 0}, "--recent-size must be positive"),
         ({"actor_method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
     ],
 )
