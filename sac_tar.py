@@ -102,6 +102,8 @@ class Args:
     tau: float = 0.005  # fraction by which a target update moves the targets to the online networks (CleanRL)
     policy_lr: float = 3e-4  # learning rate of the actor, Adam (CleanRL)
     q_lr: float = 1e-3  # learning rate of the critics and of alpha, Adam (CleanRL)
+    # cycles in which all learning rates rise and fall, Adam anew in each (SCULPT, Gadhikar et al. 2024); default: none
+    lr_cycles: int | None = None
     # environment steps between actor updates; each makes up for the delay with as many gradient steps (CleanRL)
     policy_frequency: int = 2
     target_network_frequency: int = 1  # environment steps between target updates (CleanRL)
@@ -294,6 +296,18 @@ def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module],
     torch._foreach_lerp_(parameters_of(targets.values()), online, tau)
 
 
+def cycle_start(k: int, start: int, end: int, cycles: int) -> int:
+    """The first step of cycle k = 0, 1, ... of `cycles` that split the steps from `start` to before `end` evenly."""
+    return start - (start - end) * k // cycles
+
+
+def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
+    """By what SCULPT multiplies the rate at this step: within a cycle the factor rises linearly from 0.2 to 1 over the
+    first fifth, then falls linearly to 0."""
+    done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
+    return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
+
+
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
     complete_args(args)
@@ -370,6 +384,8 @@ def train(args: Args) -> Path:
             learn_from += start_step
         args.resume = None  # from here on it is that run
         run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
+    cycles = (args.learning_starts, args.total_timesteps, args.lr_cycles)
+    cycle_starts = [cycle_start(k, *cycles) for k in range(args.lr_cycles or 0)]
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
@@ -514,6 +530,12 @@ def train(args: Args) -> Path:
             obs, _ = env.reset()
 
         # ALGO LOGIC: training
+        if cycle_starts and global_step >= args.learning_starts:
+            for optimizer in optimizers.values():
+                if global_step in cycle_starts:
+                    optimizer.state.clear()  # Adam starts anew, the weights go on
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_factor(global_step, *cycles) * group.setdefault("initial_lr", group["lr"])
         if global_step > learn_from:
             data = rb.sample(args.batch_size)
             alpha = log_alpha.detach().exp()
@@ -557,6 +579,9 @@ def train(args: Args) -> Path:
                     "losses/alpha": alpha,
                     **progress.actor_scalars,
                 }
+                if cycle_starts:
+                    scalars["charts/actor_lr"] = actor_optimizer.param_groups[0]["lr"]
+                    scalars["charts/critic_lr"] = q_optimizer.param_groups[0]["lr"]
                 run_folder.log_scalars(writer, global_step, scalars)
                 if global_step > sps_from_step:
                     sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)

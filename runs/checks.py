@@ -74,6 +74,9 @@ def check_args(args) -> None:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
     if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
         fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
+    steps = args.total_timesteps - args.learning_starts
+    if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
+        fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 

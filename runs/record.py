@@ -100,7 +100,7 @@ def read_config(run_dir: Path) -> dict:
     if "rewire_every" in args:
         # before there were these flags
         usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
-        usual |= {"n_step": 1, "n_step_from": 0, "recent_fraction": 0.0, "recent_size": 20_000}
+        usual |= {"n_step": 1, "n_step_from": 0, "recent_fraction": 0.0, "recent_size": 20_000, "lr_cycles": None}
         args.update(usual | args)
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"

@@ -153,8 +153,8 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
-    out where nothing is pruned; w<active width>, init-<init>, n<n step> and recent<recent fraction> stand before the
-    seed where they are not the defaults.
+    out where nothing is pruned; w<active width>, init-<init>, n<n step>, recent<recent fraction> and cycles<lr cycles>
+    stand before the seed where they are not the defaults.
     """
     methods, sparsities, inits = (
         list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
@@ -172,6 +172,8 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
         parts.append(f"n{args.n_step}")
     if args.recent_fraction:
         parts.append(f"recent{args.recent_fraction}")
+    if args.lr_cycles is not None:
+        parts.append(f"cycles{args.lr_cycles}")
     unix_time = int(time.time())
     while True:
         name = "__".join([*parts, str(args.seed), str(unix_time)])
@@ -263,7 +265,7 @@ def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict
 
 def log_scalars(writer: SummaryWriter, global_step: int, scalars: dict[str, Tensor | float]) -> None:
     """Log numbers, or tensors of one element; ends the program with one sentence if one is NaN or infinite."""
-    values = {name: float(value) for name, value in scalars.items()}
+    values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
     stop_unless_finite(writer, global_step, values)
     for name, value in values.items():
         writer.add_scalar(name, value, global_step)
@@ -476,6 +478,8 @@ def check_resumed_args(given, saved) -> None:
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
     if given.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+    if saved.lr_cycles is not None and given.total_timesteps != saved.total_timesteps:
+        fail("--lr-cycles splits --total-timesteps into cycles; start a new run to train longer")
     rewired = {saved.actor_method, saved.critic_method} & sparse_utils.GROWTHS.keys()
     if rewired and given.total_timesteps != saved.total_timesteps:
         fail(f"--method {min(rewired)} rewires by a schedule over --total-timesteps; start a new run to train longer")

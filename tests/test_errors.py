@@ -68,6 +68,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"recent_fraction": -0.1}, "--recent-fraction must be at least 0 and below 1"),
         ({"recent_fraction": 0.01}, "--recent-fraction 0.01 of --batch-size 32 is no transition; raise one"),
         ({"recent_size": 0}, "--recent-size must be positive"),
+        ({"lr_cycles": 0}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 0"),
+        ({"lr_cycles": 101}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 101"),
         ({"actor_method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
     ],
 )
