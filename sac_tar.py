@@ -155,7 +155,8 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int) -> Batch:
-        """A target takes fewer than `n_step` steps where the episode ends or the newest transition is reached."""
+        """Drawn from all, --recent-fraction of it from the newest. A target takes fewer than `n_step` steps where the
+        episode ends or the newest transition is reached."""
         held, newest = min(self.added, len(self.rows)), (self.added - 1) % len(self.rows)
         indices = torch.randint(held, (batch_size,), device=self.rows.device)
         if recent := round(self.args.recent_fraction * batch_size):
