@@ -8,9 +8,7 @@ tensorboard --logdir runs
 import copy
 import math
 import random
-import shlex
 import signal
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -27,7 +25,6 @@ import torch.optim as optim
 import tyro
 from gymnasium.wrappers import RecordVideo
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import sparse_kernels
 import sparse_utils
@@ -97,9 +94,15 @@ class Args:
     hidden_size: int = 256  # neurons in each of the two hidden layers of every network (CleanRL)
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds (CleanRL)
     batch_size: int = 256  # transitions per gradient step (CleanRL)
+    recent_fraction: float = 0.0  # fraction of each batch drawn from the newest transitions alone, in [0, 1) (MAST)
+    recent_size: int = 20_000  # how many transitions these are [ours]
     gamma: float = 0.99  # discount factor per environment step (CleanRL)
+    n_step: int = 1  # rewards that a critic's target adds up before it bootstraps (RLx2: 3)
+    n_step_from: int = 0  # environment step before which it is one reward nevertheless (RLx2: 300,000)
     tau: float = 0.005  # fraction by which a target update moves the targets to the online networks (CleanRL)
     learning_rate: float = 3e-4  # learning rate of the actor and the critics, Adam (CleanRL)
+    # cycles in which all learning rates rise and fall, Adam anew in each (SCULPT, Gadhikar et al. 2024); default: none
+    lr_cycles: int | None = None
     policy_frequency: int = 2  # environment steps between updates of the actor and all targets (Fujimoto et al. 2018)
     # standard deviation of the noise on target actions, in units of half the action range (Fujimoto et al. 2018)
     policy_noise: float = 0.2
@@ -128,31 +131,45 @@ class Progress:
 
 
 class Batch(NamedTuple):
-    """Float32 tensors of shape (batch_size, width); rewards and terminations have width 1."""
+    """Float32 tensors of shape (batch_size, width); rewards and discounts have width 1."""
 
     observations: torch.Tensor
-    next_observations: torch.Tensor
+    next_observations: torch.Tensor  # after n steps; a critic's target bootstraps from these
     actions: torch.Tensor
-    rewards: torch.Tensor
-    terminations: torch.Tensor
+    rewards: torch.Tensor  # the discounted sum of n
+    discounts: torch.Tensor  # of the value of next_observations: gamma ** n, or 0 after a termination
 
 
 class ReplayBuffer:
-    """The last `size` transitions, one float32 row each, in one block, which on the CPU takes memory as it fills."""
+    """The last transitions, one float32 row each, in one block, which on the CPU takes memory as it fills."""
 
-    def __init__(self, size: int, observation_size: int, action_size: int, device: torch.device):
-        self.widths = [observation_size, observation_size, action_size, 1, 1]
-        self.rows = torch.empty(size, sum(self.widths), device=device)
-        self.added = 0
+    def __init__(self, args: Args, observation_size: int, action_size: int, device: torch.device):
+        self.widths = [observation_size, observation_size, action_size, 1, 1, 1]
+        self.rows = torch.empty(args.buffer_size, sum(self.widths), device=device)
+        self.args, self.added, self.n_step = args, 0, args.n_step
 
-    def add(self, obs, next_obs, action, reward, terminated) -> None:
-        row = np.concatenate([obs, next_obs, action, [reward, terminated]], dtype=np.float32)
+    def add(self, obs, next_obs, action, reward, terminated, truncated) -> None:
+        row = np.concatenate([obs, next_obs, action, [reward, terminated, truncated]], dtype=np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
 
     def sample(self, batch_size: int) -> Batch:
-        indices = torch.randint(min(self.added, len(self.rows)), (batch_size,), device=self.rows.device)
-        return Batch(*self.rows.index_select(0, indices).split(self.widths, 1))
+        """Drawn from all, --recent-fraction of it from the newest. A target takes fewer than `n_step` steps where the
+        episode ends or the newest transition is reached."""
+        held, newest = min(self.added, len(self.rows)), (self.added - 1) % len(self.rows)
+        indices = torch.randint(held, (batch_size,), device=self.rows.device)
+        if recent := round(self.args.recent_fraction * batch_size):
+            ages = torch.randint(min(held, self.args.recent_size), (recent,), device=self.rows.device)
+            indices[:recent] = (newest - ages) % held
+        obs, next_obs, action, rewards, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
+        discounts = torch.full_like(rewards, self.args.gamma)
+        for _ in range(1, self.n_step):
+            goes_on = (indices.unsqueeze(1) != newest) & (terminated + truncated == 0)
+            indices = (indices + goes_on.squeeze(1)) % held
+            _, next_obs, _, reward, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
+            rewards = rewards + goes_on * discounts * reward
+            discounts = torch.where(goes_on, self.args.gamma * discounts, discounts)
+        return Batch(obs, next_obs, action, rewards, (1 - terminated) * discounts)
 
 
 # ALGO LOGIC: the networks and their losses
@@ -199,7 +216,7 @@ def critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data: Batch, a
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        next_q_value = data.rewards + (1 - data.terminations) * args.gamma * min_qf_next_target
+        next_q_value = data.rewards + data.discounts * min_qf_next_target
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
@@ -259,24 +276,16 @@ def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module],
     torch._foreach_lerp_(parameters_of(targets.values()), online, tau)
 
 
-def evaluate_saved(args: Args) -> None:
-    """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations."""
-    complete_args(args)
-    check_args(args)
-    torch.set_num_threads(args.torch_threads)
-    path, saved = run_folder.load_policy(args.evaluate, SCRIPT)
-    env = make_env(saved["args"]["env_id"], args.capture_video)
-    if args.capture_video:
-        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
-    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
-    actor = Actor(env.observation_space.shape[0], env.action_space, hidden_size)
-    run_folder.load_networks({"actor": actor}, saved)
-    video = f"evaluate-{path.stem}" if args.capture_video else ""
-    seed = saved["args"]["seed"] + 2**31
-    returns, _ = evaluate(env, actor, args.eval_episodes, seed, torch.device("cpu"), video)
-    env.close()
-    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
-    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")
+def cycle_start(k: int, start: int, end: int, cycles: int) -> int:
+    """The first step of cycle k = 0, 1, ... of `cycles` that split the steps from `start` to before `end` evenly."""
+    return start - (start - end) * k // cycles
+
+
+def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
+    """By what SCULPT multiplies the rate at this step: within a cycle the factor rises linearly from 0.2 to 1 over the
+    first fifth, then falls linearly to 0."""
+    done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
+    return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
 
 
 def train(args: Args) -> Path:
@@ -313,7 +322,7 @@ def train(args: Args) -> Path:
     targets = {"actor": actor_target, "qf1": qf1_target, "qf2": qf2_target}
     actor_optimizer = optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(parameters_of([qf1, qf2]), lr=args.learning_rate, fused=True)
-    rb = ReplayBuffer(args.buffer_size, observation_size, action_size, device)
+    rb = ReplayBuffer(args, observation_size, action_size, device)
     # a checkpoint holds all that is in `modules`, Adam's state of those in `optimizers`, and `progress`: what you add
     # to the agent (a temperature, a normalizer) is saved and restored if you put it there
     modules = networks | {f"{name}_target": target for name, target in targets.items()}
@@ -350,6 +359,8 @@ def train(args: Args) -> Path:
             learn_from += start_step
         args.resume = None  # from here on it is that run
         run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
+    cycles = (args.learning_starts, args.total_timesteps, args.lr_cycles)
+    cycle_starts = [cycle_start(k, *cycles) for k in range(args.lr_cycles or 0)]
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
@@ -359,12 +370,9 @@ def train(args: Args) -> Path:
         """All that the rest of the run depends on, the environment as its generator and actions since the reset."""
         writer.flush()
         progress.sps_seconds = time.perf_counter() - sps_from_time
-        state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks) | {
-            "adam": {name: run_folder.adam_state(modules[name], optimizer) for name, optimizer in optimizers.items()},
-            "rates": {name: run_folder.rates(optimizer) for name, optimizer in optimizers.items()},
-            "progress": vars(progress),
-            "random": run_folder.random_states(mask_generator, env.action_space),
-        }
+        state = run_folder.final_state(SCRIPT, args, global_step, modules, progress.masks)
+        state |= run_folder.training_state(modules, optimizers, progress)
+        state["random"] = run_folder.random_states(mask_generator, env.action_space)
         with_buffer = args.save_buffer or global_step <= args.prune_at  # pruning may need it
         run_folder.save_checkpoint(run_dir, state, rb.rows if with_buffer else None, rb.added)
 
@@ -375,10 +383,8 @@ def train(args: Args) -> Path:
         video = f"step-{global_step}" if args.capture_video else ""
         returns, lengths = evaluate(eval_env, actor, args.eval_episodes, eval_seed, device, video)
         progress.returns[global_step] = mean_return = float(np.mean(returns))
-        writer.add_scalar("eval/episodic_return", mean_return, global_step)
-        writer.add_scalar("eval/episodic_length", float(np.mean(lengths)), global_step)
-        writer.add_scalar("flops/training", progress.training_flops, global_step)
-        run_folder.stop_unless_finite(writer, global_step, {"eval/episodic_return": mean_return})
+        scalars = {"eval/episodic_return": mean_return, "eval/episodic_length": np.mean(lengths)}
+        run_folder.log_scalars(writer, global_step, scalars | {"flops/training": progress.training_flops})
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
         """Each network's loss on replay data, drawn so that the random numbers of training do not shift."""
@@ -393,27 +399,17 @@ def train(args: Args) -> Path:
     # TRY NOT TO MODIFY: start the game
     obs, _ = env.reset(seed=args.seed)
     if checkpoint:  # back to the middle of its episode: the same reset, the same actions
-        if progress.episode_generator:
-            env.unwrapped.np_random.bit_generator.state = progress.episode_generator
-            obs, _ = env.reset()
-        for action in progress.episode_actions:
-            obs, reward, _, _, _ = env.step(np.array(action, dtype=env.action_space.dtype))
-            episodic_return += float(reward)
-            episodic_length += 1
+        obs, episodic_return, episodic_length = run_folder.replay_episode(env, obs, progress)
         run_folder.set_random_states(checkpoint["random"], mask_generator, env.action_space)
-    steps = range(start_step, args.total_timesteps + 1)  # the last one only saves and evaluates
-    wait = 0.5 if sys.stderr.isatty() else 60
-    bar = tqdm(steps, "", args.total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
+    bar = run_folder.progress_bar(start_step, args.total_timesteps)  # the last step only saves and evaluates
     sps_from_time = time.perf_counter() - progress.sps_seconds
     for global_step in bar:
         last = global_step == args.total_timesteps
+        rb.n_step = args.n_step if global_step >= args.n_step_from else 1
         if STOP_SIGNALS or last or global_step % args.checkpoint_frequency == 0:
             save_checkpoint(global_step)
         if STOP_SIGNALS:
-            writer.close()
-            command = f"python {SCRIPT.name} --resume {shlex.quote(str(run_dir))}"
-            tqdm.write(f"stopped at step {global_step}; go on with: {command}")
-            sys.exit(128 + STOP_SIGNALS[0])
+            run_folder.stop(writer, SCRIPT, run_dir, global_step, STOP_SIGNALS[0])
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
         if global_step == args.prune_at:
@@ -494,7 +490,7 @@ def train(args: Args) -> Path:
         # TRY NOT TO MODIFY: execute the game and store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # CRUCIAL, easy to overlook: a truncated episode is not over, so only `terminated` ends the bootstrapping
-        rb.add(obs, next_obs, action, reward, terminated)
+        rb.add(obs, next_obs, action, reward, terminated, truncated)
         obs = next_obs
         progress.episode_actions.append(action.tolist())
         episodic_return += float(reward)
@@ -509,6 +505,12 @@ def train(args: Args) -> Path:
             obs, _ = env.reset()
 
         # ALGO LOGIC: training
+        if cycle_starts and global_step >= args.learning_starts:
+            for optimizer in optimizers.values():
+                if global_step in cycle_starts:
+                    optimizer.state.clear()  # Adam starts anew, the weights go on
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_factor(global_step, *cycles) * group.setdefault("initial_lr", group["lr"])
         if global_step > learn_from:
             data = rb.sample(args.batch_size)
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
@@ -541,20 +543,17 @@ def train(args: Args) -> Path:
                     "losses/qf_loss": (qf1_loss + qf2_loss) / 2,
                     **progress.actor_scalars,
                 }
-                scalars = {name: value.item() for name, value in scalars.items()}
-                run_folder.stop_unless_finite(writer, global_step, scalars)
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, global_step)
+                if cycle_starts:
+                    scalars["charts/actor_lr"] = actor_optimizer.param_groups[0]["lr"]
+                    scalars["charts/critic_lr"] = q_optimizer.param_groups[0]["lr"]
+                run_folder.log_scalars(writer, global_step, scalars)
                 if global_step > sps_from_step:
                     sps = (global_step - sps_from_step) / (time.perf_counter() - sps_from_time)
                     writer.add_scalar("charts/SPS", sps, global_step)
 
     final = run_folder.final_state(SCRIPT, args, args.total_timesteps, modules, progress.masks)
-    final = run_folder.without_dead_neurons(final, networks, widths)
-    run_folder.write_whole(run_dir / "final.pt", lambda file: torch.save(final, file))
-    # what comparisons go by: the mean of the evaluations in the last tenth of training
-    final_return = np.mean([value for step, value in progress.returns.items() if step > 0.9 * args.total_timesteps])
-    writer.add_scalar("eval/final_return", final_return, args.total_timesteps)
+    run_folder.save_final(run_dir, final, networks, widths)
+    final_return = run_folder.log_final_return(writer, progress.returns, args.total_timesteps)
     writer.close()
     env.close()
     eval_env.close()
@@ -565,7 +564,7 @@ def train(args: Args) -> Path:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.splitlines()[0])
     if args.evaluate is not None:
-        return evaluate_saved(args)
+        return run_folder.evaluate_saved(args, SCRIPT, Actor, Actor.forward, evaluate)
     if args.resume is not None:  # what is not given is as it was
         saved = run_folder.resumed_args(Args, args.resume, SCRIPT)
         args = tyro.cli(Args, default=saved)

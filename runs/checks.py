@@ -47,19 +47,20 @@ def complete_args(args) -> None:
 def check_args(args) -> None:
     """End the program with one sentence if a value cannot work."""
     positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr learning_rate policy_frequency "
-    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every checkpoint_frequency"
+    positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every checkpoint_frequency "
+    positive += "n_step recent_size"
     given, rules = asdict(args), {}
     for name in filter(given.__contains__, positive.split()):
         rules[name] = (0 < given[name] < math.inf, "positive and finite")
     for name in filter(given.__contains__, ("alpha", "policy_noise", "noise_clip", "exploration_noise")):
         rules[name] = (0 <= given[name] < math.inf, "at least 0 and finite")
-    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve"):
+    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve", "recent_fraction"):
         rules[name] = (0 <= given[name] < 1, "at least 0 and below 1")
     for name in ("gamma", "rewire_fraction", "rewire_stop"):
         rules[name] = (0 <= given[name] <= 1, "in [0, 1]")
     rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
     rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
-    for name in ("learning_starts", "prune_at"):
+    for name in ("learning_starts", "prune_at", "n_step_from"):
         within = f"at least 0 and below the end of training, --total-timesteps {args.total_timesteps}"
         rules[name] = (0 <= given[name] < args.total_timesteps, within)
     for name, (holds, rule) in rules.items():
@@ -71,6 +72,11 @@ def check_args(args) -> None:
         fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
     if isinstance(args.active_width, int) and not 1 <= args.active_width <= args.hidden_size:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
+    if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
+        fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
+    steps = args.total_timesteps - args.learning_starts
+    if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
+        fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 

@@ -45,7 +45,10 @@ def identity(args: dict) -> dict:
     for network in ("actor", "critic"):
         if args.get(f"{network}_method") == "dense":  # as the scripts record it
             args[f"{network}_sparsity"] = 0.0
-    return {name: value for name, value in args.items() if name not in ignored(methods) | NOT_OF_THE_RESULT}
+    unused = ignored(methods) | NOT_OF_THE_RESULT
+    unused |= {"n_step_from"} if args.get("n_step") == 1 else set()
+    unused |= set() if args.get("recent_fraction") else {"recent_size"}
+    return {name: value for name, value in args.items() if name not in unused}
 
 
 def essence(path: Path) -> str:
@@ -97,6 +100,7 @@ def read_config(run_dir: Path) -> dict:
     if "rewire_every" in args:
         # before there were these flags
         usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
+        usual |= {"n_step": 1, "n_step_from": 0, "recent_fraction": 0.0, "recent_size": 20_000, "lr_cycles": None}
         args.update(usual | args)
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.json, event files, topology.json, checkpoints, final.pt; how it is resumed."""
+"""What a run leaves behind: config.json, event files, checkpoints, final.pt; how it is resumed and evaluated."""
 
 import contextlib
 import errno
@@ -12,19 +12,21 @@ import random
 import re
 import shlex
 import subprocess
+import sys
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
+from gymnasium.wrappers import RecordVideo
 from PIL import Image, ImageDraw, ImageFont
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
@@ -34,10 +36,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
+from runs.checks import check_args, complete_args, make_env
 from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
-CHECKPOINT_FORMAT = 2  # raised whenever a checkpoint of before can no longer be resumed
+CHECKPOINT_FORMAT = 3  # raised whenever a checkpoint of before can no longer be resumed
 REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; that much is copied in memory
 # flags that may change when a run is resumed
 MAY_CHANGE = {
@@ -150,7 +153,8 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
-    out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
+    out where nothing is pruned; w<active width>, init-<init>, n<n step>, recent<recent fraction> and cycles<lr cycles>
+    stand before the seed where they are not the defaults.
     """
     methods, sparsities, inits = (
         list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
@@ -164,6 +168,12 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
         parts.append(f"w{args.active_width}")
     if inits != [type(args).init]:
         parts.append("init-" + "+".join(inits))
+    if args.n_step != 1:
+        parts.append(f"n{args.n_step}")
+    if args.recent_fraction:
+        parts.append(f"recent{args.recent_fraction}")
+    if args.lr_cycles is not None:
+        parts.append(f"cycles{args.lr_cycles}")
     unix_time = int(time.time())
     while True:
         name = "__".join([*parts, str(args.seed), str(unix_time)])
@@ -251,6 +261,21 @@ def stop_unless_finite(writer: SummaryWriter, global_step: int, quantities: dict
         if not math.isfinite(value):
             writer.close()
             fail(f"{name} is {value} at step {global_step}: training diverged; the log is in {writer.log_dir}", code=1)
+
+
+def log_scalars(writer: SummaryWriter, global_step: int, scalars: dict[str, Tensor | float]) -> None:
+    """Log numbers, or tensors of one element; ends the program with one sentence if one is NaN or infinite."""
+    values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
+    stop_unless_finite(writer, global_step, values)
+    for name, value in values.items():
+        writer.add_scalar(name, value, global_step)
+
+
+def log_final_return(writer: SummaryWriter, returns: dict[int, float], total_timesteps: int) -> float:
+    """What comparisons go by: the mean of the evaluations, given by their steps, in the last tenth of training."""
+    final_return = np.mean([value for step, value in returns.items() if step > 0.9 * total_timesteps])
+    writer.add_scalar("eval/final_return", final_return, total_timesteps)
+    return final_return
 
 
 def log_topology(
@@ -384,6 +409,12 @@ def without_dead_neurons(state: dict, networks: dict[str, nn.Module], widths: di
     return state
 
 
+def save_final(run_dir: Path, state: dict, networks: dict[str, nn.Module], widths: dict[str, int]) -> None:
+    """Write final.pt as a whole, with `final_state`'s networks cut to their active widths."""
+    state = without_dead_neurons(state, networks, widths)
+    write_whole(run_dir / "final.pt", functools.partial(torch.save, state))
+
+
 def load_state(path: Path, script: Path, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:
     """The dictionary in a final.pt or checkpoint.pt, checked as above, to be one of this script and format, and to have
     `keys`."""
@@ -447,6 +478,8 @@ def check_resumed_args(given, saved) -> None:
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
     if given.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+    if saved.lr_cycles is not None and given.total_timesteps != saved.total_timesteps:
+        fail("--lr-cycles splits --total-timesteps into cycles; start a new run to train longer")
     rewired = {saved.actor_method, saved.critic_method} & sparse_utils.GROWTHS.keys()
     if rewired and given.total_timesteps != saved.total_timesteps:
         fail(f"--method {min(rewired)} rewires by a schedule over --total-timesteps; start a new run to train longer")
@@ -472,6 +505,19 @@ def set_random_states(states: dict, mask_generator: torch.Generator, action_spac
     torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
     mask_generator.set_state(states["masks"].cpu())
     action_space.np_random.bit_generator.state = states["actions"]
+
+
+def replay_episode(env: gym.Env, obs: np.ndarray, progress) -> tuple[np.ndarray, float, int]:
+    """Bring an environment that has just been seeded and reset, which gave `obs`, back to where `progress` left it: the
+    same reset, the same actions. Returns the observation there, and the episode's return and length so far."""
+    if progress.episode_generator:  # none in the first episode
+        env.unwrapped.np_random.bit_generator.state = progress.episode_generator
+        obs, _ = env.reset()
+    episodic_return = 0.0
+    for action in progress.episode_actions:
+        obs, reward, _, _, _ = env.step(np.array(action, dtype=env.action_space.dtype))
+        episodic_return += float(reward)
+    return obs, episodic_return, len(progress.episode_actions)
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -518,6 +564,17 @@ def check_parts(modules: dict[str, nn.Module], optimizers: dict[str, torch.optim
 def rates(optimizer: torch.optim.Optimizer) -> list[dict]:
     """What a schedule may have changed: all values of the optimizer's groups but the parameters."""
     return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def training_state(
+    modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], progress: object
+) -> dict:
+    """What `restore` puts back, beside the modules themselves."""
+    return {
+        "adam": {name: adam_state(modules[name], optimizer) for name, optimizer in optimizers.items()},
+        "rates": {name: rates(optimizer) for name, optimizer in optimizers.items()},
+        "progress": vars(progress),
+    }
 
 
 def restore(
@@ -569,3 +626,41 @@ def rewind(
     for path, (_, stop) in replay_files(run_dir).items():
         if stop > added:
             path.unlink()
+
+
+# ON THE CONSOLE
+
+
+def progress_bar(start_step: int, total_timesteps: int) -> tqdm:
+    """The steps from `start_step` to `total_timesteps`, both included, shown as a bar."""
+    steps, wait = range(start_step, total_timesteps + 1), 0.5 if sys.stderr.isatty() else 60
+    return tqdm(steps, "", total_timesteps, initial=start_step, unit=" steps", mininterval=wait, dynamic_ncols=True)
+
+
+def stop(writer: SummaryWriter, script: Path, run_dir: Path, global_step: int, number: int) -> NoReturn:
+    """End the program as a signal of this number asks, with the command that goes on."""
+    writer.close()
+    command = f"python {script.name} --resume {shlex.quote(str(run_dir))}"
+    tqdm.write(f"stopped at step {global_step}; go on with: {command}")
+    sys.exit(128 + number)
+
+
+def evaluate_saved(args, script: Path, make_actor: Callable, act: Callable, evaluate: Callable) -> None:
+    """--evaluate: print the returns of a saved policy, from the start states of its run's own evaluations. The script's
+    `act` takes what its `make_actor` made, and an observation."""
+    complete_args(args)
+    check_args(args)
+    torch.set_num_threads(args.torch_threads)
+    path, saved = load_policy(args.evaluate, script)
+    env = make_env(saved["args"]["env_id"], args.capture_video)
+    if args.capture_video:
+        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
+    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
+    actor = make_actor(env.observation_space.shape[0], env.action_space, hidden_size)
+    load_networks({"actor": actor}, saved)
+    video = f"evaluate-{path.stem}" if args.capture_video else ""
+    policy, seed = functools.partial(act, actor), saved["args"]["seed"] + 2**31
+    returns, _ = evaluate(env, policy, args.eval_episodes, seed, torch.device("cpu"), video)
+    env.close()
+    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")

@@ -25,12 +25,12 @@ def make_agent(script, seed=0):
 
 def make_batch(script, n=9):
     torch.manual_seed(5)
-    terminations = (torch.arange(n) % 3 == 0).float().unsqueeze(1)
+    discounts = 0.9 * (torch.arange(n) % 3 != 0).float().unsqueeze(1)
     actions = torch.stack([torch.rand(n) * 2 - 1, torch.rand(n) * 8 - 2], 1)
-    return script.Batch(torch.randn(n, 3), torch.randn(n, 3), actions, torch.randn(n, 1), terminations)
+    return script.Batch(torch.randn(n, 3), torch.randn(n, 3), actions, torch.randn(n, 1), discounts)
 
 
-def expected_critic_losses(batch, qf1, qf2, qf1_target, qf2_target, next_actions, entropy_bonus, gamma):
+def expected_critic_losses(batch, qf1, qf2, qf1_target, qf2_target, next_actions, entropy_bonus):
     """One transition at a time, in Python numbers: no broadcast can hide here."""
     sums = [0.0, 0.0]
     n = len(batch.rewards)
@@ -39,8 +39,7 @@ def expected_critic_losses(batch, qf1, qf2, qf1_target, qf2_target, next_actions
             t[i : i + 1] for t in (batch.observations, batch.actions, batch.next_observations, next_actions)
         )
         soft_value = min(qf1_target(s2, a2).item(), qf2_target(s2, a2).item()) + entropy_bonus[i]
-        ended = batch.terminations[i].item() == 1
-        y = batch.rewards[i].item() + (0 if ended else gamma * soft_value)
+        y = batch.rewards[i].item() + (0 if i % 3 == 0 else 0.9 * soft_value)
         for k, qf in enumerate((qf1, qf2)):
             sums[k] += (qf(s, a).item() - y) ** 2 / n
     return sums
@@ -50,20 +49,20 @@ def test_sac_critic_losses():
     actor, critics = make_agent(sac_tar)
     batch, alpha = make_batch(sac_tar), torch.tensor([0.3])
     torch.manual_seed(1)
-    *losses, values1, values2 = sac_tar.critic_losses(actor, *critics, alpha, batch, sac_tar.Args(gamma=0.9))
+    *losses, values1, values2 = sac_tar.critic_losses(actor, *critics, alpha, batch)
     torch.manual_seed(1)
     with torch.no_grad():
         next_actions, log_pi = actor.get_action(batch.next_observations)
         bonus = [-0.3 * log_pi[i].item() for i in range(len(log_pi))]
-        expected = expected_critic_losses(batch, *critics, next_actions, bonus, 0.9)
+        expected = expected_critic_losses(batch, *critics, next_actions, bonus)
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
-    assert values1.shape == values2.shape == batch.rewards.shape == batch.terminations.shape
+    assert values1.shape == values2.shape == batch.rewards.shape == batch.discounts.shape
 
 
 def test_td3_critic_losses():
     actor, critics = make_agent(td3_tar)
     batch = make_batch(td3_tar)
-    args = td3_tar.Args(gamma=0.9, policy_noise=0.7, noise_clip=0.4)
+    args = td3_tar.Args(policy_noise=0.7, noise_clip=0.4)
     torch.manual_seed(1)
     *losses, values1, values2 = td3_tar.critic_losses(actor, *critics, batch, args)
     torch.manual_seed(1)
@@ -71,16 +70,16 @@ def test_td3_critic_losses():
     with torch.no_grad():
         noise = torch.max(torch.min(torch.randn(9, 2) * 0.7, torch.tensor(0.4)), torch.tensor(-0.4)) * scale
         next_actions = torch.max(torch.min(actor(batch.next_observations) + noise, high), low)
-        expected = expected_critic_losses(batch, *critics, next_actions, [0.0] * 9, 0.9)
+        expected = expected_critic_losses(batch, *critics, next_actions, [0.0] * 9)
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
-    assert values1.shape == values2.shape == batch.rewards.shape == batch.terminations.shape
+    assert values1.shape == values2.shape == batch.rewards.shape == batch.discounts.shape
 
 
 def test_the_bellman_target_takes_no_gradient(script):
     actor, critics = make_agent(script)
     batch = make_batch(script)
     if script is sac_tar:
-        losses = script.critic_losses(actor, *critics, torch.tensor([0.3]), batch, script.Args())
+        losses = script.critic_losses(actor, *critics, torch.tensor([0.3]), batch)
     else:
         losses = script.critic_losses(actor, *critics, batch, script.Args())
     (losses[0] + losses[1]).backward()
@@ -165,25 +164,112 @@ def test_td3_noise_is_per_sample_and_dimension_and_clipped_per_dimension():
 
 
 def test_replay_buffer_keeps_the_last_transitions_in_float32(script):
-    rb = script.ReplayBuffer(4, 3, 2, torch.device("cpu"))
+    rb = script.ReplayBuffer(script.Args(buffer_size=4, gamma=0.5), 3, 2, torch.device("cpu"))
     for i in range(6):
-        rb.add(np.full(3, i), np.full(3, i + 0.5), np.full(2, -i, np.float32), 10.0 * i, i == 5)
+        rb.add(np.full(3, i), np.full(3, i + 0.5), np.full(2, -i, np.float32), 10.0 * i, i == 5, i == 3)
     torch.manual_seed(0)
     batch = rb.sample(400)
     assert batch.rewards.unique().tolist() == [20, 30, 40, 50]
     torch.testing.assert_close(batch.observations, batch.rewards.expand(-1, 3) / 10)
     torch.testing.assert_close(batch.next_observations, batch.rewards.expand(-1, 3) / 10 + 0.5)
     torch.testing.assert_close(batch.actions, -batch.rewards.expand(-1, 2) / 10)
-    assert torch.equal(batch.terminations, (batch.rewards == 50).float())
+    assert torch.equal(batch.discounts, 0.5 * (batch.rewards != 50).float())
     assert all(t.dtype == torch.float32 for t in batch)
 
 
 def test_replay_buffer_samples_only_what_was_added(script):
-    rb = script.ReplayBuffer(1000, 3, 2, torch.device("cpu"))
+    rb = script.ReplayBuffer(script.Args(buffer_size=1000), 3, 2, torch.device("cpu"))
     rb.rows.fill_(math.nan)
     for i in range(3):
-        rb.add(np.zeros(3), np.zeros(3), np.zeros(2, np.float32), float(i), False)
+        rb.add(np.zeros(3), np.zeros(3), np.zeros(2, np.float32), float(i), False, False)
     assert sorted(rb.sample(200).rewards.unique().tolist()) == [0, 1, 2]
+
+
+def random_transitions(n, seed):
+    """Of episodes that last a few steps and then terminate, are truncated, or both at once. Their number is the first
+    entry of the observation, and a half more after the step; a reset does not go on where an episode ended."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        terminated, truncated = rng.random(2) < 0.12
+        yield np.array([i, 0.0]), np.array([i + 0.5, 0.0]), np.zeros(1), rng.normal(), bool(terminated), bool(truncated)
+
+
+def slow_target(held, i, n, gamma):
+    """Reward, next observation and discount of the n-step target of transition i of the list `held`."""
+    total, k = 0.0, 0
+    while True:
+        _, next_obs, _, reward, terminated, truncated = held[i + k]
+        total, k = total + gamma**k * reward, k + 1
+        if terminated or truncated or k == n or i + k == len(held):
+            return total, next_obs[0], 0.0 if terminated else gamma**k
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("added", [1, 5, 37, 40, 41, 63, 200])
+def test_n_step_targets_against_a_slow_computation(script, n, added):
+    """In a buffer of 40, also before it is full and after it was overrun: no target leaves its episode or takes in what
+    is older than itself."""
+    rb = script.ReplayBuffer(script.Args(buffer_size=40, gamma=0.9, n_step=n), 2, 1, torch.device("cpu"))
+    rb.rows.fill_(math.nan)  # what was never added shows
+    transitions = list(random_transitions(added, seed=10 * n))
+    for transition in transitions:
+        rb.add(*transition)
+    held = transitions[-40:]
+    torch.manual_seed(added)
+    batch = rb.sample(800)
+    drawn = batch.observations[:, 0].long() - (added - len(held))
+    assert set(drawn.tolist()) == set(range(len(held)))
+    expected = torch.tensor([slow_target(held, i, n, 0.9) for i in drawn])
+    found = torch.cat([batch.rewards, batch.next_observations[:, :1], batch.discounts], 1)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
+    if added == 200:  # the four ends that a target has: n steps, termination, truncation, the newest transition
+        ends = {(d == 0, round(math.log(d or 1, 0.9))) for d in expected[:, 2].tolist()}
+        assert ends == {(True, 0)} | {(False, k) for k in range(1, n + 1)}
+
+
+def test_a_target_of_one_step_has_the_bits_that_it_always_had(script):
+    rb = script.ReplayBuffer(script.Args(buffer_size=40), 2, 1, torch.device("cpu"))
+    for transition in random_transitions(60, seed=0):
+        rb.add(*transition)
+    torch.manual_seed(0)
+    batch, rows = rb.sample(100), rb.rows
+    torch.manual_seed(0)
+    rows = rows[torch.randint(40, (100,))]
+    values = torch.randn(100, 1)
+    expected = rows[:, 5:6] + (1 - rows[:, 6:7]) * 0.99 * values
+    assert torch.equal(batch.rewards + batch.discounts * values, expected)
+
+
+def test_a_fraction_of_a_batch_is_of_the_newest_transitions(script):
+    args = script.Args(buffer_size=1000, recent_fraction=0.25, recent_size=50)
+    rb = script.ReplayBuffer(args, 2, 1, torch.device("cpu"))
+    for added, oldest in ((20, 0), (700, 650), (1000, 950), (1020, 970), (2500, 2450)):
+        for transition in random_transitions(added, seed=0):
+            if transition[0][0] >= rb.added:
+                rb.add(*transition)
+        torch.manual_seed(0)
+        numbers = rb.sample(4000).observations[:, 0]
+        assert set(numbers[:1000].tolist()) == set(range(oldest, added))
+        first = max(0, added - 1000)
+        assert len(numbers[1000:].unique()) > 0.9 * (added - first) and numbers.min() >= first
+        recent = (numbers >= oldest).float().mean().item()
+        assert recent == pytest.approx(0.25 + 0.75 * (added - oldest) / (added - first), abs=0.02)
+
+
+def test_n_steps_come_from_their_step_on(run, script, monkeypatch):
+    seen, sample = [], script.ReplayBuffer.sample
+    monkeypatch.setattr(script.ReplayBuffer, "sample", lambda self, n: seen.append(self.n_step) or sample(self, n))
+    run(n_step=3, n_step_from=100, criterion="snip")
+    assert seen == [1] * 40 + [3] * 60  # one batch by which snip scores connections, and then steps 61 to 159
+
+
+def test_the_buffer_learns_of_every_end_of_an_episode(run, script, monkeypatch):
+    """ProbeEnv: episodes of 7 steps are truncated, those of 5 terminate."""
+    seen, add = [], script.ReplayBuffer.add
+    monkeypatch.setattr(script.ReplayBuffer, "add", lambda self, *t: seen.append(t[-2:]) or add(self, *t))
+    run(env_id="Probe-v0", total_timesteps=80, learning_starts=70, n_step=3)
+    assert [i for i, (_, truncated) in enumerate(seen[:38], 1) if truncated] == [7, 14, 26, 33]
+    assert [i for i, (terminated, _) in enumerate(seen[:38], 1) if terminated] == [19, 38]
 
 
 def test_polyak_update(script):

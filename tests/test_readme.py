@@ -64,9 +64,10 @@ def test_no_placeholder_is_left_every_table_holds_together_and_every_link_leads_
 # FLAGS AND COMMANDS
 
 
-def test_every_sparsity_flag_stands_with_its_default(script):
+def test_every_flag_of_sparsity_and_of_the_loop_stands_with_its_default(script):
     fields = [field.name for field in dataclasses.fields(script.Args)]
     concerned = fields[fields.index("method") : fields.index("compute") + 1]
+    concerned += ["n_step", "n_step_from", "recent_fraction", "recent_size", "lr_cycles"]
     rows = dict(re.findall(r"^\| (`--.*?) \| `(.*?)` \|", OF_RUNS, re.M))
     table = {flag: default for flags, default in rows.items() for flag in re.findall(r"`--([a-z-]+)`", flags)}
     assert table == {name.replace("_", "-"): str(getattr(script.Args, name)) for name in concerned}
@@ -123,7 +124,7 @@ def test_the_lines_that_load_a_saved_policy(run, script):
 def test_the_tables_name_every_tag_and_every_file_of_a_run_and_no_other_tag(run, script, monkeypatch):
     monkeypatch.setattr(script, "SPS_BURN_IN", 20)
     base = {"criterion": "magnitude", "distribution": "global", "sparsity": 0.95}  # cuts, so that there are warnings
-    run_dir = run(total_timesteps=210, method="rigl", rewire_every=50, **base)
+    run_dir = run(total_timesteps=210, method="rigl", rewire_every=50, lr_cycles=1, **base)
     kinds = events(run_dir).Tags()
     tags = {*kinds["scalars"], *kinds["images"], *(tag.removesuffix("/text_summary") for tag in kinds["tensors"])}
     for pattern, name in (

@@ -116,6 +116,10 @@ CASES = {
     "an odd policy frequency": (200, {"policy_frequency": 3, "total_timesteps": 210}),
     "rigl in the kernels": (100, {"method": "rigl", "rewire_every": 40, "total_timesteps": 210, "compute": "sparse"}),
     "dense": (100, {"method": "dense"}),
+    "n steps": (143, {"n_step": 3, "n_step_from": 100, "buffer_size": 70, "checkpoint_frequency": 33}),
+    "a cycle": (100, {"lr_cycles": 3, "compute": "sparse", "sparsity": 0.8}),
+    "the start of a cycle": (94, {"lr_cycles": 3, "method": "rigl", "rewire_every": 40}),
+    "recent ones": (143, {"n_step": 2, "recent_fraction": 0.3, "recent_size": 20, "compute": "sparse"}),
     "the third episode": (430, {"total_timesteps": 450}),
 }
 
