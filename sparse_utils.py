@@ -27,7 +27,7 @@ AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto ask
 class Rule(NamedTuple):
     """How connections are scored; the highest are kept or grown. The first sentence of the function's docstring is its
     help. Pruning: (weights, masks, loss, generator) -> scores of a network; masks are of what earlier rounds have left.
-    Rewiring: (weight, gradient, mask, generator) -> scores of one layer, of which only some count."""
+    Rewiring: (layer) -> scores of one `Layer`, of which only some count."""
 
     scores: Callable
     uses_loss: bool = False  # reads `loss`, or its `gradient`, which is None for the others
@@ -324,14 +324,25 @@ def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator) -> 
 # DYNAMIC SPARSE TRAINING: what a rewiring does to one layer
 
 
-def magnitude_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+class Layer(NamedTuple):
+    """What a rule of rewiring is given of one layer, each tensor of shape (n_out, n_in)."""
+
+    weight: Tensor
+    gradient: Tensor | None  # of the network's own loss; None unless the rule says `uses_loss`
+    mask: Tensor  # growth: what the drop has left
+    generator: torch.Generator  # on the CPU
+    done: float  # fraction of all rewirings, this one included; 1 at the last
+
+
+def magnitude_worth(layer: Layer) -> Tensor:
     """|w| (Han et al. 2015)."""
-    return weight.abs()
+    return layer.weight.abs()
 
 
-def set_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def set_worth(layer: Layer) -> Tensor:
     """|w|, ranked among the positive and among the negative weights apart, the same fraction of both dropped (Mocanu et
     al. 2018; Nowak et al. drop the same number)."""
+    weight, mask = layer.weight, layer.mask
     rank = torch.zeros_like(weight)  # within the weights of one sign, as a fraction of their number
     for same_sign in (mask & (weight >= 0), mask & (weight < 0)):
         order = weight[same_sign].abs().argsort(stable=True).argsort()
@@ -339,29 +350,29 @@ def set_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Gen
     return rank
 
 
-def mest_worth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def mest_worth(layer: Layer) -> Tensor:
     """|w| + |g| (Yuan et al. 2021, with lambda = 1 as in the code of Nowak et al. 2023)."""
-    return weight.abs() + MEST_LAMBDA * gradient.abs()
+    return layer.weight.abs() + MEST_LAMBDA * layer.gradient.abs()
 
 
-def snip_worth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def snip_worth(layer: Layer) -> Tensor:
     """|w g| (Lee et al. 2019)."""
-    return (weight * gradient).abs()
+    return (layer.weight * layer.gradient).abs()
 
 
-def sensitivity(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def sensitivity(layer: Layer) -> Tensor:
     """|g| / |w| (Nowak et al. 2023; 0 / 0 counts as 0)."""
-    return (gradient / weight).abs().nan_to_num(nan=0.0)
+    return (layer.gradient / layer.weight).abs().nan_to_num(nan=0.0)
 
 
-def reciprocal_sensitivity(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def reciprocal_sensitivity(layer: Layer) -> Tensor:
     """|w| / |g| (Nowak et al. 2023; 0 / 0 counts as 0)."""
-    return sensitivity(gradient, weight, mask, generator)
+    return (layer.weight / layer.gradient).abs().nan_to_num(nan=0.0)
 
 
-def noise(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def noise(layer: Layer) -> Tensor:
     """Uniform noise."""
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.rand(layer.mask.shape, generator=layer.generator).to(layer.mask.device)
 
 
 # what an active connection with weight w and gradient g is worth, the lowest being dropped (Nowak et al. 2023)
@@ -376,64 +387,73 @@ DROPS = {
 }
 
 
-def set_growth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def set_growth(layer: Layer) -> Tensor:
     """Prune, then rewire during training: drop connections, grow as many at random (SET, Mocanu et al. 2018)."""
-    return noise(weight, gradient, mask, generator)
+    return noise(layer)
 
 
-def rigl_growth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def rigl_growth(layer: Layer) -> Tensor:
     """The same, but grow where the dense gradient is largest (RigL, Evci et al. 2020)."""
-    return gradient.abs()
+    return layer.gradient.abs()
 
 
-# where connections grow, the highest first; `mask` is what the drop has left
+# where connections grow, the highest first
 GROWTHS = {"set": Rule(set_growth), "rigl": Rule(rigl_growth, uses_loss=True)}
 
 
-def drop(
-    weight: Tensor, gradient: Tensor | None, mask: Tensor, count: int, criterion: str, generator: torch.Generator
-) -> Tensor:
+def drop(layer: Layer, count: int, criterion: str) -> Tensor:
     """The mask without its `count` active connections of lowest DROPS[criterion]; ties go to the lower index."""
-    worth = DROPS[criterion].scores(weight.detach(), gradient, mask, generator)
-    return mask & ~highest(-worth, count, mask)
+    return layer.mask & ~highest(-DROPS[criterion].scores(layer), count, layer.mask)
 
 
-def grow(
-    weight: Tensor,
-    gradient: Tensor | None,
-    kept: Tensor,
-    candidates: Tensor,
-    count: int,
-    method: str,
-    generator: torch.Generator,
-) -> Tensor:
-    """The mask `kept` and the `count` candidates of highest GROWTHS[method]; ties go to the lower index."""
-    scores = GROWTHS[method].scores(weight.detach(), gradient, kept, generator)
-    return kept | highest(scores, count, candidates)
+def grow(layer: Layer, candidates: Tensor, count: int, method: str) -> Tensor:
+    """The mask and the `count` candidates of highest GROWTHS[method]; ties go to the lower index."""
+    return layer.mask | highest(GROWTHS[method].scores(layer), count, candidates)
 
 
-def rewire(
-    weight: Tensor,
-    gradient: Tensor | None,
-    mask: Tensor,
-    fraction: float,
-    method: str,
-    criterion: str,
-    regrow: bool,
-    generator: torch.Generator,
-) -> Tensor:
+def rewire(layer: Layer, fraction: float, method: str, criterion: str, regrow: bool) -> Tensor:
     """A layer's mask after dropping a fraction of its connections and growing as many. They grow among all that is not
     kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was inactive before."""
-    count = int(fraction * int(mask.sum()))
+    count = int(fraction * int(layer.mask.sum()))
     if not regrow:
-        count = min(count, int((~mask).sum()))
-    kept = drop(weight, gradient, mask, count, criterion, generator)
-    return grow(weight, gradient, kept, ~kept if regrow else ~mask, count, method, generator)
+        count = min(count, int((~layer.mask).sum()))
+    kept = drop(layer, count, criterion)
+    return grow(layer._replace(mask=kept), ~kept if regrow else ~layer.mask, count, method)
 
 
 def reads_gradient(method: str, criterion: str) -> bool:
     """Whether a rewiring by these rules of growth and dropping needs the loss."""
     return GROWTHS[method].uses_loss or DROPS[criterion].uses_loss
+
+
+def rewire_network(
+    network: nn.Module,
+    target: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    masks: Masks,
+    width: int,
+    loss: Tensor | None,
+    fraction: float,
+    done: float,
+    rules: tuple[str, str, bool],
+    generator: torch.Generator,
+) -> None:
+    """Rewire a network between its active neurons, its masks in place, by `rules`: of growth, of dropping, and whether
+    what is dropped may grow again. `loss` is the network's own, for rules that read its dense gradient. What is dropped
+    ends at zero, also in Adam's moments and the target; what is new starts there."""
+    method, criterion, regrow = rules
+    weights = linear_weights(network)
+    gradients = dict.fromkeys(weights)
+    if reads_gradient(method, criterion):
+        dense = torch.autograd.grad(loss, list(weights.values()))
+        gradients = active_part(dict(zip(weights, dense, strict=True)), width)
+    weights = active_part(weights, width)
+    for name, mask in active_part(masks, width).items():
+        layer = Layer(weights[name].detach(), gradients[name], mask, generator, done)
+        mask.copy_(rewire(layer, fraction, method, criterion, regrow))
+    zero_pruned(network, masks, optimizer)
+    if target is not None:
+        zero_pruned(target, masks)
 
 
 def rewiring_flops(active: int, size: int, method: str, criterion: str) -> int:

@@ -350,7 +350,10 @@ def train(args: Args) -> Path:
             learn_from += start_step
         args.resume = None  # from here on it is that run
         run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
-    rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
+    rewire_until = args.rewire_stop * args.total_timesteps
+    first = max(args.learning_starts, args.prune_at) // args.rewire_every + 1
+    rewirings = range(first * args.rewire_every, math.ceil(rewire_until), args.rewire_every)
+    by_gradient = any(sparse_utils.reads_gradient(methods[name], args.drop_criterion) for name in dynamic)
     writer = SummaryWriter(run_dir)
     if not checkpoint:
         run_folder.log_args(writer, args)
@@ -453,29 +456,18 @@ def train(args: Args) -> Path:
         if last:
             break
 
-        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
-        if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
+        # DYNAMIC SPARSE TRAINING, for the methods that rewire: drop connections and grow as many elsewhere
+        if dynamic and global_step in rewirings and global_step > learn_from:
             fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
+            done = (rewirings.index(global_step) + 1) / len(rewirings)
             previous = copy.deepcopy({name: progress.masks[name] for name in dynamic})
             in_turn = [name for name in dynamic if name in in_kernels]
             sparse_kernels.expand(in_turn, networks, targets, optimizers)
-            losses = own_losses(args.batch_size)
+            losses = own_losses(args.batch_size) if by_gradient else {}
             for name in dynamic:
-                weights = sparse_utils.linear_weights(networks[name])
-                # dense gradients of the network's own loss, for the rules that read them
-                gradients = [None] * len(weights)
-                if sparse_utils.reads_gradient(methods[name], args.drop_criterion):
-                    gradients = torch.autograd.grad(losses[name], list(weights.values()))
-                part = sparse_utils.active_part(progress.masks[name], widths[name])
-                rules = (methods[name], args.drop_criterion, args.regrow, mask_generator)
-                for (layer, mask), gradient in zip(part.items(), gradients, strict=True):
-                    corner = tuple(map(slice, mask.shape))
-                    gradient = None if gradient is None else gradient[corner]
-                    mask.copy_(sparse_utils.rewire(weights[layer][corner], gradient, mask, fraction, *rules))
-                # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
-                sparse_utils.zero_pruned(networks[name], progress.masks[name], optimizers[name])
-                if name in targets:
-                    sparse_utils.zero_pruned(targets[name], progress.masks[name])
+                rules = (methods[name], args.drop_criterion, args.regrow)
+                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name], widths[name])
+                sparse_utils.rewire_network(*parts, losses.get(name), fraction, done, rules, mask_generator)
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
                 progress.training_flops += args.batch_size * flops
             sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)

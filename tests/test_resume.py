@@ -526,7 +526,7 @@ def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(
     run, resume, script, stop_after, tmp_path, monkeypatch
 ):
     stop_after(130)
-    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50, "method": "set"}
+    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50, "method": "rigl"}
     flags |= {"rewire_every": 20}
     run_dir = interrupted(run, **flags, runs_dir=str(tmp_path / "b"))
     assert not list(run_dir.glob("replay/*"))  # that of step 50, which pruning could have needed, is gone
