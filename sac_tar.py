@@ -38,7 +38,7 @@ from runs.checks import bad_input, check_args, complete_args, make_env, one_of
 Method = one_of(sparse_utils.METHODS, "arm; all but dense have the same number of connections (tiny: at most)")
 Criterion = one_of(sparse_utils.CRITERIA, "score by which static pruning ranks connections")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "how static pruning spreads the budget over layers")
-DropCriterion = one_of(sparse_utils.DROPS, "set, rigl: worth of a connection w with gradient g; the lowest are dropped")
+DropCriterion = one_of(sparse_utils.DROPS | {None: "as in the source"}, "worth; rewiring drops what has the lowest")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Args:
     sparsity: float = 0.9  # fraction of each network's weights that is pruned, in [0, 1); biases stay; dense ignores it
     actor_sparsity: float | None = None  # another --sparsity for the actor alone
     critic_sparsity: float | None = None  # another --sparsity for the critics alone
-    reserve: float = 0.1  # fraction of the active connections that revival places (tar and uniform), in [0, 1)
+    reserve: float = 0.1  # fraction of the active connections that revival places (tar, tar_ch, uniform), in [0, 1)
     criterion: Criterion = "random"
     distribution: Distribution = "er"
     prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
@@ -68,11 +68,12 @@ class Args:
     critic_init: Literal["dense", "sparse"] | None = None  # another --init for the critics alone
     # neurons of each hidden layer that get connections; auto: as many as the budget can feed; default: all (the paper)
     active_width: int | Literal["auto"] | None = None
-    rewire_every: int = 1000  # set, rigl: environment steps between rewirings (Graesser et al. 2022)
-    rewire_fraction: float = 0.5  # set, rigl: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
-    rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
-    drop_criterion: DropCriterion = "magnitude"
-    regrow: bool = True  # set, rigl: what a rewiring has just dropped may grow again (Evci et al. 2020)
+    # for the methods that rewire: set, rigl, cht, chts
+    rewire_every: int = 1000  # environment steps between rewirings (Graesser et al. 2022)
+    rewire_fraction: float = 0.5  # fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
+    rewire_stop: float = 0.8  # fraction of training after which the masks stay (Graesser et al. 2022)
+    drop_criterion: DropCriterion = None
+    regrow: bool = True  # what a rewiring has just dropped may grow again (Evci et al. 2020)
     # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: sparse where it pays
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
@@ -120,6 +121,7 @@ class Progress:
 
     masks: dict = field(default_factory=dict)  # of each network, layer name to mask; empty until it is pruned
     revived_masks: dict = field(default_factory=dict)  # the same as revival left them
+    stopped: dict = field(default_factory=dict)  # of each network, the layers that cht and chts rewire no more
     training_flops: int = 0
     actor_scalars: dict = field(default_factory=dict)  # of the actor's last update, logged with the critics'
     episode_generator: dict | None = None  # state of the environment's generator before the reset of this episode
@@ -452,13 +454,15 @@ def train(args: Args) -> Path:
                 weights = sparse_utils.linear_weights(networks[name])
                 base = (args.criterion, args.distribution, mask_generator, losses.get(name), widths[name])
                 static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base)
-            # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
+            # revive: R pruned connections come back in the layers whose topology needs them, within a layer at random
+            # (or where PLACES says)
             for name, (_, reserve) in budgets.items():  # R is 0 for the methods that revive nothing
                 spread = sparse_utils.REVIVALS.get(methods[name], sparse_utils.no_revival)
                 part = sparse_utils.active_part(static_masks[name], widths[name])
-                revived = sparse_utils.revive(part, spread(part, reserve), mask_generator)
+                places = sparse_utils.PLACES.get(methods[name])
+                revived = sparse_utils.revive(part, spread(part, reserve), mask_generator, places)
                 progress.revived_masks[name] = sparse_utils.embed(revived, static_masks[name])
-            progress.masks = copy.deepcopy(progress.revived_masks)  # set and rigl change them in place
+            progress.masks = copy.deepcopy(progress.revived_masks)  # rewiring changes them in place
             made = (budgets, widths, static_masks, progress.masks)
             run_folder.log_topology(writer, run_dir, global_step, *made, observation_size)
             writer.add_scalar("flops/inference", count_flops(active, args.batch_size)[0], global_step)
@@ -491,8 +495,9 @@ def train(args: Args) -> Path:
             losses = own_losses(args.batch_size) if by_gradient else {}
             for name in dynamic:
                 rules = (methods[name], args.drop_criterion, args.regrow)
-                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name], widths[name])
-                sparse_utils.rewire_network(*parts, losses.get(name), fraction, done, rules, mask_generator)
+                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name])
+                own = (progress.stopped.setdefault(name, []), widths[name], losses.get(name))
+                sparse_utils.rewire_network(*parts, *own, fraction, done, rules, mask_generator)
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
                 progress.training_flops += args.batch_size * flops
             sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)

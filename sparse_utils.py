@@ -22,6 +22,7 @@ from torch import Tensor
 Masks = dict[str, Tensor]
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto asks for
+EARLY_STOP = 0.9  # fraction of what grows that was just dropped, above which a layer has settled (Zhang et al. 2024)
 
 
 class Rule(NamedTuple):
@@ -32,6 +33,8 @@ class Rule(NamedTuple):
     scores: Callable
     uses_loss: bool = False  # reads `loss`, or its `gradient`, which is None for the others
     rounds: int = 1  # of pruning, without a loss: as many times scored and pruned, ever further
+    drop: str = "magnitude"  # growth: the criterion of dropping in its source
+    by_topology: bool = False  # growth: removes chains across layers, and stops in a layer where it has settled
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -301,8 +304,13 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
     return allocate(reserve, pruned, pruned)
 
 
+def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
+    """As tar, but within a layer not at random: where Cannistraci-Hebb scores are highest."""
+    return tar_budgets(masks, reserve)
+
+
 # how the reserve R is spread over the layers of the base masks: (masks, R) -> a count for each layer
-REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
+REVIVALS = {"tar": tar_budgets, "tar_ch": tar_ch_budgets, "uniform": uniform_budgets}
 
 
 def no_revival(masks: Masks, reserve: int) -> list[int]:
@@ -310,11 +318,37 @@ def no_revival(masks: Masks, reserve: int) -> list[int]:
     return [0] * len(masks)
 
 
-def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator) -> Masks:
-    """New masks in which each layer has `budget` more connections, drawn uniformly without replacement from its pruned
-    ones. `generator` is on the CPU."""
+def ch_scores(mask: Tensor) -> Tensor:
+    """CH2-L3n of each pair of an output and an input that are not connected, 0 elsewhere: float64, of shape (n_out,
+    n_in). The neurons between the two, on paths of three connections, are their local community; the score is the sum
+    over these of (1 + connections within it) / (1 + connections that leave it and the pair) (Muscoloni et al. 2022)."""
+
+    def by_community(m: Tensor) -> Tensor:  # that half of it which shares the kind of the rows
+        common = m @ m.T  # connections of neuron j into the community of i and another neuron that j reads
+        leaving = (m.sum(1) - common - 1).clamp(min=0)
+        return (common + (common > 0)) / (1 + leaving) @ m
+
+    m = mask.double()
+    return (by_community(m) + by_community(m.T).T) * ~mask
+
+
+def ch_places(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Cannistraci-Hebb scores; a little noise makes ties random."""
+    return ch_scores(mask) + 1e-9 * torch.rand(mask.shape, generator=generator).to(mask.device)
+
+
+# where in a layer connections are revived, the highest first, if not at random: (mask, generator) -> scores
+PLACES = {"tar_ch": ch_places}
+
+
+def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator, places: Callable | None = None) -> Masks:
+    """New masks in which each layer has `budget` more connections: the pruned ones of highest `places`, or drawn
+    uniformly without replacement. `generator` is on the CPU."""
     revived = {}
     for (name, mask), budget in zip(masks.items(), budgets, strict=True):
+        if places:
+            revived[name] = mask | highest(places(mask, generator), budget, ~mask)
+            continue
         pruned = (~mask).flatten().nonzero().squeeze(1)
         chosen = pruned[torch.randperm(len(pruned), generator=generator)[:budget].to(mask.device)]
         revived[name] = mask.flatten().index_fill(0, chosen, True).view_as(mask)
@@ -375,6 +409,17 @@ def noise(layer: Layer) -> Tensor:
     return torch.rand(layer.mask.shape, generator=layer.generator).to(layer.mask.device)
 
 
+def sample(odds: Tensor, layer: Layer) -> Tensor:
+    """Scores whose highest are a draw without replacement by these odds (Efraimidis and Spirakis 2006); what has none
+    comes last, at random."""
+    return (odds.double() + 1e-99) / -noise(layer).double().log()
+
+
+def soft_worth(layer: Layer) -> Tensor:
+    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025)."""
+    return sample(layer.weight.abs().double() ** (1 + 2 * layer.done), layer)
+
+
 # what an active connection with weight w and gradient g is worth, the lowest being dropped (Nowak et al. 2023)
 DROPS = {
     "magnitude": Rule(magnitude_worth),
@@ -384,6 +429,7 @@ DROPS = {
     "sensitivity": Rule(sensitivity, uses_loss=True),
     "reciprocal_sensitivity": Rule(reciprocal_sensitivity, uses_loss=True),
     "random": Rule(noise),
+    "soft": Rule(soft_worth),
 }
 
 
@@ -397,8 +443,29 @@ def rigl_growth(layer: Layer) -> Tensor:
     return layer.gradient.abs()
 
 
+def cht_growth(layer: Layer) -> Tensor:
+    """The same, but grow where Cannistraci-Hebb scores of the mask are highest (CHT, Zhang et al. 2024)."""
+    return ch_places(layer.mask, layer.generator)
+
+
+def chts_growth(layer: Layer) -> Tensor:
+    """The same, but drop and grow at random, by odds of worth and of that score (CHTs, Zhang et al. 2025)."""
+    return sample(ch_scores(layer.mask), layer)
+
+
 # where connections grow, the highest first
-GROWTHS = {"set": Rule(set_growth), "rigl": Rule(rigl_growth, uses_loss=True)}
+GROWTHS = {
+    "set": Rule(set_growth),
+    "rigl": Rule(rigl_growth, uses_loss=True),
+    "cht": Rule(cht_growth, by_topology=True),
+    "chts": Rule(chts_growth, drop="soft", by_topology=True),
+}
+
+
+def usual_drop(methods: set[str]) -> str | None:
+    """The criterion of dropping in the source of these methods; None if they have different ones."""
+    usual = {GROWTHS[method].drop for method in methods & GROWTHS.keys()} or {"magnitude"}
+    return usual.pop() if len(usual) == 1 else None
 
 
 def drop(layer: Layer, count: int, criterion: str) -> Tensor:
@@ -411,14 +478,32 @@ def grow(layer: Layer, candidates: Tensor, count: int, method: str) -> Tensor:
     return layer.mask | highest(GROWTHS[method].scores(layer), count, candidates)
 
 
-def rewire(layer: Layer, fraction: float, method: str, criterion: str, regrow: bool) -> Tensor:
-    """A layer's mask after dropping a fraction of its connections and growing as many. They grow among all that is not
+def remove_chains(masks: Masks, stopped: list[str]) -> None:
+    """Drop, in place, the connections of hidden neurons that have no active output, or no active input, until there are
+    none (Zhang et al. 2024); not those of the layers that have `stopped`."""
+    pairs = [(a, b) for a, b in zip(masks, list(masks)[1:]) if masks[a].shape[0] == masks[b].shape[1]]
+    for a, b in reversed(pairs):
+        masks[a] &= masks[b].any(0).unsqueeze(1) | (a in stopped)
+    for a, b in pairs:
+        masks[b] &= masks[a].any(1) | (b in stopped)
+
+
+def rewire(layers: dict[str, Layer], stopped: list[str], fraction: float, rules: tuple[str, str, bool]) -> None:
+    """Drop a fraction of each layer's connections and grow as many, the masks in place. They grow among all that is not
     kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was inactive before."""
-    count = int(fraction * int(layer.mask.sum()))
-    if not regrow:
-        count = min(count, int((~layer.mask).sum()))
-    kept = drop(layer, count, criterion)
-    return grow(layer._replace(mask=kept), ~kept if regrow else ~layer.mask, count, method)
+    method, criterion, regrow = rules
+    kept = {}
+    for name, layer in layers.items():
+        count = 0 if name in stopped else int(fraction * int(layer.mask.sum()))
+        kept[name] = drop(layer, count if regrow else min(count, int((~layer.mask).sum())), criterion)
+    if GROWTHS[method].by_topology:
+        remove_chains(kept, stopped)
+    for name, layer in layers.items():
+        count, candidates = int((layer.mask & ~kept[name]).sum()), ~kept[name] if regrow else ~layer.mask
+        after = grow(layer._replace(mask=kept[name]), candidates, count, method)
+        if GROWTHS[method].by_topology and int((layer.mask & after & ~kept[name]).sum()) > EARLY_STOP * count:
+            stopped.append(name)
+        layer.mask.copy_(after)
 
 
 def reads_gradient(method: str, criterion: str) -> bool:
@@ -431,6 +516,7 @@ def rewire_network(
     target: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     masks: Masks,
+    stopped: list[str],
     width: int,
     loss: Tensor | None,
     fraction: float,
@@ -439,18 +525,23 @@ def rewire_network(
     generator: torch.Generator,
 ) -> None:
     """Rewire a network between its active neurons, its masks in place, by `rules`: of growth, of dropping, and whether
-    what is dropped may grow again. `loss` is the network's own, for rules that read its dense gradient. What is dropped
-    ends at zero, also in Adam's moments and the target; what is new starts there."""
-    method, criterion, regrow = rules
+    what is dropped may grow again. `loss` is the network's own, for rules that read its dense gradient; layers that are
+    not to be rewired any more are, or come, into `stopped`. What is dropped ends at zero, also in Adam's moments and
+    the target; what is new starts there."""
+    method, criterion, _ = rules
     weights = linear_weights(network)
     gradients = dict.fromkeys(weights)
     if reads_gradient(method, criterion):
         dense = torch.autograd.grad(loss, list(weights.values()))
         gradients = active_part(dict(zip(weights, dense, strict=True)), width)
     weights = active_part(weights, width)
-    for name, mask in active_part(masks, width).items():
-        layer = Layer(weights[name].detach(), gradients[name], mask, generator, done)
-        mask.copy_(rewire(layer, fraction, method, criterion, regrow))
+    layers = {
+        name: Layer(weights[name].detach(), gradients[name], mask, generator, done)
+        for name, mask in active_part(masks, width).items()
+    }
+    # layer by layer, but all at once where chains across layers count
+    for group in [layers] if GROWTHS[method].by_topology else [{name: layer} for name, layer in layers.items()]:
+        rewire(group, stopped, fraction, rules)
     zero_pruned(network, masks, optimizer)
     if target is not None:
         zero_pruned(target, masks)

@@ -42,6 +42,8 @@ def complete_args(args) -> None:
                 setattr(args, f"{network}_{flag}", getattr(args, flag))
         if getattr(args, f"{network}_method") == "dense":
             setattr(args, f"{network}_sparsity", 0.0)
+    if args.drop_criterion is None:
+        args.drop_criterion = sparse_utils.usual_drop({args.actor_method, args.critic_method})
 
 
 def check_args(args) -> None:
@@ -65,6 +67,12 @@ def check_args(args) -> None:
     for name, (holds, rule) in rules.items():
         if not holds:
             fail(f"--{name.replace('_', '-')} must be {rule}, got {given[name]}")
+    growths = {m: sparse_utils.GROWTHS.get(m) for m in (args.actor_method, args.critic_method)}
+    if args.drop_criterion is None:
+        drops = " and ".join(f"{method} by {rule.drop}" for method, rule in growths.items())
+        fail(f"actor and critics would drop by different criteria, {drops}; choose one --drop-criterion")
+    for method in (method for method, rule in growths.items() if rule and rule.by_topology and not args.regrow):
+        fail(f"--method {method} stops in a layer where what was dropped grows again; leave --no-regrow out")
     if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
     if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:

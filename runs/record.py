@@ -45,6 +45,8 @@ def identity(args: dict) -> dict:
     for network in ("actor", "critic"):
         if args.get(f"{network}_method") == "dense":  # as the scripts record it
             args[f"{network}_sparsity"] = 0.0
+    if "drop_criterion" in args and args["drop_criterion"] is None:
+        args["drop_criterion"] = sparse_utils.usual_drop(methods)
     return {name: value for name, value in args.items() if name not in ignored(methods) | NOT_OF_THE_RESULT}
 
 

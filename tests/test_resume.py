@@ -110,6 +110,7 @@ CASES = {
     "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
     "a scaled part": (111, {"init": "sparse", "active_width": 12, "compute": "sparse"}),
     "rigl in a scaled part": (125, {"method": "rigl", "init": "sparse", "active_width": "auto", "rewire_every": 30}),
+    "cht, some layers settled": (135, {"method": "cht", "rewire_every": 20, "total_timesteps": 210, "sparsity": 0.8}),
     "no regrowth": (115, {"method": "set", "rewire_every": 20, "regrow": False}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),

@@ -335,7 +335,7 @@ def test_i4_i6_for_the_dynamic_arms(run, method, compute):
     assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
 
 
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", ["set", "rigl", "chts"])
 def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, script, monkeypatch, tmp_path, method):
     """From one checkpoint, made just before it: masks, weights, moments and targets right after it."""
     log_rewiring, seen = run_folder.log_rewiring, {}
