@@ -34,6 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
+from runs import topology
 from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
@@ -265,23 +266,23 @@ def log_topology(
 ) -> None:
     """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
     TensorBoard; there too one image per layer, and sparsities and densities, counted from the masks."""
-    report = {name: sparse_utils.topology_report(static_masks[name], masks[name], *budgets[name], widths[name])
+    report = {name: topology.topology_report(static_masks[name], masks[name], *budgets[name], widths[name])
               for name in masks}  # fmt: skip
     write_json(run_dir / "topology.json", report)
-    table = sparse_utils.topology_table(report)
+    table = topology.topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
     writer.add_text("topology/revival", table, global_step)
     warnings = [
         warning
         for name in masks
-        for warning in sparse_utils.topology_warnings(name, static_masks[name], masks[name], observation_size)
+        for warning in topology.topology_warnings(name, static_masks[name], masks[name], observation_size)
     ]
     if warnings:
         tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
-            image = sparse_utils.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
+            image = topology.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
             image = np.concatenate([image, mask_legend(image)])
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
             writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
@@ -293,7 +294,7 @@ def log_topology(
 def mask_legend(image: np.ndarray) -> np.ndarray:
     """What the halves of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
     with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
-    colours = [entry for entry in sparse_utils.MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    colours = [entry for entry in topology.MASK_COLOURS if (image == entry[0]).all(-1).any()]
     entries = [("white", "after static pruning"), ("white", "after revival"), *colours]
     width, size = image.shape[1], image.shape[1] // 28
     row = size * 3 // 2

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_utils as su
+from runs import topology
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5)
 FRACTION = st.floats(0, 1, exclude_max=True)
@@ -407,7 +408,7 @@ def test_whatever_the_optimizer_keeps_of_pruned_weights_is_zeroed(optimizer):
 def test_topology_report_counts():
     static = {"fc1": torch.tensor([[True, False, False], [False, False, False]])}
     final = {"fc1": torch.tensor([[True, False, False], [False, True, False]])}
-    report = su.topology_report(static, final, 2, 1, 4)
+    report = topology.topology_report(static, final, 2, 1, 4)
     assert report == {
         "budget": 2,
         "reserve": 1,
@@ -433,7 +434,7 @@ def test_topology_report_counts():
 def test_a_rule_whose_counts_do_not_add_up_is_an_error(budget, reserve):
     static, final = {"fc1": torch.tensor([[True, False]])}, {"fc1": torch.tensor([[True, True]])}
     with pytest.raises(ValueError, match=f"2 connections, 1 of them revived, in place of {budget} and {reserve}"):
-        su.topology_report(static, final, budget, reserve, 1)
+        topology.topology_report(static, final, budget, reserve, 1)
 
 
 def test_topology_warnings_name_empty_layers_and_blind_inputs():
@@ -442,19 +443,19 @@ def test_topology_warnings_name_empty_layers_and_blind_inputs():
     final = {"fc1": static["fc1"].clone(), "fc2": static["fc2"].clone()}
     final["fc1"][1, [1, 4]] = True
     final["fc2"][0, 0] = True
-    assert su.topology_warnings("qf1", static, final, 3) == [
+    assert topology.topology_warnings("qf1", static, final, 3) == [
         "qf1.fc2 keeps no connection after static pruning and has 1 after revival.",
         "qf1 is blind to 1 of 3 observation dimensions after static pruning: [1]; after revival to 0.",
         "qf1 is blind to 2 of 2 action dimensions after static pruning: [0, 1]; after revival to 1: [0].",
     ]
     whole = {name: torch.ones_like(m) for name, m in static.items()}
-    assert su.topology_warnings("qf1", whole, whole, 3) == []
+    assert topology.topology_warnings("qf1", whole, whole, 3) == []
 
 
 def test_mask_image_shows_pruned_kept_and_revived():
     static = torch.tensor([[True, False], [False, False]])
     final = torch.tensor([[True, True], [False, False]])
-    image = su.mask_image(static, final, (2, 2))
+    image = topology.mask_image(static, final, (2, 2))
     assert image.shape == (256, 2 * 256 + 8, 3)
     dark, grey, orange = [24, 26, 32], [176, 182, 192], [255, 140, 0]
     assert image[10, [10, 200]].tolist() == [grey, dark] and image[200, [10, 200]].tolist() == [dark, dark]
