@@ -8,7 +8,6 @@ To add a rule, write a function and put it into the dictionary behind its kin: C
 GROWTHS. The scripts' flags take their choices and their help from there, and no rule is named anywhere else.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -173,6 +172,37 @@ def active_widths(
     return widths
 
 
+# DENSITY DECAY: from more connections down to K
+
+
+def starting_budgets(
+    networks: dict[str, nn.Module],
+    methods: dict[str, str],
+    budgets: dict[str, tuple[int, int]],
+    widths: dict[str, int],
+    density: float | None,
+) -> dict[str, tuple[int, int]]:
+    """What `budgets` are at the first pruning: with --density-start that fraction of a network's weights, and no
+    revival. Raises ValueError unless that is more than K and less than the active neurons can hold."""
+    starts = dict(budgets)
+    for name in [name for name, method in methods.items() if density is not None and method not in UNPRUNED]:
+        weights = linear_weights(networks[name])
+        size, most = (sum(w.numel() for w in ws.values()) for ws in (weights, active_part(weights, widths[name])))
+        starts[name] = (round(density * size), 0)
+        if not budgets[name][0] < starts[name][0] < most:
+            raise ValueError(
+                f"--density-start {density} of {name} is {starts[name][0]} connections; choose one above the "
+                f"{budgets[name][0]} of the end and below the {most} that its active neurons can have"
+            )
+    return starts
+
+
+def decayed(start: int, end: int, done: float) -> int:
+    """Connections when a fraction of the rewirings is done: from `start` to `end` by a sigmoid over [-6, 6], stretched
+    so that both are met (CHTss, Zhang et al. 2025)."""
+    return round(start + (end - start) * (1 + math.tanh(6 * done - 3) / math.tanh(3)) / 2)
+
+
 # STATIC PRUNING: a score for each connection (the higher ones are kept), then an exact count by rank
 
 
@@ -246,14 +276,15 @@ def static_prune(
     generator: torch.Generator,
     loss: Tensor | None = None,
     width: int | None = None,
+    masks: Masks | None = None,
 ) -> Masks:
     """The base masks: exactly `keep` connections by the rules CRITERIA[criterion] and DISTRIBUTIONS[distribution], all
-    between active neurons. `loss` is the network's own loss, for the criteria that use it; `generator` is on the CPU.
-    The weights are read, not changed."""
+    between active neurons, and of `masks`, if an earlier pruning has left these. `loss` is the network's own loss, for
+    the criteria that use it; `generator` is on the CPU. The weights are read, not changed."""
     rule = CRITERIA[criterion]
     if rule.uses_loss and rule.rounds > 1:
         raise ValueError(f"criterion {criterion} uses the loss, that of the dense network, so it has one round")
-    masks = embed({name: torch.ones_like(w) for name, w in active_part(weights, width).items()}, weights)
+    masks = masks or embed({name: torch.ones_like(w) for name, w in active_part(weights, width).items()}, weights)
     size = sum(int(mask.sum()) for mask in masks.values())
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
@@ -352,6 +383,11 @@ def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator, pla
         chosen = pruned[torch.randperm(len(pruned), generator=generator)[:budget].to(mask.device)]
         revived[name] = mask.flatten().index_fill(0, chosen, True).view_as(mask)
     return revived
+
+
+def active_connections(masks: dict[str, Masks]) -> dict[str, int]:
+    """How many connections each network has."""
+    return {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
 
 
 # DYNAMIC SPARSE TRAINING: what a rewiring does to one layer
@@ -487,22 +523,36 @@ def remove_chains(masks: Masks, stopped: list[str]) -> None:
         masks[b] &= masks[a].any(1) | (b in stopped)
 
 
-def rewire(layers: dict[str, Layer], stopped: list[str], fraction: float, rules: tuple[str, str, bool]) -> None:
-    """Drop a fraction of each layer's connections and grow as many, the masks in place. They grow among all that is not
-    kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was inactive before."""
-    method, criterion, regrow = rules
+def rewire(
+    layers: dict[str, Layer],
+    counts: dict[str, int],
+    stopped: list[str],
+    fraction: float,
+    method: str,
+    criterion: str,
+    regrow: bool,
+) -> None:
+    """Drop what a layer has above its count, and a fraction of that count; grow up to it, the masks in place. They grow
+    among all that is not kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was
+    inactive before."""
     kept = {}
     for name, layer in layers.items():
-        count = 0 if name in stopped else int(fraction * int(layer.mask.sum()))
-        kept[name] = drop(layer, count if regrow else min(count, int((~layer.mask).sum())), criterion)
+        count = 0 if name in stopped else int(fraction * counts[name])
+        count = count if regrow else min(count, int((~layer.mask).sum()))
+        kept[name] = drop(layer, int(layer.mask.sum()) - counts[name] + count, criterion)
     if GROWTHS[method].by_topology:
         remove_chains(kept, stopped)
     for name, layer in layers.items():
-        count, candidates = int((layer.mask & ~kept[name]).sum()), ~kept[name] if regrow else ~layer.mask
+        count, candidates = counts[name] - int(kept[name].sum()), ~kept[name] if regrow else ~layer.mask
         after = grow(layer._replace(mask=kept[name]), candidates, count, method)
         if GROWTHS[method].by_topology and int((layer.mask & after & ~kept[name]).sum()) > EARLY_STOP * count:
             stopped.append(name)
         layer.mask.copy_(after)
+
+
+def rewiring_steps(after: int, until: float, every: int) -> range:
+    """The environment steps of rewirings: multiples of `every` after one step and before another."""
+    return range((after // every + 1) * every, math.ceil(until), every)
 
 
 def reads_gradient(method: str, criterion: str) -> bool:
@@ -515,20 +565,27 @@ def rewire_network(
     target: nn.Module | None,
     optimizer: torch.optim.Optimizer,
     masks: Masks,
-    stopped: list[str],
     width: int,
+    stopped: list[str],
     loss: Tensor | None,
+    keep: int,
     fraction: float,
     done: float,
-    rules: tuple[str, str, bool],
+    rules: tuple[str, str, bool, str],
     generator: torch.Generator,
 ) -> None:
-    """Rewire a network between its active neurons, its masks in place, by `rules`: of growth, of dropping, and whether
-    what is dropped may grow again. `loss` is the network's own, for rules that read its dense gradient; layers that are
-    not to be rewired any more are, or come, into `stopped`. What is dropped ends at zero, also in Adam's moments and
-    the target; what is new starts there."""
-    method, criterion, _ = rules
-    weights = linear_weights(network)
+    """Rewire a network between its active neurons, its masks in place, by `rules`: of growth, of dropping, whether what
+    is dropped may grow again, and a distribution. If fewer connections are to be left, `keep`, a layer has as many of
+    them as pruning by magnitude and that distribution would leave there. `loss` is the network's own, for rules that
+    read its dense gradient; layers that are not to be rewired any more are, or come, into `stopped`. What is dropped
+    ends at zero, also in Adam's moments and the target; what is new starts there."""
+    method, criterion, regrow, distribution = rules
+    weights, left = linear_weights(network), masks
+    if keep < sum(int(mask.sum()) for mask in masks.values()):
+        left = static_prune(weights, keep, "magnitude", distribution, generator, width=width, masks=masks)
+    counts = {name: int(mask.sum()) for name, mask in left.items()}
+    if sum(counts.values()) != keep:
+        raise ValueError(f"distribution {distribution} leaves {sum(counts.values())} connections in place of {keep}")
     gradients = dict.fromkeys(weights)
     if reads_gradient(method, criterion):
         dense = torch.autograd.grad(loss, list(weights.values()))
@@ -540,7 +597,7 @@ def rewire_network(
     }
     # layer by layer, but all at once where chains across layers count
     for group in [layers] if GROWTHS[method].by_topology else [{name: layer} for name, layer in layers.items()]:
-        rewire(group, stopped, fraction, rules)
+        rewire(group, counts, stopped, fraction, method, criterion, regrow)
     zero_pruned(network, masks, optimizer)
     if target is not None:
         zero_pruned(target, masks)
@@ -591,14 +648,17 @@ def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimiz
 def mask_gradients(network: nn.Module, masks: Masks) -> None:
     """Hook each weight so that its gradient is zero outside the mask, in place, as soon as `backward()` returns. Adam's
     moments and steps there are then exactly zero, and what `zero_pruned` zeroed stays zero. The hooks read the masks
-    given here: change these in place to change what stays zero. A mask that is all True needs no hook."""
+    given last: change these in place to change what stays zero. A network that is all active needs no hook."""
+    if all(mask.all() for mask in masks.values()):
+        return
     for name, weight in linear_weights(network).items():
-        if not masks[name].all():
-            weight.register_post_accumulate_grad_hook(functools.partial(zero_gradient, masks[name]))
+        if not hasattr(weight, "mask"):
+            weight.register_post_accumulate_grad_hook(zero_gradient)
+        weight.mask = masks[name]
 
 
-def zero_gradient(mask: Tensor, weight: Tensor) -> None:
-    weight.grad.mul_(mask)
+def zero_gradient(weight: Tensor) -> None:
+    weight.grad.mul_(weight.mask)
 
 
 @torch.no_grad()

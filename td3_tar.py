@@ -66,6 +66,10 @@ class Args:
     init: Literal["dense", "sparse"] = "dense"
     actor_init: Literal["dense", "sparse"] | None = None  # another --init for the actor alone
     critic_init: Literal["dense", "sparse"] | None = None  # another --init for the critics alone
+    # density that pruning begins with; it falls to the budget over the rewirings (CHTss, Zhang et al. 2025)
+    density_start: float | None = None
+    # or, where masks stay, at this environment step, by magnitude (as SCULPT, Gadhikar et al. 2024); revival comes then
+    final_prune_at: int | None = None
     # neurons of each hidden layer that get connections; auto: as many as the budget can feed; default: all (the paper)
     active_width: int | Literal["auto"] | None = None
     # for the methods that rewire: set, rigl, cht, chts
@@ -335,8 +339,9 @@ def train(args: Args) -> Path:
             for name, size in sizes.items()
         }
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
+        starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
-    active = {name: budget for name, (budget, _) in budgets.items()}
+    prunings = (args.prune_at, args.final_prune_at)
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     # nothing is written before this
@@ -353,8 +358,7 @@ def train(args: Args) -> Path:
         args.resume = None  # from here on it is that run
         run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
     rewire_until = args.rewire_stop * args.total_timesteps
-    first = max(args.learning_starts, args.prune_at) // args.rewire_every + 1
-    rewirings = range(first * args.rewire_every, math.ceil(rewire_until), args.rewire_every)
+    rewirings = sparse_utils.rewiring_steps(max(args.learning_starts, args.prune_at), rewire_until, args.rewire_every)
     by_gradient = any(sparse_utils.reads_gradient(methods[name], args.drop_criterion) for name in dynamic)
     writer = SummaryWriter(run_dir)
     if not checkpoint:
@@ -420,36 +424,43 @@ def train(args: Args) -> Path:
             tqdm.write(f"stopped at step {global_step}; go on with: {command}")
             sys.exit(128 + STOP_SIGNALS[0])
 
-        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
-        if global_step == args.prune_at:
+        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step, or with
+        # --final-prune-at in two steps, of which the second prunes by magnitude and revives
+        if global_step in prunings:
+            again = global_step == args.final_prune_at
+            due, criterion = (budgets, "magnitude") if again else (starts, args.criterion)
+            if again and global_step > start_step:  # a resumed run has not compacted yet
+                sparse_kernels.expand(in_kernels, networks, targets, optimizers)
             # prune: K - R connections of each network survive, the highest by score
-            losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[args.criterion].uses_loss else {}
+            losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
             static_masks = {}
-            for name, (budget, reserve) in budgets.items():
+            for name, (budget, reserve) in due.items():
                 weights = sparse_utils.linear_weights(networks[name])
-                base = (args.criterion, args.distribution, mask_generator, losses.get(name), widths[name])
-                static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base)
-            # revive: R pruned connections come back in the layers whose topology needs them, within a layer at random
-            # (or where PLACES says)
-            for name, (_, reserve) in budgets.items():  # R is 0 for the methods that revive nothing
+                base = (criterion, args.distribution, mask_generator, losses.get(name), widths[name])
+                left = progress.masks.get(name)
+                static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base, left)
+            # revive: R pruned connections come back in the layers whose topology needs them, at random or by PLACES
+            for name, (_, reserve) in due.items():  # R is 0 for the methods that revive nothing
                 spread = sparse_utils.REVIVALS.get(methods[name], sparse_utils.no_revival)
                 part = sparse_utils.active_part(static_masks[name], widths[name])
                 places = sparse_utils.PLACES.get(methods[name])
                 revived = sparse_utils.revive(part, spread(part, reserve), mask_generator, places)
                 progress.revived_masks[name] = sparse_utils.embed(revived, static_masks[name])
             progress.masks = copy.deepcopy(progress.revived_masks)  # rewiring changes them in place
-            made = (budgets, widths, static_masks, progress.masks)
-            run_folder.log_topology(writer, run_dir, global_step, *made, observation_size)
-            writer.add_scalar("flops/inference", count_flops(active, args.batch_size)[0], global_step)
-            for name in [name for name, init in inits.items() if init == "sparse"]:
+            made = (static_masks, progress.masks, observation_size)
+            run_folder.log_topology(writer, run_dir, global_step, due, widths, *made)
+            for name in [name for name, init in inits.items() if init == "sparse" and not again]:
                 for network in [networks[name], *([targets[name]] if name in targets else [])]:
                     sparse_utils.scale_to_active_inputs(network, progress.masks[name])
         # train sparse: a revived weight still has the value it had; what is pruned is zero and stays so, since hooks on
         # the weights zero its gradient before backward() returns
-        if global_step == args.prune_at or (global_step == start_step and progress.masks):
+        if global_step in prunings or (global_step == start_step and progress.masks):
             sparse_utils.fix_masks(networks, targets, optimizers, progress.masks)
             sparse_kernels.compact(in_kernels, networks, targets, optimizers, progress.masks)  # for speed alone
+            active = sparse_utils.active_connections(progress.masks)
             action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
+            if global_step in prunings:
+                writer.add_scalar("flops/inference", action_flops, global_step)
 
         if global_step == sps_from_step:
             sps_from_time = time.perf_counter()
@@ -469,14 +480,18 @@ def train(args: Args) -> Path:
             sparse_kernels.expand(in_turn, networks, targets, optimizers)
             losses = own_losses(args.batch_size) if by_gradient else {}
             for name in dynamic:
-                rules = (methods[name], args.drop_criterion, args.regrow)
-                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name])
-                own = (progress.stopped.setdefault(name, []), widths[name], losses.get(name))
-                sparse_utils.rewire_network(*parts, *own, fraction, done, rules, mask_generator)
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
                 progress.training_flops += args.batch_size * flops
+                active[name] = sparse_utils.decayed(starts[name][0], budgets[name][0], done)
+                rules = (methods[name], args.drop_criterion, args.regrow, args.distribution)
+                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name], widths[name])
+                state = (progress.stopped.setdefault(name, []), losses.get(name), active[name], fraction, done)
+                sparse_utils.rewire_network(*parts, *state, rules, mask_generator)
             sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)
             run_folder.log_rewiring(writer, run_dir, global_step, progress.revived_masks, previous, progress.masks)
+            if args.density_start is not None:
+                action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
+                writer.add_scalar("flops/inference", action_flops, global_step)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts:

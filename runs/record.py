@@ -16,6 +16,7 @@ CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
+MASK |= {"density_start", "final_prune_at"}
 REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
@@ -99,6 +100,7 @@ def read_config(run_dir: Path) -> dict:
     if "rewire_every" in args:
         # before there were these flags
         usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
+        usual |= {"density_start": None, "final_prune_at": None}
         args.update(usual | args)
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"

@@ -151,8 +151,8 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
-    out where nothing is pruned; w<active width> and init-<init> stand before the seed where they are not the defaults.
-    """
+    out where nothing is pruned; d<density at the start>, with -<step of the final pruning>, w<active width> and
+    init-<init> stand before the seed where they are not the defaults."""
     methods, sparsities, inits = (
         list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
         for flag in ("method", "sparsity", "init")
@@ -161,6 +161,8 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     if set(methods) - sparse_utils.UNPRUNED.keys():
         parts.append(f"{args.criterion}-{args.distribution}")  # TensorBoard breaks long names at a hyphen
     parts.append("s" + "+".join(map(str, sparsities)))
+    if args.density_start is not None:
+        parts.append(f"d{args.density_start}" + (f"-{args.final_prune_at}" if args.final_prune_at is not None else ""))
     if args.active_width is not None:
         parts.append(f"w{args.active_width}")
     if inits != [type(args).init]:
@@ -332,7 +334,12 @@ def log_rewiring(
             }
         replaced = sum(layer["last_rewiring"]["replaced"] for layer in layers.values())
         lost = sum(int((first_masks[name][layer] & ~mask).sum()) for layer, mask in masks[name].items())
-        writer.add_scalar(f"sparsity/{name}_rewired", replaced / report[name]["budget"], global_step)
+        active, size = (sum(f(m) for m in masks[name].values()) for f in (lambda m: int(m.sum()), Tensor.numel))
+        if active < sum(int(mask.sum()) for mask in previous[name].values()):
+            writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
+            for layer, mask in masks[name].items():
+                writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
+        writer.add_scalar(f"sparsity/{name}_rewired", replaced / active, global_step)
         writer.add_scalar(f"sparsity/{name}_distance", lost / report[name]["budget"], global_step)
     write_json(run_dir / "topology.json", report)
 

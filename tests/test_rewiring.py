@@ -335,8 +335,10 @@ def test_i4_i6_for_the_dynamic_arms(run, method, compute):
     assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
 
 
-@pytest.mark.parametrize("method", ["set", "rigl", "chts"])
-def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, script, monkeypatch, tmp_path, method):
+@pytest.mark.parametrize("method, start", [("set", None), ("rigl", None), ("rigl", 0.5), ("chts", None)])
+def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(
+    run, script, monkeypatch, tmp_path, method, start
+):
     """From one checkpoint, made just before it: masks, weights, moments and targets right after it."""
     log_rewiring, seen = run_folder.log_rewiring, {}
 
@@ -355,6 +357,7 @@ def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, sc
             train()
 
     flags = REWIRING | {"method": method, "checkpoint_frequency": 80, "runs_dir": str(tmp_path / "a")}
+    flags |= {"density_start": start}
     state_of(lambda: run(**flags), "masked")  # leaves the checkpoint of step 80
     monkeypatch.setattr(run_folder, "log_rewiring", log_rewiring)
     (run_dir,) = (tmp_path / "a").iterdir()

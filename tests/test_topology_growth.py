@@ -152,7 +152,7 @@ def test_a_rewiring_moves_chains_into_the_same_layer(method, leads_nowhere):
     masks["fc2"][:, 0], masks["fc2"][0, 1:] = False, True
     before = {name: int(m.sum()) for name, m in masks.items()}
     for group in [masks] if method == "cht" else [{name: m} for name, m in masks.items()]:
-        su.rewire({name: layer(m) for name, m in group.items()}, [], 0.0, (method, "magnitude", True))
+        su.rewire({name: layer(m) for name, m in group.items()}, before, [], 0.0, method, "magnitude", True)
     assert {name: int(m.sum()) for name, m in masks.items()} == before
     assert masks["fc1"][0].any() == leads_nowhere
 
@@ -169,11 +169,11 @@ def test_a_layer_stops_when_more_than_nine_tenths_grow_back(monkeypatch, back, s
     grows[:back], grows[50 : 60 - back] = 2, 1
     monkeypatch.setitem(su.GROWTHS, "given", su.Rule(lambda _: grows.view(10, 10), by_topology=True))
     stopped, rules = [], ("given", "magnitude", True)
-    su.rewire({"fc": layer(mask, weight)}, stopped, 0.5, rules)
+    su.rewire({"fc": layer(mask, weight)}, {"fc": 20}, stopped, 0.5, *rules)
     assert stopped == ["fc"] * settled and int(mask[0].sum()) == back
     before = mask.clone()
     grows[:] = torch.arange(100)
-    su.rewire({"fc": layer(mask, weight)}, stopped, 0.5, rules)
+    su.rewire({"fc": layer(mask, weight)}, {"fc": 20}, stopped, 0.5, *rules)
     assert torch.equal(mask, before) == settled and int(mask.sum()) == 20
 
 
