@@ -251,12 +251,26 @@ def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generat
     return {name: m * torch.outer(o, i) for name, m, o, i in zip(weights, magnitudes, out_of, into, strict=True)}
 
 
+def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
+    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
+    has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
+    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one."""
+    scores = {}
+    for name, mask in masks.items():
+        m, n = int(mask.any(1).sum()), int(mask.any(0).sum())
+        diagonal = (torch.arange(n) - torch.arange(m).unsqueeze(1)) % max(m, n)
+        scores[name] = torch.zeros(mask.shape, dtype=torch.float64)
+        scores[name][:m, :n] = torch.randperm(max(m, n), generator=generator)[diagonal] / max(m, n)
+    return {name: s.to(weights[name].device) for name, s in scores.items()}
+
+
 CRITERIA = {
     "random": Rule(random_scores),
     "magnitude": Rule(magnitude_scores),
     "snip": Rule(snip_scores, uses_loss=True),
     "grasp": Rule(grasp_scores, uses_loss=True),
     "synflow": Rule(synflow_scores, rounds=100),
+    "diagonal": Rule(diagonal_scores),
 }
 
 

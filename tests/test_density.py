@@ -231,6 +231,15 @@ def test_a_mask_that_stays_is_pruned_twice(run, watched, monkeypatch, flags, com
     assert [(e.step, e.value) for e in log.Scalars("flops/inference")] == list(zip((60, 120), inference))
 
 
+def test_the_second_pruning_keeps_only_what_the_first_has_left(run, watched, monkeypatch):
+    """Whatever it goes by: here by chance."""
+    monkeypatch.setitem(su.CRITERIA, "magnitude", su.CRITERIA["random"])
+    run(method="static", **TWICE)
+    (_, _, first), (_, _, second) = watched["prunings"]
+    for name, layers in second.items():
+        assert not any((mask & ~first[name][key]).any() for key, mask in layers.items())
+
+
 def test_masked_training_and_kernels_agree_over_the_second_pruning(run):
     flags = TWICE | {"method": "tar", "total_timesteps": 130}
     masked, sparse = (load(run(compute=compute, **flags)) for compute in ("masked", "sparse"))

@@ -334,7 +334,7 @@ def test_synflow_needs_a_chain():
         scores_of("synflow", {"a": torch.ones(3, 2), "b": torch.ones(3, 2)})
 
 
-@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow"])
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow", "diagonal"])
 @pytest.mark.parametrize("distribution", ["er", "uniform", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 def test_static_prune_keeps_the_exact_count_and_no_weight_is_touched(criterion, distribution, sparsity):
@@ -350,6 +350,35 @@ def test_static_prune_keeps_the_exact_count_and_no_weight_is_touched(criterion, 
 def test_static_prune_refuses_an_unknown_criterion():
     with pytest.raises(KeyError, match="best"):
         su.static_prune({"fc": torch.ones(2, 2)}, 1, "best", "er", generator())
+
+
+@given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+def test_diagonals_are_whole_but_for_the_last_and_fans_are_equal_up_to_one(data, m, n, seed):
+    keep = data.draw(st.integers(0, m * n))
+    mask = su.static_prune({"fc": torch.zeros(m, n)}, keep, "diagonal", "er", generator(seed))["fc"]
+    kept = [0] * max(m, n)
+    for i, j in mask.nonzero().tolist():
+        kept[(j - i) % max(m, n)] += 1
+    assert sum(kept) == keep
+    partial = [count for count in kept if count not in (0, min(m, n))]
+    assert partial == [keep % min(m, n)] * (keep % min(m, n) > 0)
+    for side in [0, 1] if m == n else [int(m < n)]:
+        fans = mask.sum(side)
+        assert fans.max() - fans.min() <= 1
+
+
+@pytest.mark.parametrize("distribution", ["er", "uniform", "global"])
+def test_diagonals_are_drawn_and_are_those_of_the_active_part(distribution):
+    weights = {"fc1": torch.zeros(12, 5), "fc2": torch.zeros(12, 12), "fc3": torch.zeros(2, 12)}
+    drawn = [su.static_prune(weights, 50, "diagonal", distribution, generator(seed), width=7) for seed in range(40)]
+    for masks in drawn:
+        assert sum(counts(masks)) == 50 and not any(m[7:].any() for m in (masks["fc1"], masks["fc2"]))
+        for side in (0, 1):  # of the square between active neurons
+            fans = masks["fc2"][:7, :7].sum(side)
+            assert fans.max() - fans.min() <= 1 and not masks["fc2"][:, 7:].any()
+        assert not masks["fc3"][:, 7:].any()
+    hits = sum(masks["fc2"].float() for masks in drawn)[:7, :7]
+    assert len({str(masks) for masks in drawn}) > 30 and hits.min() > 0
 
 
 def test_magnitude_keeps_the_largest():

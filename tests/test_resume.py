@@ -117,6 +117,7 @@ CASES = {
     "before the second pruning": (90, DECAY | {"final_prune_at": 110}),
     "at the second pruning": (110, DECAY | {"final_prune_at": 110, "compute": "sparse"}),
     "after the second pruning": (125, DECAY | {"final_prune_at": 110, "method": "tar_ch", "compute": "sparse"}),
+    "diagonals of an active part": (111, {"criterion": "diagonal", "active_width": 12, "method": "static"}),
     "no regrowth": (115, {"method": "set", "rewire_every": 20, "regrow": False}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
