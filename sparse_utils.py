@@ -559,8 +559,9 @@ def rewire(
     for name, layer in layers.items():
         count, candidates = counts[name] - int(kept[name].sum()), ~kept[name] if regrow else ~layer.mask
         after = grow(layer._replace(mask=kept[name]), candidates, count, method)
-        if GROWTHS[method].by_topology and int((layer.mask & after & ~kept[name]).sum()) > EARLY_STOP * count:
-            stopped.append(name)
+        back, elsewhere = int((layer.mask & after & ~kept[name]).sum()), int((~layer.mask).sum())
+        if GROWTHS[method].by_topology and back > EARLY_STOP * count and elsewhere >= count:
+            stopped.append(name)  # a fuller layer has no choice, so that says nothing [ours]
         layer.mask.copy_(after)
 
 

@@ -47,7 +47,7 @@ def test_the_schedule_is_the_published_sigmoid_and_ends_exactly(start, end, last
 @pytest.fixture
 def watched(monkeypatch):
     """What happens in a run: masks and weights at each pruning and rewiring, and that outside there is only zero."""
-    seen = {"prunings": [], "rewirings": [], "checks": 0}
+    seen = {"prunings": [], "rewirings": [], "new": {}, "checks": 0}
     fix_masks, log_rewiring, log_topology = su.fix_masks, run_folder.log_rewiring, run_folder.log_topology
 
     def state_of(networks):
@@ -63,6 +63,7 @@ def watched(monkeypatch):
 
     def spy_rewiring(writer, run_dir, step, first, previous, masks):
         seen["rewirings"].append((step, counts(previous), counts(masks)))
+        seen["new"][step] = sum(int((m & ~previous["qf1"][key]).sum()) for key, m in masks["qf1"].items())
         return log_rewiring(writer, run_dir, step, first, previous, masks)
 
     def after_step(*_):
@@ -122,9 +123,9 @@ def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(r
         logged = {e.step: e.value for e in log.Scalars(f"sparsity/{name}")}
         at = {60: start[name]} | {step: sum(after[name]) for step, _, after in watched["rewirings"]}
         assert {s: pytest.approx(1 - n / sizes[name]) for s, n in at.items()} == logged
-    report = json.loads((run_dir / "topology.json").read_text())["qf1"]["layers"].values()
-    rewired_last = log.Scalars("sparsity/qf1_rewired")[-1].value
-    assert rewired_last == pytest.approx(sum(r["last_rewiring"]["replaced"] for r in report) / end["qf1"])
+    share = {step: watched["new"][step] / sum(after["qf1"]) for step, _, after in watched["rewirings"]}
+    assert {e.step: e.value for e in log.Scalars("sparsity/qf1_rewired")} == pytest.approx(share)
+    assert any(share.values())
 
 
 def test_a_layer_keeps_what_the_distribution_gives_it_on_the_weights_of_now(run, monkeypatch, watched):

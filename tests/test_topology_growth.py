@@ -180,6 +180,19 @@ def test_a_layer_stops_when_more_than_nine_tenths_grow_back(monkeypatch, back, s
 # runs
 
 
+@pytest.mark.parametrize("active, settled", [(20, False), (19, False), (14, True)])
+def test_a_layer_that_can_hardly_grow_elsewhere_does_not_stop(active, settled):
+    """Half of the connections are dropped and all of them come back, of 20 places."""
+    mask = torch.zeros(4, 5).bool()
+    mask.view(-1)[:active] = True
+    stopped = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(su.GROWTHS, "back", su.Rule(lambda of: -torch.arange(20.0).view(4, 5), by_topology=True))
+        weight = torch.arange(20.0).view(4, 5) + 1
+        su.rewire({"fc": layer(mask, weight)}, {"fc": active}, stopped, 0.4, "back", "magnitude", True)
+    assert stopped == ["fc"] * settled and int(mask.sum()) == active
+
+
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
 @pytest.mark.parametrize("method, width", [("cht", None), ("chts", None), ("chts", 14)])
 def test_counts_are_exact_and_nothing_is_outside_the_mask(run, script, monkeypatch, method, width, compute):
@@ -239,7 +252,7 @@ def test_one_seed_has_one_result_and_at_sparsity_zero_it_is_dense(run):
 
 def test_a_network_that_has_stopped_is_rewired_no_more(run, monkeypatch):
     monkeypatch.setattr(su, "EARLY_STOP", -1.0)
-    run_dir = run(method="cht", **REWIRING)
+    run_dir = run(method="cht", **REWIRING | {"sparsity": 0.9})
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert checkpoint["progress"]["stopped"] == {name: ["fc1", "fc2", "fc3"] for name in ("actor", "qf1", "qf2")}
     report = json.loads((run_dir / "topology.json").read_text())
