@@ -35,7 +35,7 @@ from runs.checks import bad_input, check_args, complete_args, make_env, one_of
 Method = one_of(sparse_utils.METHODS, "arm; all but dense have the same number of connections (tiny: at most)")
 Criterion = one_of(sparse_utils.CRITERIA, "score by which static pruning ranks connections")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "how static pruning spreads the budget over layers")
-DropCriterion = one_of(sparse_utils.DROPS, "set, rigl: worth of a connection w with gradient g; the lowest are dropped")
+DropCriterion = one_of(sparse_utils.DROPS | {None: "as in the source"}, "worth; rewiring drops what has the lowest")
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Args:
     sparsity: float = 0.9  # fraction of each network's weights that is pruned, in [0, 1); biases stay; dense ignores it
     actor_sparsity: float | None = None  # another --sparsity for the actor alone
     critic_sparsity: float | None = None  # another --sparsity for the critics alone
-    reserve: float = 0.1  # fraction of the active connections that revival places (tar and uniform), in [0, 1)
+    reserve: float = 0.1  # fraction of the active connections that revival places (tar, tar_ch, uniform), in [0, 1)
     criterion: Criterion = "random"
     distribution: Distribution = "er"
     prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
@@ -63,13 +63,18 @@ class Args:
     init: Literal["dense", "sparse"] = "dense"
     actor_init: Literal["dense", "sparse"] | None = None  # another --init for the actor alone
     critic_init: Literal["dense", "sparse"] | None = None  # another --init for the critics alone
+    # density that pruning begins with; it falls to the budget over the rewirings (CHTss, Zhang et al. 2025)
+    density_start: float | None = None
+    # or, where masks stay, at this environment step, by magnitude (as SCULPT, Gadhikar et al. 2024); revival comes then
+    final_prune_at: int | None = None
     # neurons of each hidden layer that get connections; auto: as many as the budget can feed; default: all (the paper)
     active_width: int | Literal["auto"] | None = None
-    rewire_every: int = 1000  # set, rigl: environment steps between rewirings (Graesser et al. 2022)
-    rewire_fraction: float = 0.5  # set, rigl: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
-    rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
-    drop_criterion: DropCriterion = "magnitude"
-    regrow: bool = True  # set, rigl: what a rewiring has just dropped may grow again (Evci et al. 2020)
+    # for the methods that rewire: set, rigl, cht, chts
+    rewire_every: int = 1000  # environment steps between rewirings (Graesser et al. 2022)
+    rewire_fraction: float = 0.5  # fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
+    rewire_stop: float = 0.8  # fraction of training after which the masks stay (Graesser et al. 2022)
+    drop_criterion: DropCriterion = None
+    regrow: bool = True  # what a rewiring has just dropped may grow again (Evci et al. 2020)
     # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: sparse where it pays
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
@@ -123,6 +128,7 @@ class Progress:
 
     masks: dict = field(default_factory=dict)  # of each network, layer name to mask; empty until it is pruned
     revived_masks: dict = field(default_factory=dict)  # the same as revival left them
+    stopped: dict = field(default_factory=dict)  # of each network, the layers that cht and chts rewire no more
     training_flops: int = 0
     actor_scalars: dict = field(default_factory=dict)  # of the actor's last update, logged with the critics'
     episode_generator: dict | None = None  # state of the environment's generator before the reset of this episode
@@ -368,8 +374,9 @@ def train(args: Args) -> Path:
             for name, size in sizes.items()
         }
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
+        starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
-    active = {name: budget for name, (budget, _) in budgets.items()}
+    prunings = (args.prune_at, args.final_prune_at)
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     # nothing is written before this
@@ -385,9 +392,11 @@ def train(args: Args) -> Path:
             learn_from += start_step
         args.resume = None  # from here on it is that run
         run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
+    rewire_until = args.rewire_stop * args.total_timesteps
+    rewirings = sparse_utils.rewiring_steps(max(args.learning_starts, args.prune_at), rewire_until, args.rewire_every)
+    by_gradient = any(sparse_utils.reads_gradient(methods[name], args.drop_criterion) for name in dynamic)
     cycles = (args.learning_starts, args.total_timesteps, args.lr_cycles)
     cycle_starts = [cycle_start(k, *cycles) for k in range(args.lr_cycles or 0)]
-    rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
         run_folder.log_args(writer, args)
@@ -437,34 +446,43 @@ def train(args: Args) -> Path:
         if STOP_SIGNALS:
             run_folder.stop(writer, SCRIPT, run_dir, global_step, STOP_SIGNALS[0])
 
-        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step
-        if global_step == args.prune_at:
+        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step, or with
+        # --final-prune-at in two steps, of which the second prunes by magnitude and revives
+        if global_step in prunings:
+            again = global_step == args.final_prune_at
+            due, criterion = (budgets, "magnitude") if again else (starts, args.criterion)
+            if again and global_step > start_step:  # a resumed run has not compacted yet
+                sparse_kernels.expand(in_kernels, networks, targets, optimizers)
             # prune: K - R connections of each network survive, the highest by score
-            losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[args.criterion].uses_loss else {}
+            losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
             static_masks = {}
-            for name, (budget, reserve) in budgets.items():
+            for name, (budget, reserve) in due.items():
                 weights = sparse_utils.linear_weights(networks[name])
-                base = (args.criterion, args.distribution, mask_generator, losses.get(name), widths[name])
-                static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base)
-            # revive: R pruned connections come back in the layers whose topology needs them, at random within a layer
-            for name, (_, reserve) in budgets.items():  # R is 0 for the methods that revive nothing
+                base = (criterion, args.distribution, mask_generator, losses.get(name), widths[name])
+                left = progress.masks.get(name)
+                static_masks[name] = sparse_utils.static_prune(weights, budget - reserve, *base, left)
+            # revive: R pruned connections come back in the layers whose topology needs them, at random or by PLACES
+            for name, (_, reserve) in due.items():  # R is 0 for the methods that revive nothing
                 spread = sparse_utils.REVIVALS.get(methods[name], sparse_utils.no_revival)
                 part = sparse_utils.active_part(static_masks[name], widths[name])
-                revived = sparse_utils.revive(part, spread(part, reserve), mask_generator)
+                places = sparse_utils.PLACES.get(methods[name])
+                revived = sparse_utils.revive(part, spread(part, reserve), mask_generator, places)
                 progress.revived_masks[name] = sparse_utils.embed(revived, static_masks[name])
-            progress.masks = copy.deepcopy(progress.revived_masks)  # set and rigl change them in place
-            made = (budgets, widths, static_masks, progress.masks)
-            run_folder.log_topology(writer, run_dir, global_step, *made, observation_size)
-            writer.add_scalar("flops/inference", count_flops(active, args.batch_size)[0], global_step)
-            for name in [name for name, init in inits.items() if init == "sparse"]:
+            progress.masks = copy.deepcopy(progress.revived_masks)  # rewiring changes them in place
+            made = (static_masks, progress.masks, observation_size)
+            run_folder.log_topology(writer, run_dir, global_step, due, widths, *made)
+            for name in [name for name, init in inits.items() if init == "sparse" and not again]:
                 for network in [networks[name], *([targets[name]] if name in targets else [])]:
                     sparse_utils.scale_to_active_inputs(network, progress.masks[name])
         # train sparse: a revived weight still has the value it had; what is pruned is zero and stays so, since hooks on
         # the weights zero its gradient before backward() returns
-        if global_step == args.prune_at or (global_step == start_step and progress.masks):
+        if global_step in prunings or (global_step == start_step and progress.masks):
             sparse_utils.fix_masks(networks, targets, optimizers, progress.masks)
             sparse_kernels.compact(in_kernels, networks, targets, optimizers, progress.masks)  # for speed alone
+            active = sparse_utils.active_connections(progress.masks)
             action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
+            if global_step in prunings:
+                writer.add_scalar("flops/inference", action_flops, global_step)
 
         if global_step == sps_from_step:
             sps_from_time = time.perf_counter()
@@ -475,33 +493,27 @@ def train(args: Args) -> Path:
         if last:
             break
 
-        # DYNAMIC SPARSE TRAINING, for --method set and rigl alone: drop connections and grow as many elsewhere
-        if dynamic and global_step % args.rewire_every == 0 and rewire_from < global_step < rewire_until:
+        # DYNAMIC SPARSE TRAINING, for the methods that rewire: drop connections and grow as many elsewhere
+        if dynamic and global_step in rewirings and global_step > learn_from:
             fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
+            done = (rewirings.index(global_step) + 1) / len(rewirings)
             previous = copy.deepcopy({name: progress.masks[name] for name in dynamic})
             in_turn = [name for name in dynamic if name in in_kernels]
             sparse_kernels.expand(in_turn, networks, targets, optimizers)
-            losses = own_losses(args.batch_size)
+            losses = own_losses(args.batch_size) if by_gradient else {}
             for name in dynamic:
-                weights = sparse_utils.linear_weights(networks[name])
-                # dense gradients of the network's own loss, for the rules that read them
-                gradients = [None] * len(weights)
-                if sparse_utils.reads_gradient(methods[name], args.drop_criterion):
-                    gradients = torch.autograd.grad(losses[name], list(weights.values()))
-                part = sparse_utils.active_part(progress.masks[name], widths[name])
-                rules = (methods[name], args.drop_criterion, args.regrow, mask_generator)
-                for (layer, mask), gradient in zip(part.items(), gradients, strict=True):
-                    corner = tuple(map(slice, mask.shape))
-                    gradient = None if gradient is None else gradient[corner]
-                    mask.copy_(sparse_utils.rewire(weights[layer][corner], gradient, mask, fraction, *rules))
-                # a dropped weight ends at zero, also in Adam's moments and the target; a grown one starts there
-                sparse_utils.zero_pruned(networks[name], progress.masks[name], optimizers[name])
-                if name in targets:
-                    sparse_utils.zero_pruned(targets[name], progress.masks[name])
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
                 progress.training_flops += args.batch_size * flops
+                active[name] = sparse_utils.decayed(starts[name][0], budgets[name][0], done)
+                rules = (methods[name], args.drop_criterion, args.regrow, args.distribution)
+                parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name], widths[name])
+                state = (progress.stopped.setdefault(name, []), losses.get(name), active[name], fraction, done)
+                sparse_utils.rewire_network(*parts, *state, rules, mask_generator)
             sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)
             run_folder.log_rewiring(writer, run_dir, global_step, progress.revived_masks, previous, progress.masks)
+            if args.density_start is not None:
+                action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
+                writer.add_scalar("flops/inference", action_flops, global_step)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts:

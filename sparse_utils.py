@@ -8,13 +8,11 @@ To add a rule, write a function and put it into the dictionary behind its kin: C
 GROWTHS. The scripts' flags take their choices and their help from there, and no rule is named anywhere else.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -22,16 +20,19 @@ from torch import Tensor
 Masks = dict[str, Tensor]
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto asks for
+EARLY_STOP = 0.9  # fraction of what grows that was just dropped, above which a layer has settled (Zhang et al. 2024)
 
 
 class Rule(NamedTuple):
     """How connections are scored; the highest are kept or grown. The first sentence of the function's docstring is its
     help. Pruning: (weights, masks, loss, generator) -> scores of a network; masks are of what earlier rounds have left.
-    Rewiring: (weight, gradient, mask, generator) -> scores of one layer, of which only some count."""
+    Rewiring: (layer) -> scores of one `Layer`, of which only some count."""
 
     scores: Callable
     uses_loss: bool = False  # reads `loss`, or its `gradient`, which is None for the others
     rounds: int = 1  # of pruning, without a loss: as many times scored and pruned, ever further
+    drop: str = "magnitude"  # growth: the criterion of dropping in its source
+    by_topology: bool = False  # growth: removes chains across layers, and stops in a layer where it has settled
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -171,6 +172,37 @@ def active_widths(
     return widths
 
 
+# DENSITY DECAY: from more connections down to K
+
+
+def starting_budgets(
+    networks: dict[str, nn.Module],
+    methods: dict[str, str],
+    budgets: dict[str, tuple[int, int]],
+    widths: dict[str, int],
+    density: float | None,
+) -> dict[str, tuple[int, int]]:
+    """What `budgets` are at the first pruning: with --density-start that fraction of a network's weights, and no
+    revival. Raises ValueError unless that is more than K and less than the active neurons can hold."""
+    starts = dict(budgets)
+    for name in [name for name, method in methods.items() if density is not None and method not in UNPRUNED]:
+        weights = linear_weights(networks[name])
+        size, most = (sum(w.numel() for w in ws.values()) for ws in (weights, active_part(weights, widths[name])))
+        starts[name] = (round(density * size), 0)
+        if not budgets[name][0] < starts[name][0] < most:
+            raise ValueError(
+                f"--density-start {density} of {name} is {starts[name][0]} connections; choose one above the "
+                f"{budgets[name][0]} of the end and below the {most} that its active neurons can have"
+            )
+    return starts
+
+
+def decayed(start: int, end: int, done: float) -> int:
+    """Connections when a fraction of the rewirings is done: from `start` to `end` by a sigmoid over [-6, 6], stretched
+    so that both are met (CHTss, Zhang et al. 2025)."""
+    return round(start + (end - start) * (1 + math.tanh(6 * done - 3) / math.tanh(3)) / 2)
+
+
 # STATIC PRUNING: a score for each connection (the higher ones are kept), then an exact count by rank
 
 
@@ -219,12 +251,26 @@ def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generat
     return {name: m * torch.outer(o, i) for name, m, o, i in zip(weights, magnitudes, out_of, into, strict=True)}
 
 
+def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
+    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
+    has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
+    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one."""
+    scores = {}
+    for name, mask in masks.items():
+        m, n = int(mask.any(1).sum()), int(mask.any(0).sum())
+        diagonal = (torch.arange(n) - torch.arange(m).unsqueeze(1)) % max(m, n)
+        scores[name] = torch.zeros(mask.shape, dtype=torch.float64)
+        scores[name][:m, :n] = torch.randperm(max(m, n), generator=generator)[diagonal] / max(m, n)
+    return {name: s.to(weights[name].device) for name, s in scores.items()}
+
+
 CRITERIA = {
     "random": Rule(random_scores),
     "magnitude": Rule(magnitude_scores),
     "snip": Rule(snip_scores, uses_loss=True),
     "grasp": Rule(grasp_scores, uses_loss=True),
     "synflow": Rule(synflow_scores, rounds=100),
+    "diagonal": Rule(diagonal_scores),
 }
 
 
@@ -244,14 +290,15 @@ def static_prune(
     generator: torch.Generator,
     loss: Tensor | None = None,
     width: int | None = None,
+    masks: Masks | None = None,
 ) -> Masks:
     """The base masks: exactly `keep` connections by the rules CRITERIA[criterion] and DISTRIBUTIONS[distribution], all
-    between active neurons. `loss` is the network's own loss, for the criteria that use it; `generator` is on the CPU.
-    The weights are read, not changed."""
+    between active neurons, and of `masks`, if an earlier pruning has left these. `loss` is the network's own loss, for
+    the criteria that use it; `generator` is on the CPU. The weights are read, not changed."""
     rule = CRITERIA[criterion]
     if rule.uses_loss and rule.rounds > 1:
         raise ValueError(f"criterion {criterion} uses the loss, that of the dense network, so it has one round")
-    masks = embed({name: torch.ones_like(w) for name, w in active_part(weights, width).items()}, weights)
+    masks = masks or embed({name: torch.ones_like(w) for name, w in active_part(weights, width).items()}, weights)
     size = sum(int(mask.sum()) for mask in masks.values())
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
@@ -301,8 +348,13 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
     return allocate(reserve, pruned, pruned)
 
 
+def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
+    """As tar, but within a layer not at random: where Cannistraci-Hebb scores are highest."""
+    return tar_budgets(masks, reserve)
+
+
 # how the reserve R is spread over the layers of the base masks: (masks, R) -> a count for each layer
-REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
+REVIVALS = {"tar": tar_budgets, "tar_ch": tar_ch_budgets, "uniform": uniform_budgets}
 
 
 def no_revival(masks: Masks, reserve: int) -> list[int]:
@@ -310,28 +362,70 @@ def no_revival(masks: Masks, reserve: int) -> list[int]:
     return [0] * len(masks)
 
 
-def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator) -> Masks:
-    """New masks in which each layer has `budget` more connections, drawn uniformly without replacement from its pruned
-    ones. `generator` is on the CPU."""
+def ch_scores(mask: Tensor) -> Tensor:
+    """CH2-L3n of each pair of an output and an input that are not connected, 0 elsewhere: float64, of shape (n_out,
+    n_in). The neurons between the two, on paths of three connections, are their local community; the score is the sum
+    over these of (1 + connections within it) / (1 + connections that leave it and the pair) (Muscoloni et al. 2022)."""
+
+    def by_community(m: Tensor) -> Tensor:  # that half of it which shares the kind of the rows
+        common = m @ m.T  # connections of neuron j into the community of i and another neuron that j reads
+        leaving = (m.sum(1) - common - 1).clamp(min=0)
+        return (common + (common > 0)) / (1 + leaving) @ m
+
+    m = mask.double()
+    return (by_community(m) + by_community(m.T).T) * ~mask
+
+
+def ch_places(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Cannistraci-Hebb scores; a little noise makes ties random."""
+    return ch_scores(mask) + 1e-9 * torch.rand(mask.shape, generator=generator).to(mask.device)
+
+
+# where in a layer connections are revived, the highest first, if not at random: (mask, generator) -> scores
+PLACES = {"tar_ch": ch_places}
+
+
+def revive(masks: Masks, budgets: Sequence[int], generator: torch.Generator, places: Callable | None = None) -> Masks:
+    """New masks in which each layer has `budget` more connections: the pruned ones of highest `places`, or drawn
+    uniformly without replacement. `generator` is on the CPU."""
     revived = {}
     for (name, mask), budget in zip(masks.items(), budgets, strict=True):
+        if places:
+            revived[name] = mask | highest(places(mask, generator), budget, ~mask)
+            continue
         pruned = (~mask).flatten().nonzero().squeeze(1)
         chosen = pruned[torch.randperm(len(pruned), generator=generator)[:budget].to(mask.device)]
         revived[name] = mask.flatten().index_fill(0, chosen, True).view_as(mask)
     return revived
 
 
+def active_connections(masks: dict[str, Masks]) -> dict[str, int]:
+    """How many connections each network has."""
+    return {name: sum(int(mask.sum()) for mask in layers.values()) for name, layers in masks.items()}
+
+
 # DYNAMIC SPARSE TRAINING: what a rewiring does to one layer
 
 
-def magnitude_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+class Layer(NamedTuple):
+    """What a rule of rewiring is given of one layer, each tensor of shape (n_out, n_in)."""
+
+    weight: Tensor
+    gradient: Tensor | None  # of the network's own loss; None unless the rule says `uses_loss`
+    mask: Tensor  # growth: what the drop has left
+    generator: torch.Generator  # on the CPU
+    done: float  # fraction of all rewirings, this one included; 1 at the last
+
+
+def magnitude_worth(layer: Layer) -> Tensor:
     """|w| (Han et al. 2015)."""
-    return weight.abs()
+    return layer.weight.abs()
 
 
-def set_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def set_worth(layer: Layer) -> Tensor:
     """|w|, ranked among the positive and among the negative weights apart, the same fraction of both dropped (Mocanu et
     al. 2018; Nowak et al. drop the same number)."""
+    weight, mask = layer.weight, layer.mask
     rank = torch.zeros_like(weight)  # within the weights of one sign, as a fraction of their number
     for same_sign in (mask & (weight >= 0), mask & (weight < 0)):
         order = weight[same_sign].abs().argsort(stable=True).argsort()
@@ -339,29 +433,40 @@ def set_worth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Gen
     return rank
 
 
-def mest_worth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def mest_worth(layer: Layer) -> Tensor:
     """|w| + |g| (Yuan et al. 2021, with lambda = 1 as in the code of Nowak et al. 2023)."""
-    return weight.abs() + MEST_LAMBDA * gradient.abs()
+    return layer.weight.abs() + MEST_LAMBDA * layer.gradient.abs()
 
 
-def snip_worth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def snip_worth(layer: Layer) -> Tensor:
     """|w g| (Lee et al. 2019)."""
-    return (weight * gradient).abs()
+    return (layer.weight * layer.gradient).abs()
 
 
-def sensitivity(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def sensitivity(layer: Layer) -> Tensor:
     """|g| / |w| (Nowak et al. 2023; 0 / 0 counts as 0)."""
-    return (gradient / weight).abs().nan_to_num(nan=0.0)
+    return (layer.gradient / layer.weight).abs().nan_to_num(nan=0.0)
 
 
-def reciprocal_sensitivity(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def reciprocal_sensitivity(layer: Layer) -> Tensor:
     """|w| / |g| (Nowak et al. 2023; 0 / 0 counts as 0)."""
-    return sensitivity(gradient, weight, mask, generator)
+    return (layer.weight / layer.gradient).abs().nan_to_num(nan=0.0)
 
 
-def noise(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def noise(layer: Layer) -> Tensor:
     """Uniform noise."""
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.rand(layer.mask.shape, generator=layer.generator).to(layer.mask.device)
+
+
+def sample(odds: Tensor, layer: Layer) -> Tensor:
+    """Scores whose highest are a draw without replacement by these odds (Efraimidis and Spirakis 2006); what has none
+    comes last, at random."""
+    return (odds.double() + 1e-99) / -noise(layer).double().log()
+
+
+def soft_worth(layer: Layer) -> Tensor:
+    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025)."""
+    return sample(layer.weight.abs().double() ** (1 + 2 * layer.done), layer)
 
 
 # what an active connection with weight w and gradient g is worth, the lowest being dropped (Nowak et al. 2023)
@@ -373,67 +478,144 @@ DROPS = {
     "sensitivity": Rule(sensitivity, uses_loss=True),
     "reciprocal_sensitivity": Rule(reciprocal_sensitivity, uses_loss=True),
     "random": Rule(noise),
+    "soft": Rule(soft_worth),
 }
 
 
-def set_growth(weight: Tensor, gradient: None, mask: Tensor, generator: torch.Generator) -> Tensor:
+def set_growth(layer: Layer) -> Tensor:
     """Prune, then rewire during training: drop connections, grow as many at random (SET, Mocanu et al. 2018)."""
-    return noise(weight, gradient, mask, generator)
+    return noise(layer)
 
 
-def rigl_growth(weight: Tensor, gradient: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+def rigl_growth(layer: Layer) -> Tensor:
     """The same, but grow where the dense gradient is largest (RigL, Evci et al. 2020)."""
-    return gradient.abs()
+    return layer.gradient.abs()
 
 
-# where connections grow, the highest first; `mask` is what the drop has left
-GROWTHS = {"set": Rule(set_growth), "rigl": Rule(rigl_growth, uses_loss=True)}
+def cht_growth(layer: Layer) -> Tensor:
+    """The same, but grow where Cannistraci-Hebb scores of the mask are highest (CHT, Zhang et al. 2024)."""
+    return ch_places(layer.mask, layer.generator)
 
 
-def drop(
-    weight: Tensor, gradient: Tensor | None, mask: Tensor, count: int, criterion: str, generator: torch.Generator
-) -> Tensor:
+def chts_growth(layer: Layer) -> Tensor:
+    """The same, but drop and grow at random, by odds of worth and of that score (CHTs, Zhang et al. 2025)."""
+    return sample(ch_scores(layer.mask), layer)
+
+
+# where connections grow, the highest first
+GROWTHS = {
+    "set": Rule(set_growth),
+    "rigl": Rule(rigl_growth, uses_loss=True),
+    "cht": Rule(cht_growth, by_topology=True),
+    "chts": Rule(chts_growth, drop="soft", by_topology=True),
+}
+
+
+def usual_drop(methods: set[str]) -> str | None:
+    """The criterion of dropping in the source of these methods; None if they have different ones."""
+    usual = {GROWTHS[method].drop for method in methods & GROWTHS.keys()} or {"magnitude"}
+    return usual.pop() if len(usual) == 1 else None
+
+
+def drop(layer: Layer, count: int, criterion: str) -> Tensor:
     """The mask without its `count` active connections of lowest DROPS[criterion]; ties go to the lower index."""
-    worth = DROPS[criterion].scores(weight.detach(), gradient, mask, generator)
-    return mask & ~highest(-worth, count, mask)
+    return layer.mask & ~highest(-DROPS[criterion].scores(layer), count, layer.mask)
 
 
-def grow(
-    weight: Tensor,
-    gradient: Tensor | None,
-    kept: Tensor,
-    candidates: Tensor,
-    count: int,
-    method: str,
-    generator: torch.Generator,
-) -> Tensor:
-    """The mask `kept` and the `count` candidates of highest GROWTHS[method]; ties go to the lower index."""
-    scores = GROWTHS[method].scores(weight.detach(), gradient, kept, generator)
-    return kept | highest(scores, count, candidates)
+def grow(layer: Layer, candidates: Tensor, count: int, method: str) -> Tensor:
+    """The mask and the `count` candidates of highest GROWTHS[method]; ties go to the lower index."""
+    return layer.mask | highest(GROWTHS[method].scores(layer), count, candidates)
+
+
+def remove_chains(masks: Masks, stopped: list[str]) -> None:
+    """Drop, in place, the connections of hidden neurons that have no active output, or no active input, until there are
+    none (Zhang et al. 2024); not those of the layers that have `stopped`."""
+    pairs = [(a, b) for a, b in zip(masks, list(masks)[1:]) if masks[a].shape[0] == masks[b].shape[1]]
+    for a, b in reversed(pairs):
+        masks[a] &= masks[b].any(0).unsqueeze(1) | (a in stopped)
+    for a, b in pairs:
+        masks[b] &= masks[a].any(1) | (b in stopped)
 
 
 def rewire(
-    weight: Tensor,
-    gradient: Tensor | None,
-    mask: Tensor,
+    layers: dict[str, Layer],
+    counts: dict[str, int],
+    stopped: list[str],
     fraction: float,
     method: str,
     criterion: str,
     regrow: bool,
-    generator: torch.Generator,
-) -> Tensor:
-    """A layer's mask after dropping a fraction of its connections and growing as many. They grow among all that is not
-    kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was inactive before."""
-    count = int(fraction * int(mask.sum()))
-    if not regrow:
-        count = min(count, int((~mask).sum()))
-    kept = drop(weight, gradient, mask, count, criterion, generator)
-    return grow(weight, gradient, kept, ~kept if regrow else ~mask, count, method, generator)
+) -> None:
+    """Drop what a layer has above its count, and a fraction of that count; grow up to it, the masks in place. They grow
+    among all that is not kept, what was just dropped included (Evci et al. 2020), or, without `regrow`, among what was
+    inactive before."""
+    kept = {}
+    for name, layer in layers.items():
+        count = 0 if name in stopped else int(fraction * counts[name])
+        count = count if regrow else min(count, int((~layer.mask).sum()))
+        kept[name] = drop(layer, int(layer.mask.sum()) - counts[name] + count, criterion)
+    if GROWTHS[method].by_topology:
+        remove_chains(kept, stopped)
+    for name, layer in layers.items():
+        count, candidates = counts[name] - int(kept[name].sum()), ~kept[name] if regrow else ~layer.mask
+        after = grow(layer._replace(mask=kept[name]), candidates, count, method)
+        back, elsewhere = int((layer.mask & after & ~kept[name]).sum()), int((~layer.mask).sum())
+        if GROWTHS[method].by_topology and back > EARLY_STOP * count and elsewhere >= count:
+            stopped.append(name)  # a fuller layer has no choice, so that says nothing [ours]
+        layer.mask.copy_(after)
+
+
+def rewiring_steps(after: int, until: float, every: int) -> range:
+    """The environment steps of rewirings: multiples of `every` after one step and before another."""
+    return range((after // every + 1) * every, math.ceil(until), every)
 
 
 def reads_gradient(method: str, criterion: str) -> bool:
     """Whether a rewiring by these rules of growth and dropping needs the loss."""
     return GROWTHS[method].uses_loss or DROPS[criterion].uses_loss
+
+
+def rewire_network(
+    network: nn.Module,
+    target: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    masks: Masks,
+    width: int,
+    stopped: list[str],
+    loss: Tensor | None,
+    keep: int,
+    fraction: float,
+    done: float,
+    rules: tuple[str, str, bool, str],
+    generator: torch.Generator,
+) -> None:
+    """Rewire a network between its active neurons, its masks in place, by `rules`: of growth, of dropping, whether what
+    is dropped may grow again, and a distribution. If fewer connections are to be left, `keep`, a layer has as many of
+    them as pruning by magnitude and that distribution would leave there. `loss` is the network's own, for rules that
+    read its dense gradient; layers that are not to be rewired any more are, or come, into `stopped`. What is dropped
+    ends at zero, also in Adam's moments and the target; what is new starts there."""
+    method, criterion, regrow, distribution = rules
+    weights, left = linear_weights(network), masks
+    if keep < sum(int(mask.sum()) for mask in masks.values()):
+        left = static_prune(weights, keep, "magnitude", distribution, generator, width=width, masks=masks)
+    counts = {name: int(mask.sum()) for name, mask in left.items()}
+    if sum(counts.values()) != keep:
+        raise ValueError(f"distribution {distribution} leaves {sum(counts.values())} connections in place of {keep}")
+    gradients = dict.fromkeys(weights)
+    if reads_gradient(method, criterion):
+        dense = torch.autograd.grad(loss, list(weights.values()))
+        gradients = active_part(dict(zip(weights, dense, strict=True)), width)
+    weights = active_part(weights, width)
+    layers = {
+        name: Layer(weights[name].detach(), gradients[name], mask, generator, done)
+        for name, mask in active_part(masks, width).items()
+    }
+    # layer by layer, but all at once where chains across layers count
+    for group in [layers] if GROWTHS[method].by_topology else [{name: layer} for name, layer in layers.items()]:
+        rewire(group, counts, stopped, fraction, method, criterion, regrow)
+    zero_pruned(network, masks, optimizer)
+    if target is not None:
+        zero_pruned(target, masks)
 
 
 def rewiring_flops(active: int, size: int, method: str, criterion: str) -> int:
@@ -481,14 +663,17 @@ def zero_pruned(network: nn.Module, masks: Masks, optimizer: torch.optim.Optimiz
 def mask_gradients(network: nn.Module, masks: Masks) -> None:
     """Hook each weight so that its gradient is zero outside the mask, in place, as soon as `backward()` returns. Adam's
     moments and steps there are then exactly zero, and what `zero_pruned` zeroed stays zero. The hooks read the masks
-    given here: change these in place to change what stays zero. A mask that is all True needs no hook."""
+    given last: change these in place to change what stays zero. A network that is all active needs no hook."""
+    if all(mask.all() for mask in masks.values()):
+        return
     for name, weight in linear_weights(network).items():
-        if not masks[name].all():
-            weight.register_post_accumulate_grad_hook(functools.partial(zero_gradient, masks[name]))
+        if not hasattr(weight, "mask"):
+            weight.register_post_accumulate_grad_hook(zero_gradient)
+        weight.mask = masks[name]
 
 
-def zero_gradient(mask: Tensor, weight: Tensor) -> None:
-    weight.grad.mul_(mask)
+def zero_gradient(weight: Tensor) -> None:
+    weight.grad.mul_(weight.mask)
 
 
 @torch.no_grad()
@@ -514,90 +699,3 @@ def fix_masks(
         mask_gradients(network, masks[name])
     for name, target in targets.items():
         zero_pruned(target, masks[name])
-
-
-# WHAT A MASK LOOKS LIKE
-
-MASK_COLOURS = (
-    ((24, 26, 32), "pruned"),
-    ((176, 182, 192), "kept by static pruning"),
-    ((255, 140, 0), "revived"),
-    ((16, 32, 96), "outside the active width"),
-)
-
-
-def topology_report(static: Masks, masks: Masks, budget: int, reserve: int, width: int) -> dict:
-    """Counts for `topology.json`, per layer. `blind_inputs` (inputs with no active connection out) and `dead_units`
-    (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are those of the
-    `part`, the layer between active neurons. Raises ValueError if a rule did not place what it was given."""
-    layers = {}
-    static_part, part = active_part(static, width), active_part(masks, width)
-    for name, mask in masks.items():
-        kept, floor = int(static[name].sum()), topology_floor(tuple(part[name].shape))
-        layers[name] = {
-            "shape": list(mask.shape),
-            "part": list(part[name].shape),
-            "size": mask.numel(),
-            "static": kept,
-            "floor": floor,
-            "deficit": max(0, floor - kept),
-            "revived": int((mask & ~static[name]).sum()),
-            "active": int(mask.sum()),
-            "blind_inputs": [int((~m.any(0)).sum()) for m in (static_part[name], part[name])],
-            "dead_units": [int((~m.any(1)).sum()) for m in (static_part[name], part[name])],
-        }
-    active, revived = (sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
-    if (active, revived) != (budget, reserve):
-        raise ValueError(f"{active} connections, {revived} of them revived, in place of {budget} and {reserve}")
-    return {"budget": budget, "reserve": reserve, "active_width": width, "layers": layers}
-
-
-def topology_table(report: dict) -> str:
-    """The report of every network as one markdown table, its columns aligned for the console."""
-    columns = ["size", "static", "floor", "deficit", "revived", "active"]
-    rows = [["layer", "shape", *columns, "density", "blind inputs", "dead units"]]
-    for network, topology in report.items():
-        for name, layer in topology["layers"].items():
-            density = f"{layer['active'] / layer['size']:.4f}"
-            pairs = ["{} -> {}".format(*layer[key]) for key in ("blind_inputs", "dead_units")]
-            shapes = [layer["part"], layer["shape"]]
-            shape = " of ".join(dict.fromkeys("{}x{}".format(*shape) for shape in shapes))
-            rows.append([f"{network}.{name}", shape, *(str(layer[c]) for c in columns), density, *pairs])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
-
-
-def topology_warnings(network: str, static: Masks, masks: Masks, observation_size: int) -> list[str]:
-    """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
-    observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
-    warnings = []
-    for name, mask in masks.items():
-        if not static[name].any():
-            after = int(mask.sum())
-            warnings.append(f"{network}.{name} keeps no connection after static pruning and has {after} after revival.")
-    first = next(iter(masks))
-    blind_before, blind_after = (~static[first].any(0)).tolist(), (~masks[first].any(0)).tolist()
-    size = len(blind_before)
-    for kind, start, stop in (("observation", 0, observation_size), ("action", observation_size, size)):
-        before = [i - start for i in range(start, stop) if blind_before[i]]
-        after = [i - start for i in range(start, stop) if blind_after[i]]
-        if before:
-            warnings.append(
-                f"{network} is blind to {len(before)} of {stop - start} {kind} dimensions after static pruning: "
-                f"{before}; after revival to {len(after)}{': ' + str(after) if after else ''}."
-            )
-    return warnings
-
-
-def mask_image(static: Tensor, mask: Tensor, part: Sequence[int]) -> np.ndarray:
-    """A layer's mask after static pruning (left) and after revival (right) as uint8 of shape (height, width, 3), about
-    256 pixels square each or larger. Outputs down, inputs across, in MASK_COLOURS; `part`: the active part's shape."""
-    colours = torch.tensor([colour for colour, _ in MASK_COLOURS], dtype=torch.uint8)
-    cell = [max(1, 256 // n) for n in mask.shape]
-    before, after = static.cpu().long(), 2 * mask.cpu().long() - static.cpu().long()
-    for kinds in (before, after):
-        kinds[part[0] :], kinds[:, part[1] :] = 3, 3
-    panels = [colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1) for kind in (before, after)]
-    gap = torch.full((panels[0].shape[0], 8, 3), 255, dtype=torch.uint8)
-    return torch.cat([panels[0], gap, panels[1]], 1).numpy()

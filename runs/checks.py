@@ -42,6 +42,8 @@ def complete_args(args) -> None:
                 setattr(args, f"{network}_{flag}", getattr(args, flag))
         if getattr(args, f"{network}_method") == "dense":
             setattr(args, f"{network}_sparsity", 0.0)
+    if args.drop_criterion is None:
+        args.drop_criterion = sparse_utils.usual_drop({args.actor_method, args.critic_method})
 
 
 def check_args(args) -> None:
@@ -66,6 +68,13 @@ def check_args(args) -> None:
     for name, (holds, rule) in rules.items():
         if not holds:
             fail(f"--{name.replace('_', '-')} must be {rule}, got {given[name]}")
+    check_density(args)
+    growths = {m: sparse_utils.GROWTHS.get(m) for m in (args.actor_method, args.critic_method)}
+    if args.drop_criterion is None:
+        drops = " and ".join(f"{method} by {rule.drop}" for method, rule in growths.items())
+        fail(f"actor and critics would drop by different criteria, {drops}; choose one --drop-criterion")
+    for method in (method for method, rule in growths.items() if rule and rule.by_topology and not args.regrow):
+        fail(f"--method {method} stops in a layer where what was dropped grows again; leave --no-regrow out")
     if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
     if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:
@@ -79,6 +88,30 @@ def check_args(args) -> None:
         fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
+
+
+def check_density(args) -> None:
+    """End the program with one sentence if --density-start or --final-prune-at cannot work."""
+    methods = {args.actor_method, args.critic_method} - sparse_utils.UNPRUNED.keys()
+    stay = sorted(methods - sparse_utils.GROWTHS.keys())
+    if args.density_start is None:
+        if args.final_prune_at is not None:
+            fail("--final-prune-at is the end of a --density-start; set both or neither")
+        return
+    if not 0 < args.density_start < 1:
+        fail(f"--density-start must be above 0 and below 1, got {args.density_start}")
+    if args.final_prune_at is not None and not args.prune_at < args.final_prune_at < args.total_timesteps:
+        fail(f"--final-prune-at must be after --prune-at {args.prune_at} and before the end, got {args.final_prune_at}")
+    if stay and args.final_prune_at is None:
+        fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
+    if len(stay) < len(methods):
+        if args.final_prune_at is not None:
+            fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
+        after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
+        if not sparse_utils.rewiring_steps(after, until, args.rewire_every):
+            fail(f"--density-start falls at rewirings, and there is none after step {after} and before {until:g}")
+        if not args.save_buffer:
+            fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
 
 
 class NewWorld(gym.Wrapper):

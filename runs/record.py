@@ -16,6 +16,7 @@ CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
+MASK |= {"density_start", "final_prune_at"}
 REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
@@ -45,6 +46,8 @@ def identity(args: dict) -> dict:
     for network in ("actor", "critic"):
         if args.get(f"{network}_method") == "dense":  # as the scripts record it
             args[f"{network}_sparsity"] = 0.0
+    if "drop_criterion" in args and args["drop_criterion"] is None:
+        args["drop_criterion"] = sparse_utils.usual_drop(methods)
     unused = ignored(methods) | NOT_OF_THE_RESULT
     unused |= {"n_step_from"} if args.get("n_step") == 1 else set()
     unused |= set() if args.get("recent_fraction") else {"recent_size"}
@@ -101,6 +104,7 @@ def read_config(run_dir: Path) -> dict:
         # before there were these flags
         usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
         usual |= {"n_step": 1, "n_step_from": 0, "recent_fraction": 0.0, "recent_size": 20_000, "lr_cycles": None}
+        usual |= {"density_start": None, "final_prune_at": None}
         args.update(usual | args)
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"

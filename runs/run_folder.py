@@ -36,6 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
+from runs import topology
 from runs.checks import check_args, complete_args, make_env
 from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
@@ -153,8 +154,9 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
-    out where nothing is pruned; w<active width>, init-<init>, n<n step>, recent<recent fraction> and cycles<lr cycles>
-    stand before the seed where they are not the defaults.
+    out where nothing is pruned; d<density at the start>, with -<step of the final pruning>, w<active width>,
+    init-<init>, n<n step>, recent<recent fraction> and cycles<lr cycles> stand before the seed where they are not the
+    defaults.
     """
     methods, sparsities, inits = (
         list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
@@ -164,6 +166,8 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
     if set(methods) - sparse_utils.UNPRUNED.keys():
         parts.append(f"{args.criterion}-{args.distribution}")  # TensorBoard breaks long names at a hyphen
     parts.append("s" + "+".join(map(str, sparsities)))
+    if args.density_start is not None:
+        parts.append(f"d{args.density_start}" + (f"-{args.final_prune_at}" if args.final_prune_at is not None else ""))
     if args.active_width is not None:
         parts.append(f"w{args.active_width}")
     if inits != [type(args).init]:
@@ -290,23 +294,23 @@ def log_topology(
 ) -> None:
     """What pruning and revival did to each network: topology.json, a table and warnings on the console and in
     TensorBoard; there too one image per layer, and sparsities and densities, counted from the masks."""
-    report = {name: sparse_utils.topology_report(static_masks[name], masks[name], *budgets[name], widths[name])
+    report = {name: topology.topology_report(static_masks[name], masks[name], *budgets[name], widths[name])
               for name in masks}  # fmt: skip
     write_json(run_dir / "topology.json", report)
-    table = sparse_utils.topology_table(report)
+    table = topology.topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
     writer.add_text("topology/revival", table, global_step)
     warnings = [
         warning
         for name in masks
-        for warning in sparse_utils.topology_warnings(name, static_masks[name], masks[name], observation_size)
+        for warning in topology.topology_warnings(name, static_masks[name], masks[name], observation_size)
     ]
     if warnings:
         tqdm.write("\n".join(f"warning: {warning}" for warning in warnings))
         writer.add_text("topology/warnings", "\n\n".join(warnings), global_step)
     for name, network_masks in masks.items():
         for layer, mask in network_masks.items():
-            image = sparse_utils.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
+            image = topology.mask_image(static_masks[name][layer], mask, report[name]["layers"][layer]["part"])
             image = np.concatenate([image, mask_legend(image)])
             writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
             writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
@@ -318,7 +322,7 @@ def log_topology(
 def mask_legend(image: np.ndarray) -> np.ndarray:
     """What the halves of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
     with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
-    colours = [entry for entry in sparse_utils.MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    colours = [entry for entry in topology.MASK_COLOURS if (image == entry[0]).all(-1).any()]
     entries = [("white", "after static pruning"), ("white", "after revival"), *colours]
     width, size = image.shape[1], image.shape[1] // 28
     row = size * 3 // 2
@@ -356,7 +360,12 @@ def log_rewiring(
             }
         replaced = sum(layer["last_rewiring"]["replaced"] for layer in layers.values())
         lost = sum(int((first_masks[name][layer] & ~mask).sum()) for layer, mask in masks[name].items())
-        writer.add_scalar(f"sparsity/{name}_rewired", replaced / report[name]["budget"], global_step)
+        active, size = (sum(f(m) for m in masks[name].values()) for f in (lambda m: int(m.sum()), Tensor.numel))
+        if active < sum(int(mask.sum()) for mask in previous[name].values()):
+            writer.add_scalar(f"sparsity/{name}", 1 - active / size, global_step)
+            for layer, mask in masks[name].items():
+                writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
+        writer.add_scalar(f"sparsity/{name}_rewired", replaced / active, global_step)
         writer.add_scalar(f"sparsity/{name}_distance", lost / report[name]["budget"], global_step)
     write_json(run_dir / "topology.json", report)
 

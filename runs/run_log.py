@@ -17,7 +17,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from runs.record import read_config
 from runs.run_folder import hyperparameters
-from sparse_utils import MASK_COLOURS
+from runs.topology import MASK_COLOURS
 
 PUBLISHED_TAGS = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
 

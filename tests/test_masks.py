@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_utils as su
+from runs import topology
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5)
 FRACTION = st.floats(0, 1, exclude_max=True)
@@ -333,7 +334,7 @@ def test_synflow_needs_a_chain():
         scores_of("synflow", {"a": torch.ones(3, 2), "b": torch.ones(3, 2)})
 
 
-@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow"])
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "snip", "grasp", "synflow", "diagonal"])
 @pytest.mark.parametrize("distribution", ["er", "uniform", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
 def test_static_prune_keeps_the_exact_count_and_no_weight_is_touched(criterion, distribution, sparsity):
@@ -349,6 +350,35 @@ def test_static_prune_keeps_the_exact_count_and_no_weight_is_touched(criterion, 
 def test_static_prune_refuses_an_unknown_criterion():
     with pytest.raises(KeyError, match="best"):
         su.static_prune({"fc": torch.ones(2, 2)}, 1, "best", "er", generator())
+
+
+@given(st.data(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 99))
+def test_diagonals_are_whole_but_for_the_last_and_fans_are_equal_up_to_one(data, m, n, seed):
+    keep = data.draw(st.integers(0, m * n))
+    mask = su.static_prune({"fc": torch.zeros(m, n)}, keep, "diagonal", "er", generator(seed))["fc"]
+    kept = [0] * max(m, n)
+    for i, j in mask.nonzero().tolist():
+        kept[(j - i) % max(m, n)] += 1
+    assert sum(kept) == keep
+    partial = [count for count in kept if count not in (0, min(m, n))]
+    assert partial == [keep % min(m, n)] * (keep % min(m, n) > 0)
+    for side in [0, 1] if m == n else [int(m < n)]:
+        fans = mask.sum(side)
+        assert fans.max() - fans.min() <= 1
+
+
+@pytest.mark.parametrize("distribution", ["er", "uniform", "global"])
+def test_diagonals_are_drawn_and_are_those_of_the_active_part(distribution):
+    weights = {"fc1": torch.zeros(12, 5), "fc2": torch.zeros(12, 12), "fc3": torch.zeros(2, 12)}
+    drawn = [su.static_prune(weights, 50, "diagonal", distribution, generator(seed), width=7) for seed in range(40)]
+    for masks in drawn:
+        assert sum(counts(masks)) == 50 and not any(m[7:].any() for m in (masks["fc1"], masks["fc2"]))
+        for side in (0, 1):  # of the square between active neurons
+            fans = masks["fc2"][:7, :7].sum(side)
+            assert fans.max() - fans.min() <= 1 and not masks["fc2"][:, 7:].any()
+        assert not masks["fc3"][:, 7:].any()
+    hits = sum(masks["fc2"].float() for masks in drawn)[:7, :7]
+    assert len({str(masks) for masks in drawn}) > 30 and hits.min() > 0
 
 
 def test_magnitude_keeps_the_largest():
@@ -407,7 +437,7 @@ def test_whatever_the_optimizer_keeps_of_pruned_weights_is_zeroed(optimizer):
 def test_topology_report_counts():
     static = {"fc1": torch.tensor([[True, False, False], [False, False, False]])}
     final = {"fc1": torch.tensor([[True, False, False], [False, True, False]])}
-    report = su.topology_report(static, final, 2, 1, 4)
+    report = topology.topology_report(static, final, 2, 1, 4)
     assert report == {
         "budget": 2,
         "reserve": 1,
@@ -433,7 +463,7 @@ def test_topology_report_counts():
 def test_a_rule_whose_counts_do_not_add_up_is_an_error(budget, reserve):
     static, final = {"fc1": torch.tensor([[True, False]])}, {"fc1": torch.tensor([[True, True]])}
     with pytest.raises(ValueError, match=f"2 connections, 1 of them revived, in place of {budget} and {reserve}"):
-        su.topology_report(static, final, budget, reserve, 1)
+        topology.topology_report(static, final, budget, reserve, 1)
 
 
 def test_topology_warnings_name_empty_layers_and_blind_inputs():
@@ -442,19 +472,19 @@ def test_topology_warnings_name_empty_layers_and_blind_inputs():
     final = {"fc1": static["fc1"].clone(), "fc2": static["fc2"].clone()}
     final["fc1"][1, [1, 4]] = True
     final["fc2"][0, 0] = True
-    assert su.topology_warnings("qf1", static, final, 3) == [
+    assert topology.topology_warnings("qf1", static, final, 3) == [
         "qf1.fc2 keeps no connection after static pruning and has 1 after revival.",
         "qf1 is blind to 1 of 3 observation dimensions after static pruning: [1]; after revival to 0.",
         "qf1 is blind to 2 of 2 action dimensions after static pruning: [0, 1]; after revival to 1: [0].",
     ]
     whole = {name: torch.ones_like(m) for name, m in static.items()}
-    assert su.topology_warnings("qf1", whole, whole, 3) == []
+    assert topology.topology_warnings("qf1", whole, whole, 3) == []
 
 
 def test_mask_image_shows_pruned_kept_and_revived():
     static = torch.tensor([[True, False], [False, False]])
     final = torch.tensor([[True, True], [False, False]])
-    image = su.mask_image(static, final, (2, 2))
+    image = topology.mask_image(static, final, (2, 2))
     assert image.shape == (256, 2 * 256 + 8, 3)
     dark, grey, orange = [24, 26, 32], [176, 182, 192], [255, 140, 0]
     assert image[10, [10, 200]].tolist() == [grey, dark] and image[200, [10, 200]].tolist() == [dark, dark]

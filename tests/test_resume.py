@@ -100,6 +100,7 @@ def interrupted(run, **flags):
     return next(Path(flags["runs_dir"]).iterdir())
 
 
+DECAY = {"density_start": 0.5, "sparsity": 0.8, "total_timesteps": 210}
 CASES = {
     "before pruning": (30, {}),
     "at pruning": (60, {}),
@@ -110,6 +111,13 @@ CASES = {
     "set": (115, {"method": "set", "rewire_every": 20, "critic_method": "tar"}),
     "a scaled part": (111, {"init": "sparse", "active_width": 12, "compute": "sparse"}),
     "rigl in a scaled part": (125, {"method": "rigl", "init": "sparse", "active_width": "auto", "rewire_every": 30}),
+    "cht, some layers settled": (135, {"method": "cht", "rewire_every": 20, "total_timesteps": 210, "sparsity": 0.8}),
+    "between falls of the density": (135, DECAY | {"method": "rigl", "rewire_every": 20}),
+    "the same in the kernels": (135, DECAY | {"method": "chts", "rewire_every": 20, "compute": "sparse"}),
+    "before the second pruning": (90, DECAY | {"final_prune_at": 110}),
+    "at the second pruning": (110, DECAY | {"final_prune_at": 110, "compute": "sparse"}),
+    "after the second pruning": (125, DECAY | {"final_prune_at": 110, "method": "tar_ch", "compute": "sparse"}),
+    "diagonals of an active part": (111, {"criterion": "diagonal", "active_width": 12, "method": "static"}),
     "no regrowth": (115, {"method": "set", "rewire_every": 20, "regrow": False}),
     "a full buffer": (143, {"buffer_size": 70, "checkpoint_frequency": 33}),
     "a buffer overrun twice": (203, {"buffer_size": 40, "total_timesteps": 260, "checkpoint_frequency": 100}),
@@ -530,7 +538,7 @@ def test_without_the_buffer_a_resumed_run_collects_anew_before_it_learns(
     run, resume, script, stop_after, tmp_path, monkeypatch
 ):
     stop_after(130)
-    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50, "method": "set"}
+    flags = {"save_buffer": False, "total_timesteps": 300, "checkpoint_frequency": 50, "method": "rigl"}
     flags |= {"rewire_every": 20}
     run_dir = interrupted(run, **flags, runs_dir=str(tmp_path / "b"))
     assert not list(run_dir.glob("replay/*"))  # that of step 50, which pruning could have needed, is gone

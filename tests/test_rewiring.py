@@ -26,7 +26,7 @@ def generator(seed=0):
 
 
 def layer(seed, shape=(7, 5), density=0.5):
-    """Weight, gradient and mask of a layer; weights outside the mask are zero, one inside too (freshly grown)."""
+    """Weights outside the mask are zero, one inside too (freshly grown)."""
     rng = np.random.default_rng(seed)
     mask = torch.from_numpy(rng.random(shape) < density)
     weight = torch.from_numpy(rng.normal(size=shape).astype(np.float32)) * mask
@@ -34,11 +34,11 @@ def layer(seed, shape=(7, 5), density=0.5):
     if mask.any():
         fresh = mask.nonzero()[0]
         weight[tuple(fresh)] = 0.0
-    return weight, gradient, mask
+    return su.Layer(weight, gradient, mask, generator(seed), 0.5)
 
 
-def grow(gradient, kept, candidates, count, method, seed=0):
-    return su.grow(torch.zeros_like(gradient), gradient, kept, candidates, count, method, generator(seed))
+def grow(of, kept, candidates, count, method, seed=0):
+    return su.grow(of._replace(mask=kept, generator=generator(seed)), candidates, count, method)
 
 
 # on tensors alone
@@ -46,29 +46,30 @@ def grow(gradient, kept, candidates, count, method, seed=0):
 
 @given(st.integers(0, 10**6), st.sampled_from(CRITERIA), st.sampled_from(["set", "rigl"]), st.floats(0, 1), st.data())
 def test_as_many_grow_as_are_dropped_and_only_where_it_is_open(seed, criterion, method, density, data):
-    weight, gradient, mask = layer(seed, density=density)
-    before = mask.clone()
+    of = layer(seed, density=density)
+    mask, before = of.mask, of.mask.clone()
     count = data.draw(st.integers(0, min(int(mask.sum()), int((~mask).sum()))))
-    kept = su.drop(weight, gradient, mask, count, criterion, generator(seed))
-    after = grow(gradient, kept, ~mask, count, method, seed)
+    kept = su.drop(of, count, criterion)
+    after = grow(of, kept, ~mask, count, method, seed)
     assert torch.equal(mask, before)
     assert int((mask & ~kept).sum()) == count and not (kept & ~mask).any()
     assert int((after & ~kept).sum()) == count and not (after & mask & ~kept).any()
     assert int(after.sum()) == int(mask.sum()) and not (kept & ~after).any()
     count = data.draw(st.integers(0, int(mask.sum())))  # what is dropped may grow again, so it always fits
-    kept = su.drop(weight, gradient, mask, count, criterion, generator(seed))
-    after = grow(gradient, kept, ~kept, count, method, seed)
+    kept = su.drop(of, count, criterion)
+    after = grow(of, kept, ~kept, count, method, seed)
     assert int(after.sum()) == int(mask.sum()) and not (kept & ~after).any()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA[:-1])
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_dropped_is_lowest_by_the_published_formula(criterion, seed):
-    weight, gradient, mask = layer(seed, (9, 8))
+    of = layer(seed, (9, 8))
+    weight, gradient, mask, *_ = of
     rows, columns = np.nonzero(mask.numpy())
     w, g = weight.numpy()[rows, columns].astype(float), gradient.numpy()[rows, columns].astype(float)
     count = len(w) // 3
-    dropped = mask & ~su.drop(weight, gradient, mask, count, criterion, generator())
+    dropped = mask & ~su.drop(of, count, criterion)
     if criterion == "set":
         positive, negative = np.sort(w[w >= 0]), -np.sort(-w[w < 0])
         lost = weight[dropped]
@@ -90,26 +91,29 @@ def test_what_is_dropped_is_lowest_by_the_published_formula(criterion, seed):
 
 def test_a_weight_and_gradient_of_zero_count_as_zero_sensitivity():
     weight, gradient, mask = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[0.0, 1.0, 4.0]]), torch.ones(1, 3).bool()
+    of = su.Layer(weight, gradient, mask, generator(), 0.5)
     for criterion in ("sensitivity", "reciprocal_sensitivity"):
-        assert su.drop(weight, gradient, mask, 1, criterion, generator()).tolist() == [[False, True, True]]
+        assert su.drop(of, 1, criterion).tolist() == [[False, True, True]]
 
 
 def test_rigl_grows_where_the_gradient_is_largest_and_set_anywhere():
-    _, gradient, mask = layer(3, (20, 20), 0.25)
-    grown = grow(gradient, mask, ~mask, 30, "rigl") & ~mask
+    of = layer(3, (20, 20), 0.25)
+    _, gradient, mask, *_ = of
+    grown = grow(of, mask, ~mask, 30, "rigl") & ~mask
     assert gradient[grown].abs().min() >= gradient[~mask & ~grown].abs().max()
-    hits = sum(grow(gradient, mask, ~mask, 30, "set", seed).float() for seed in range(2000)) / 2000
+    hits = sum(grow(of, mask, ~mask, 30, "set", seed).float() for seed in range(2000)) / 2000
     expected = 30 / int((~mask).sum())
     assert hits[~mask].tolist() == pytest.approx([expected] * int((~mask).sum()), abs=0.033)  # five standard deviations
 
 
 def test_random_dropping_is_uniform_and_an_unknown_criterion_is_refused():
-    weight, gradient, mask = layer(3, (10, 10), 0.6)
-    drops = [mask & ~su.drop(weight, gradient, mask, 10, "random", generator(seed)) for seed in range(2000)]
+    of = layer(3, (10, 10), 0.6)
+    mask = of.mask
+    drops = [mask & ~su.drop(of._replace(generator=generator(seed)), 10, "random") for seed in range(2000)]
     hits, expected = sum(d.float() for d in drops) / 2000, 10 / int(mask.sum())
     assert hits[mask].tolist() == pytest.approx([expected] * int(mask.sum()), abs=0.043)  # five standard deviations
     with pytest.raises(KeyError, match="smallest"):
-        su.drop(weight, gradient, mask, 10, "smallest", generator())
+        su.drop(of, 10, "smallest")
 
 
 # whole runs
@@ -212,11 +216,11 @@ def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, widt
                 state = seen["optimizers"][name].state[weight]
                 yield [t.detach().clone() for t in (weight, state["exp_avg"], state["exp_avg_sq"])]
 
-    def spy_drop(weight, gradient, mask, count, *rest):
+    def spy_drop(of, *rest):
         if not seen["calls"]:
             seen["before"] = list(values())
-        seen["calls"].append([t.detach().tolist() for t in (weight, gradient, mask)])
-        return drop(weight, gradient, mask, count, *rest)
+        seen["calls"].append([t.tolist() for t in (of.weight, of.gradient, of.mask)])
+        return drop(of, *rest)
 
     def spy_rewiring(writer, run_dir, step, first, previous, masks):
         result, regrown, replaced = log_rewiring(writer, run_dir, step, first, previous, masks), 0, 0
@@ -257,7 +261,7 @@ def test_a_rewiring_of_rigl_is_the_published_rule(run, monkeypatch, regrow, widt
 def test_rewirings_come_when_they_should_and_drop_by_the_criterion_of_the_flag(run, monkeypatch, flags, expected):
     steps, criteria, log_rewiring, drop = [], set(), run_folder.log_rewiring, su.drop
     monkeypatch.setattr(run_folder, "log_rewiring", lambda *a: steps.append(a[2]) or log_rewiring(*a))
-    monkeypatch.setattr(su, "drop", lambda *a: criteria.add(a[4]) or drop(*a))
+    monkeypatch.setattr(su, "drop", lambda *a: criteria.add(a[2]) or drop(*a))
     run(method="set", drop_criterion="mest", **REWIRING | flags)
     assert steps == expected and criteria == {"mest"}
 
@@ -291,8 +295,8 @@ def test_rigl_grows_by_the_gradient_of_each_networks_own_loss(run, script, monke
         seen["networks"] = networks
         return fix_masks(networks, *rest)
 
-    def spy_drop(weight, gradient, *rest):
-        seen["calls"].append(gradient.clone())
+    def spy_drop(of, *rest):
+        seen["calls"].append(of.gradient.clone())
         if len(seen["calls"]) % 9 == 0:  # three networks of three layers: one rewiring
             qf = seen["networks"]["qf1"], seen["networks"]["qf2"]
             data = seen["batch"]
@@ -311,7 +315,7 @@ def test_rigl_grows_by_the_gradient_of_each_networks_own_loss(run, script, monke
             critic, data = seen["networks"]["qf1"], seen["batch"]
             loss = critic(data.observations, data.actions).square().mean()
             seen["first critic"] = torch.autograd.grad(loss, list(su.linear_weights(critic).values()))
-        return drop(weight, gradient, *rest)
+        return drop(of, *rest)
 
     monkeypatch.setattr(script, "critic_losses", simple_critic_losses)
     monkeypatch.setattr(script.ReplayBuffer, "sample", spy_sample)
@@ -331,8 +335,10 @@ def test_i4_i6_for_the_dynamic_arms(run, method, compute):
     assert all(torch.equal(a["masks"][n][k], b["masks"][n][k]) for n in a["masks"] for k in a["masks"][n])
 
 
-@pytest.mark.parametrize("method", ["set", "rigl"])
-def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, script, monkeypatch, tmp_path, method):
+@pytest.mark.parametrize("method, start", [("set", None), ("rigl", None), ("rigl", 0.5), ("chts", None)])
+def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(
+    run, script, monkeypatch, tmp_path, method, start
+):
     """From one checkpoint, made just before it: masks, weights, moments and targets right after it."""
     log_rewiring, seen = run_folder.log_rewiring, {}
 
@@ -351,6 +357,7 @@ def test_a_rewiring_in_the_kernels_is_that_of_masked_training_to_the_bit(run, sc
             train()
 
     flags = REWIRING | {"method": method, "checkpoint_frequency": 80, "runs_dir": str(tmp_path / "a")}
+    flags |= {"density_start": start}
     state_of(lambda: run(**flags), "masked")  # leaves the checkpoint of step 80
     monkeypatch.setattr(run_folder, "log_rewiring", log_rewiring)
     (run_dir,) = (tmp_path / "a").iterdir()
@@ -483,14 +490,19 @@ def test_flops_are_those_of_the_textbook_count(run, script, method):
     "method, criterion, given", [("set", "magnitude", False), ("set", "snip", True), ("rigl", "random", True)]
 )
 def test_a_gradient_is_given_to_the_rules_that_say_they_read_it_and_to_no_others(
-    run, monkeypatch, method, criterion, given
+    run, script, monkeypatch, method, criterion, given
 ):
-    seen, drop = [], su.drop
-    monkeypatch.setattr(
-        su, "drop", lambda w, gradient, *rest: seen.append(gradient is not None) or drop(w, gradient, *rest)
-    )
+    seen, losses, drop, critic_losses = [], [], su.drop, script.critic_losses
+    monkeypatch.setattr(script, "critic_losses", lambda *a: losses.append(0) or critic_losses(*a))
+
+    def spy_drop(of, *rest):
+        seen.append((of.gradient is not None, of.done))
+        return drop(of, *rest)
+
+    monkeypatch.setattr(su, "drop", spy_drop)
     run(method=method, drop_criterion=criterion, **REWIRING)
-    assert seen == [given] * 18
+    assert seen == [(given, done) for done in (0.5, 1.0) for _ in range(9)]  # three networks of three layers
+    assert len(losses) == 139 + 2 * given  # nor is a loss computed for nothing
 
 
 def test_flops_of_a_rewiring():

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 import sac_tar
 import sparse_utils
 import td3_tar
-from runs import record, run_folder
+from runs import record, run_folder, topology
 from runs.checks import complete_args
 
 METHODS = ["tar", "static", "uniform", "dense"]  # those of one size whose masks stay
@@ -281,7 +281,7 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(
 
 @pytest.mark.parametrize("n_in", [3, 140, 376])
 def test_the_legend_is_as_wide_as_the_mask_and_names_the_colours_in_it(n_in):
-    (pruned, _), (kept, _), (revived, _), (outside, _) = sparse_utils.MASK_COLOURS
+    (pruned, _), (kept, _), (revived, _), (outside, _) = topology.MASK_COLOURS
     static, final = torch.zeros(64, n_in, dtype=torch.bool), torch.ones(64, n_in, dtype=torch.bool)
     heights = []
     for masks, part, colours in (
@@ -289,10 +289,10 @@ def test_the_legend_is_as_wide_as_the_mask_and_names_the_colours_in_it(n_in):
         ((static, final), (64, n_in), [pruned, revived]),
         ((static, static), (24, n_in), [pruned, outside]),
     ):
-        image = sparse_utils.mask_image(*masks, part)
+        image = topology.mask_image(*masks, part)
         legend = run_folder.mask_legend(image)
         assert legend.shape[1:] == image.shape[1:] and legend.dtype == np.uint8
-        for colour, _ in sparse_utils.MASK_COLOURS:
+        for colour, _ in topology.MASK_COLOURS:
             assert (legend == colour).all(-1).any() == (colour in colours)
         assert (legend == 255).all(-1)[:, -image.shape[1] // 50 :].all()  # no text is cut off
         heights.append(legend.shape[0] / image.shape[1])

@@ -316,7 +316,7 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         (run_dir / "config.json").write_text(json.dumps(config))
         assert wanted().next_command(runs_dir) is None
         another_reserve = wanted(extra=["--reserve", "0.3"]).next_command(runs_dir)
-        assert (another_reserve is not None) == (method in ("tar", "uniform"))
+        assert (another_reserve is not None) == (method in sparse_utils.REVIVALS)
         config["published"] = True  # what compare.py says of a copy, which keeps no final.pt
         (run_dir / "final.pt").unlink()
         (run_dir / "config.json").write_text(json.dumps(config))

@@ -14,7 +14,7 @@ from test_runs import load as load_final
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
-from runs import record, run_folder
+from runs import record, run_folder, topology
 from runs.checks import complete_args
 
 SMALL = {"sparsity": 0.9, "rewire_every": 40, "total_timesteps": 150}
@@ -372,7 +372,7 @@ def test_the_networks_in_final_pt_have_no_dead_neurons_and_the_same_outputs(run,
 
 def test_the_mask_image_shows_what_is_outside_the_part(run):
     static = torch.tensor([[True, False], [False, False]])
-    image = su.mask_image(static, static, (2, 1))
+    image = topology.mask_image(static, static, (2, 1))
     dark, grey, blue = [24, 26, 32], [176, 182, 192], [16, 32, 96]
     assert image[10, [10, 200, 274, 464]].tolist() == [grey, blue, grey, blue]
     assert image[200, [10, 200]].tolist() == [dark, blue]
