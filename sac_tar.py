@@ -376,7 +376,7 @@ def train(args: Args) -> Path:
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
         starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
-    prunings = (args.prune_at, args.final_prune_at)
+    prunings = {args.final_prune_at: ("magnitude", budgets), args.prune_at: (args.criterion, starts)}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     # nothing is written before this
@@ -446,13 +446,11 @@ def train(args: Args) -> Path:
         if STOP_SIGNALS:
             run_folder.stop(writer, SCRIPT, run_dir, global_step, STOP_SIGNALS[0])
 
-        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step, or with
-        # --final-prune-at in two steps, of which the second prunes by magnitude and revives
+        # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, by default before the first gradient step; --final-prune-at
+        # comes back to prune further, by magnitude, and leaves revival to that time
         if global_step in prunings:
-            again = global_step == args.final_prune_at
-            due, criterion = (budgets, "magnitude") if again else (starts, args.criterion)
-            if again and global_step > start_step:  # a resumed run has not compacted yet
-                sparse_kernels.expand(in_kernels, networks, targets, optimizers)
+            criterion, due = prunings[global_step]
+            sparse_kernels.expand(in_kernels, networks, targets, optimizers)
             # prune: K - R connections of each network survive, the highest by score
             losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
             static_masks = {}
@@ -471,7 +469,7 @@ def train(args: Args) -> Path:
             progress.masks = copy.deepcopy(progress.revived_masks)  # rewiring changes them in place
             made = (static_masks, progress.masks, observation_size)
             run_folder.log_topology(writer, run_dir, global_step, due, widths, *made)
-            for name in [name for name, init in inits.items() if init == "sparse" and not again]:
+            for name in [name for name, init in inits.items() if init == "sparse" and global_step == args.prune_at]:
                 for network in [networks[name], *([targets[name]] if name in targets else [])]:
                     sparse_utils.scale_to_active_inputs(network, progress.masks[name])
         # train sparse: a revived weight still has the value it had; what is pruned is zero and stays so, since hooks on

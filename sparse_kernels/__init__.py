@@ -265,8 +265,9 @@ def expand(
     targets: dict[str, nn.Sequential],
     optimizers: dict[str, torch.optim.Optimizer],
 ) -> None:
-    """Undo `compact`, to the bit: the layers of before with the values and moments of now, zero where pruned."""
-    for name in names:
+    """Undo `compact` where it was done, to the bit: the layers of before with the values and moments of now, zero where
+    pruned."""
+    for name in (name for name in names if hasattr(networks[name], "sparse")):
         expand_network(networks[name], optimizers[name])
         if name in targets:
             expand_network(targets[name])
