@@ -73,7 +73,7 @@ class Args:
     rewire_stop: float = 0.8  # set, rigl: fraction of training after which the masks stay (Graesser et al. 2022)
     drop_criterion: DropCriterion = "magnitude"
     regrow: bool = True  # set, rigl: what a rewiring has just dropped may grow again (Evci et al. 2020)
-    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: sparse where it pays
+    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: what is faster here
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
     # Evaluation
@@ -358,12 +358,14 @@ def train(args: Args) -> Path:
             for name, size in sizes.items()
         }
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
-        in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
+        kept = run_folder.kept_in_kernels(args, checkpoint)
+        parts = (networks, optimizers, budgets)
+        in_kernels, times = sparse_kernels.choose(args.compute, device, *parts, args.batch_size, kept)
     active = {name: budget for name, (budget, _) in budgets.items()}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     # nothing is written before this
-    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args, in_kernels)
+    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args, in_kernels, times)
     run_folder.claim(run_dir)
     start_step, learn_from = 0, args.learning_starts
     if checkpoint:
@@ -374,7 +376,7 @@ def train(args: Args) -> Path:
         else:  # collect anew before learning goes on
             learn_from += start_step
         args.resume = None  # from here on it is that run
-        run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
+        run_folder.rewind(run_dir, SCRIPT, args, in_kernels, times, checkpoint, rb.rows, rb.added)
     rewire_from, rewire_until = max(learn_from, args.prune_at), args.rewire_stop * args.total_timesteps
     writer = SummaryWriter(run_dir)
     if not checkpoint:
