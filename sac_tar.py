@@ -544,7 +544,7 @@ def train(args: Args) -> Path:
             )
             zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
-            q_optimizer.step()
+            sparse_kernels.step(q_optimizer)
             progress.training_flops += critic_flops
 
             if global_step % args.policy_frequency == 0:
@@ -561,7 +561,7 @@ def train(args: Args) -> Path:
                         progress.actor_scalars["losses/alpha_loss"] = alpha_loss.detach()
                     zero_grad(actor_optimizer)
                     total_loss.backward()
-                    actor_optimizer.step()
+                    sparse_kernels.step(actor_optimizer)
                     progress.training_flops += actor_flops
                 for qf in (qf1, qf2):
                     qf.requires_grad_(True)

@@ -5,7 +5,8 @@ biases become one vector, which is all that forward, backward, Adam and the targ
 agree to rounding.
 
 The scripts use it in a few lines that start with `sparse_kernels.`: `choose` before training, `compact` after the masks
-are fixed, `expand` before they change. Whoever deletes these and this folder loses speed and nothing else.
+are fixed, `expand` before they change, and `step(optimizer)` for `optimizer.step()`. Whoever undoes these and deletes
+this folder loses speed and nothing else.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from tqdm import tqdm
 
 import sparse_utils
@@ -68,6 +70,7 @@ def load_kernels() -> ctypes.CDLL:
     kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
     kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
     kernels.tile_width.argtypes = [size]
+    kernels.width = functools.cache(kernels.tile_width)  # asked for in every pass
     return kernels
 
 
@@ -137,12 +140,12 @@ class SparseMLP(nn.Module):
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
-        batch, threads = x.shape[0] if x.dim() else 0, torch.get_num_threads()  # len(x) is slow
-        for tensor, shape in ((x, (batch, self.n_in)), (flat, self.flat.shape)):
-            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_cpu:
-                raise ValueError(f"needs float32 of shape {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}")
+        if x.dim() != 2 or x.shape[1] != self.n_in or not (x.dtype is flat.dtype is torch.float32 and x.is_cpu):
+            wanted = f"needs float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
+            raise ValueError(f"{wanted}; got {x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype}")
+        batch, threads = x.shape[0], torch.get_num_threads()  # len(x) is slow
         x, y = x.contiguous(), x.new_empty(batch, self.n_out)
-        width = self.kernels.tile_width(batch)
+        width = self.kernels.width(batch)
         workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
         self.kernels.mlp_forward(
             self.layers, len(self.layers), flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
@@ -151,9 +154,10 @@ class SparseMLP(nn.Module):
         return y, workspace
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.flat.requires_grad):
-            return _SparseMLPFunction.apply(x, self.flat, self)
-        return self.run(x, self.flat, keep=False)[0]
+        flat = self.flat  # which is slow to look up
+        if torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad):
+            return _SparseMLPFunction.apply(x, flat, self)
+        return self.run(x, flat, keep=False)[0]
 
 
 class _SparseMLPFunction(torch.autograd.Function):
@@ -174,7 +178,7 @@ class _SparseMLPFunction(torch.autograd.Function):
         if workspace is None:  # a retained graph, run backward again
             _, workspace = mlp.run(x, flat, keep=True)
         batch = x.shape[0]
-        width = mlp.kernels.tile_width(batch)
+        width = mlp.kernels.width(batch)
         inputs = -(-mlp.widest_dense_input // width) * width
         scratch = flat.new_empty(max(flat.shape[0], -(-batch // width) * width * inputs))
         mlp.kernels.mlp_backward(
@@ -373,6 +377,28 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
         if state:
             own = {key: tensors[name] for key, tensors in moments.items()}
             optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, to the bit. For Adam(fused=True) without what torch wraps around it for profilers and
+    compilers, which is 7% of a sparse training step; where anyone has hooked into the step, it is called as it is."""
+    hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    hooks += optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    plain = type(optimizer) is torch.optim.Adam and not any(hooks)
+    plain = plain and all(group["fused"] and not group["decoupled_weight_decay"] for group in optimizer.param_groups)
+    if not plain or "step" in vars(optimizer):
+        return optimizer.step()  # a scheduler of learning rates puts its own `step` into vars(optimizer)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            tensors = [[] for _ in range(6)]  # parameters, their gradients, three moments, and steps so far
+            optimizer._init_group(group, *tensors)
+            if tensors[0]:
+                torch._foreach_add_(tensors[-1], 1)
+                torch._fused_adam_(
+                    *tensors, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                    weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+                    grad_scale=None, found_inf=None,
+                )  # fmt: skip
 
 
 def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:

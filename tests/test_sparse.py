@@ -10,7 +10,7 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_runs import events, load, same_weights
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import sparse_kernels as sk
 from runs import run_folder as rf
@@ -392,6 +392,67 @@ def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch(monke
         sk.choose("sparse", torch.device("cpu"), {"net": network}, {"net": torch.optim.Adam(groups)}, budgets, 8)
     network.scale = nn.Parameter(torch.ones(1))
     assert chosen(torch.optim.Adam(network.parameters())) == []
+
+
+def train_some(take_step, watch, kind=torch.optim.Adam, **flags):
+    """Values and moments after three steps in two groups, with one parameter that gets no gradient."""
+    network, _ = make_network()
+    idle = nn.Parameter(torch.ones(3))
+    first, *others = network.parameters()
+    optimizer = kind([{"params": others, "lr": 1e-2}, {"params": [idle, first]}], lr=1e-3, **flags)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if watch == "scheduler" else None
+    registers = {
+        "before": optimizer.register_step_pre_hook,
+        "after": optimizer.register_step_post_hook,
+        "before any": register_optimizer_step_pre_hook,
+        "after any": register_optimizer_step_post_hook,
+    }
+
+    def halve(*_):
+        first.data.mul_(0.5)
+
+    hook = registers[watch](halve) if watch in registers else None
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(torch.linspace(-1, 1, 40).view(8, 5)).square().sum().backward()
+        take_step(optimizer)
+        if scheduler:
+            scheduler.step()
+    if hook:
+        hook.remove()
+    states = [value for p in network.parameters() for value in optimizer.state[p].values() if torch.is_tensor(value)]
+    return [*network.parameters(), *states]
+
+
+KINDS = {
+    "fused": {"fused": True, "betas": (0.8, 0.99)},
+    "decayed": {"fused": True, "weight_decay": 0.1, "eps": 1e-3},
+    "amsgrad": {"fused": True, "amsgrad": True, "maximize": True},
+    "decoupled": {"fused": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    "not fused": {"weight_decay": 0.1},
+    "AdamW": {"fused": True, "weight_decay": 0.1, "kind": torch.optim.AdamW},
+    "SGD": {"fused": True, "momentum": 0.9, "kind": torch.optim.SGD},
+}
+WATCHERS = ["scheduler", "before", "after", "before any", "after any"]
+
+
+@pytest.mark.parametrize("kind, watch", [(kind, None) for kind in KINDS] + [("fused", watch) for watch in WATCHERS])
+@pytest.mark.filterwarnings("error")  # a scheduler warns if it has seen no step
+def test_a_step_is_the_optimizers_own_to_the_bit(kind, watch):
+    expected = train_some(lambda optimizer: optimizer.step(), watch, **KINDS[kind])
+    got = train_some(sk.step, watch, **KINDS[kind])
+    assert len(got) == len(expected) > 4 and all(map(torch.equal, got, expected))
+
+
+def test_the_step_of_a_run_is_the_short_one(run, monkeypatch):
+    init = torch.optim.Adam.__init__
+
+    def without_step(optimizer, *args, **flags):  # torch wraps the step when it makes an Adam
+        init(optimizer, *args, **flags)
+        monkeypatch.setattr(torch.optim.Adam, "step", None)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", without_step)
+    assert load(run(compute="sparse"))["global_step"] == 160
 
 
 @pytest.mark.parametrize("swapped", [False, True])
