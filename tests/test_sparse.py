@@ -424,7 +424,14 @@ def train_some(take_step, watch, kind=torch.optim.Adam, **flags):
     return [*network.parameters(), *states]
 
 
+class TwiceAdam(torch.optim.Adam):
+    def step(self):
+        super().step()
+        super().step()
+
+
 KINDS = {
+    "a reader's own": {"fused": True, "kind": TwiceAdam},
     "fused": {"fused": True, "betas": (0.8, 0.99)},
     "decayed": {"fused": True, "weight_decay": 0.1, "eps": 1e-3},
     "amsgrad": {"fused": True, "amsgrad": True, "maximize": True},
