@@ -75,7 +75,7 @@ class Args:
     rewire_stop: float = 0.8  # fraction of training after which the masks stay (Graesser et al. 2022)
     drop_criterion: DropCriterion = None
     regrow: bool = True  # what a rewiring has just dropped may grow again (Evci et al. 2020)
-    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: sparse where it pays
+    # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: what is faster here
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
     # Evaluation
@@ -375,12 +375,14 @@ def train(args: Args) -> Path:
         }
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
         starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
-        in_kernels = sparse_kernels.choose(args.compute, device, networks, optimizers, budgets)
+        kept = run_folder.kept_in_kernels(args, checkpoint)
+        parts = (networks, optimizers, budgets)
+        in_kernels, times = sparse_kernels.choose(args.compute, device, *parts, args.batch_size, kept)
     prunings = {args.final_prune_at: ("magnitude", budgets), args.prune_at: (args.criterion, starts)}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
     # nothing is written before this
-    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args, in_kernels)
+    run_dir = Path(args.resume) if checkpoint else run_folder.make_run_dir(SCRIPT, args, in_kernels, times)
     run_folder.claim(run_dir)
     start_step, learn_from = 0, args.learning_starts
     if checkpoint:
@@ -391,7 +393,7 @@ def train(args: Args) -> Path:
         else:  # collect anew before learning goes on
             learn_from += start_step
         args.resume = None  # from here on it is that run
-        run_folder.rewind(run_dir, SCRIPT, args, in_kernels, checkpoint, rb.rows, rb.added)
+        run_folder.rewind(run_dir, SCRIPT, args, in_kernels, times, checkpoint, rb.rows, rb.added)
     rewire_until = args.rewire_stop * args.total_timesteps
     rewirings = sparse_utils.rewiring_steps(max(args.learning_starts, args.prune_at), rewire_until, args.rewire_every)
     by_gradient = any(sparse_utils.reads_gradient(methods[name], args.drop_criterion) for name in dynamic)
@@ -555,7 +557,7 @@ def train(args: Args) -> Path:
             )
             zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
-            q_optimizer.step()
+            sparse_kernels.step(q_optimizer)
             progress.training_flops += critic_flops
 
             if global_step % args.policy_frequency == 0:
@@ -572,7 +574,7 @@ def train(args: Args) -> Path:
                         progress.actor_scalars["losses/alpha_loss"] = alpha_loss.detach()
                     zero_grad(actor_optimizer)
                     total_loss.backward()
-                    actor_optimizer.step()
+                    sparse_kernels.step(actor_optimizer)
                     progress.training_flops += actor_flops
                 for qf in (qf1, qf2):
                     qf.requires_grad_(True)

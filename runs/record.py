@@ -97,7 +97,8 @@ def code_hash(script: Path) -> str:
 def read_config(run_dir: Path) -> dict:
     """config.json: `args`, `script` (its name without .py), `published`, and `segments`, one for each process that the
     run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
-    `processor`, `device`, `versions`, and `in_kernels`, the networks that were not computed by torch."""
+    `processor`, `device`, `versions`, `in_kernels`, the networks that were not computed by torch, and `milliseconds`,
+    those of a training pass in torch and in the kernels, of the networks for which --compute auto asked."""
     config = json.loads((run_dir / "config.json").read_text())
     args = config["args"]
     if "rewire_every" in args:

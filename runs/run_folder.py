@@ -77,7 +77,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **modules}
 
 
-def segment(script: Path, args, from_step: int, in_kernels: list[str]) -> dict:
+def segment(script: Path, args, from_step: int, in_kernels: list[str], times: dict[str, tuple[float, float]]) -> dict:
     """What made this part of a run; see `read_config`."""
     return {
         "from_step": from_step,
@@ -86,6 +86,7 @@ def segment(script: Path, args, from_step: int, in_kernels: list[str]) -> dict:
         "processor": processor(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
         "in_kernels": in_kernels,
+        "milliseconds": times,
         "versions": versions(),
     }
 
@@ -151,7 +152,7 @@ def load_checked(path: Path, device: torch.device | str = "cpu") -> object:
 # THE FOLDER OF A RUN
 
 
-def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
+def make_run_dir(script: Path, args, in_kernels: list[str], times: dict[str, tuple[float, float]]) -> Path:
     """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/, config.json in
     it. Method and sparsity are <actor's>+<critics'> where these differ; the base is <criterion>-<distribution>, left
     out where nothing is pruned; d<density at the start>, with -<step of the final pruning>, w<active width>,
@@ -189,7 +190,7 @@ def make_run_dir(script: Path, args, in_kernels: list[str]) -> Path:
             unix_time += 1  # its twin started in the same second
         except OSError as error:
             fail(f"cannot make the run folder ({error}); choose another --runs-dir")
-    write_config(run_dir, script, args, [segment(script, args, 0, in_kernels)])
+    write_config(run_dir, script, args, [segment(script, args, 0, in_kernels, times)])
     return run_dir
 
 
@@ -602,8 +603,27 @@ def restore(
     vars(progress).update(checkpoint["progress"])
 
 
+def segments_until(run_dir: Path, step: int) -> list[dict]:
+    """The parts of a run that are in its checkpoint of this step."""
+    return [part for part in read_config(run_dir)["segments"] if part["from_step"] < step or part["from_step"] == 0]
+
+
+def kept_in_kernels(args, checkpoint: dict | None) -> list[str] | None:
+    """The networks that a resumed run had in the kernels; None for a new run, another --compute, or if no one knows."""
+    if checkpoint is None or args.compute != checkpoint["args"]["compute"]:
+        return None
+    return segments_until(Path(args.resume), checkpoint["global_step"])[-1].get("in_kernels")
+
+
 def rewind(
-    run_dir: Path, script: Path, args, in_kernels: list[str], checkpoint: dict, rows: Tensor, added: int
+    run_dir: Path,
+    script: Path,
+    args,
+    in_kernels: list[str],
+    times: dict[str, tuple[float, float]],
+    checkpoint: dict,
+    rows: Tensor,
+    added: int,
 ) -> None:
     """Bring the run folder back to its checkpoint: cut off what was logged after it and read the replay buffer's
     `added` transitions into `rows`. config.json takes over `args`, since some may change, and gets one more segment.
@@ -626,10 +646,10 @@ def rewind(
         logs[name].unlink()
     (run_dir / "final.pt").unlink(missing_ok=True)  # it comes anew at the end
     step = checkpoint["global_step"]
-    segments = [part for part in read_config(run_dir)["segments"] if part["from_step"] < step or part["from_step"] == 0]
-    now = segment(script, args, step, in_kernels)
+    segments = segments_until(run_dir, step)
+    now = segment(script, args, step, in_kernels, times)
     for what, value in now.items():
-        if what not in ("from_step", "git_commit") and value != segments[-1].get(what):
+        if what not in ("from_step", "git_commit", "milliseconds") and value != segments[-1].get(what):
             tqdm.write(f"warning: the run's {what} was {segments[-1].get(what)} and is {value} from step {step} on")
     write_config(run_dir, script, args, [*segments, now])
     for path, (_, stop) in replay_files(run_dir).items():

@@ -5,27 +5,35 @@ biases become one vector, which is all that forward, backward, Adam and the targ
 agree to rounding.
 
 The scripts use it in a few lines that start with `sparse_kernels.`: `choose` before training, `compact` after the masks
-are fixed, `expand` before they change. Whoever deletes these and this folder loses speed and nothing else.
+are fixed, `expand` before they change, and `step(optimizer)` for `optimizer.step()`. Whoever undoes these and deletes
+this folder loses speed and nothing else.
 """
 
+import contextlib
+import copy
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import shlex
+import statistics
 import subprocess
 import tempfile
+import time
+from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from tqdm import tqdm
 
-SPARSE_PAYS_UP_TO = 0.5  # density up to which --compute auto uses the kernels; measured, tests/README.md
+import sparse_utils
+
 ADAMS = (torch.optim.Adam, torch.optim.AdamW)
-DENSE_PAYS_UP_TO = 512  # inputs or outputs of a layer up to which it does where nothing is pruned; measured there
 
 
 class _Layer(ctypes.Structure):
@@ -57,10 +65,12 @@ def load_kernels() -> ctypes.CDLL:
                 subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
             os.replace(built, library)
     kernels = ctypes.CDLL(str(library))
+    kernels.library = library
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
     kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
     kernels.tile_width.argtypes = [size]
+    kernels.width = functools.cache(kernels.tile_width)  # asked for in every pass
     return kernels
 
 
@@ -130,12 +140,12 @@ class SparseMLP(nn.Module):
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
-        batch, threads = x.shape[0] if x.dim() else 0, torch.get_num_threads()  # len(x) is slow
-        for tensor, shape in ((x, (batch, self.n_in)), (flat, self.flat.shape)):
-            if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_cpu:
-                raise ValueError(f"needs float32 of shape {shape} on the CPU, got {tensor.dtype} {tuple(tensor.shape)}")
+        if x.dim() != 2 or x.shape[1] != self.n_in or not (x.dtype is flat.dtype is torch.float32 and x.is_cpu):
+            wanted = f"needs float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
+            raise ValueError(f"{wanted}; got {x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype}")
+        batch, threads = x.shape[0], torch.get_num_threads()  # len(x) is slow
         x, y = x.contiguous(), x.new_empty(batch, self.n_out)
-        width = self.kernels.tile_width(batch)
+        width = self.kernels.width(batch)
         workspace = x.new_empty((-(-batch // width) if keep else threads) * width * self.rows)
         self.kernels.mlp_forward(
             self.layers, len(self.layers), flat.data_ptr(), batch, x.data_ptr(), y.data_ptr(),
@@ -144,9 +154,10 @@ class SparseMLP(nn.Module):
         return y, workspace
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.flat.requires_grad):
-            return _SparseMLPFunction.apply(x, self.flat, self)
-        return self.run(x, self.flat, keep=False)[0]
+        flat = self.flat  # which is slow to look up
+        if torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad):
+            return _SparseMLPFunction.apply(x, flat, self)
+        return self.run(x, flat, keep=False)[0]
 
 
 class _SparseMLPFunction(torch.autograd.Function):
@@ -167,7 +178,7 @@ class _SparseMLPFunction(torch.autograd.Function):
         if workspace is None:  # a retained graph, run backward again
             _, workspace = mlp.run(x, flat, keep=True)
         batch = x.shape[0]
-        width = mlp.kernels.tile_width(batch)
+        width = mlp.kernels.width(batch)
         inputs = -(-mlp.widest_dense_input // width) * width
         scratch = flat.new_empty(max(flat.shape[0], -(-batch // width) * width * inputs))
         mlp.kernels.mlp_backward(
@@ -187,41 +198,91 @@ def is_mlp(network: nn.Module) -> bool:
     return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and own
 
 
+def time_passes(network: nn.Module, budget: int, batch_size: int) -> tuple[float, float]:
+    """The median milliseconds of a training pass, forward and backward, of copies of this chain of layers with `budget`
+    active connections at random: masked in torch, and in the kernels. They take turns, and draw nothing that training
+    would."""
+    generator = torch.Generator().manual_seed(0)
+    copies = [nn.Sequential(copy.deepcopy(OrderedDict(network.named_children()))) for _ in range(2)]
+    weights = sparse_utils.linear_weights(copies[0])
+    masks = sparse_utils.static_prune(weights, budget, "random", "er", generator)
+    sparse_utils.mask_gradients(copies[0], masks)
+    compact_network(copies[1], masks)
+    x = torch.randn(batch_size, copies[0][0].in_features, generator=generator)
+    times, started = [[], []], time.perf_counter()
+    while len(times[0]) < 5 or time.perf_counter() < started + 0.05:
+        for layers, so_far in zip(copies, times, strict=True):
+            layers.zero_grad()
+            before = time.perf_counter()
+            layers(x).sum().backward()
+            so_far.append(1000 * (time.perf_counter() - before))
+    in_torch, in_kernels = map(statistics.median, times)
+    return in_torch, in_kernels
+
+
+def known_times(network: nn.Module, budget: int, batch_size: int) -> tuple[float, float]:
+    """`time_passes`, once on a machine: the first result is kept in a file beside the kernels, so that runs of the same
+    networks make the same choice. Without such a file it is measured each time."""
+    shapes = [list(weight.shape) for weight in sparse_utils.linear_weights(network).values()]
+    what = repr((shapes, budget, batch_size, torch.get_num_threads(), torch.__version__))
+    library = load_kernels().library
+    file = library.with_name(f"{library.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json")
+
+    def read() -> tuple[float, float]:
+        in_torch, in_kernels = map(float, json.loads(file.read_text())["milliseconds"])
+        return in_torch, in_kernels
+
+    try:
+        return read()
+    except OSError:
+        pass
+    except (ValueError, TypeError, KeyError):  # damaged
+        with contextlib.suppress(OSError):
+            file.unlink()
+    times = time_passes(network, budget, batch_size)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:
+            json.dump({"of": what, "milliseconds": times}, whole)
+            whole.flush()
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(whole.name, file)
+        return read()
+    return times
+
+
 def choose(
     compute: str,
     device: torch.device,
     networks: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     budgets: dict[str, tuple[int, int]],
-) -> list[str]:
-    """The names of the networks to compute by the kernels; says on the console which they are and why. `budgets` gives
-    the connections of each, and how many of them revival places.
+    batch_size: int,
+    kept: list[str] | None = None,
+) -> tuple[list[str], dict[str, tuple[float, float]]]:
+    """The names of the networks to compute by the kernels, and the `time_passes` of those that were measured; says on
+    the console which they are and why. `budgets` gives the connections of each, and how many of them revival places.
 
-    `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, of which at most
-    SPARSE_PAYS_UP_TO is active, or all and no layer has more inputs or outputs than DENSE_PAYS_UP_TO, if there are
-    kernels. `sparse` overrules these two limits, and raises ValueError where there are none. `masked` takes no network.
+    `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, whose training passes
+    take less time there; or, if a resumed run had `kept` in the kernels, those. `sparse` does not ask for the time, and
+    raises ValueError where there are no kernels. `masked` takes no network.
     """
+    times = {}
 
     def decide(name: str) -> tuple[str, str]:
-        shapes = [child.weight.shape for child in networks[name].modules() if isinstance(child, nn.Linear)]
-        density, width = budgets[name][0] / sum(map(torch.Size.numel, shapes)), max(map(max, shapes))
-        in_torch = "dense" if density == 1 else "masked"
+        network, optimizer = networks[name], optimizers[name]
+        size = sum(weight.numel() for weight in sparse_utils.linear_weights(network).values())
+        in_torch = "dense" if budgets[name][0] == size else "masked"
         if compute == "masked":
             return in_torch, "--compute masked asks for it"
         why_not = None
         if device.type != "cpu":
             why_not = f"the kernels are for the CPU and the networks are on {device.type}"
-        elif not is_mlp(networks[name]):
+        elif not is_mlp(network):
             why_not = "it is not a chain of Linear layers with bias and a ReLU after all but the last"
-        elif type(optimizers[name]) not in ADAMS or optimizers[name].defaults["amsgrad"]:
+        elif type(optimizer) not in ADAMS or optimizer.defaults["amsgrad"]:
             why_not = "its optimizer is not plain Adam"
-        elif len(groups_of(networks[name].parameters(), optimizers[name])) != 1:
+        elif len(groups_of(network.parameters(), optimizer)) != 1:
             why_not = "its parameters are not all in one group of its optimizer"
-        elif compute == "auto" and SPARSE_PAYS_UP_TO < density < 1:
-            limit = f"up to {SPARSE_PAYS_UP_TO:.0%} or where nothing is pruned"
-            why_not = f"it is {density:.0%} dense and auto takes the kernels {limit}"
-        elif compute == "auto" and density == 1 and width > DENSE_PAYS_UP_TO:
-            why_not = f"it is dense, {width} wide, and auto takes the kernels up to {DENSE_PAYS_UP_TO}"
         else:
             try:
                 load_kernels()
@@ -234,14 +295,20 @@ def choose(
             return in_torch, why_not
         if compute == "sparse":
             return "sparse", "--compute sparse asks for it"
-        return "sparse", f"it is {density:.0%} dense" if density < 1 else f"it is dense, {width} wide"
+        if kept is not None:
+            return "sparse" if name in kept else in_torch, "the run was begun so"
+        times[name] = torch_time, kernel_time = known_times(network, budgets[name][0], batch_size)
+        comparison = f"{kernel_time / torch_time:.2f} of torch's time ({kernel_time:.2f} of {torch_time:.2f} ms a pass)"
+        if kernel_time < torch_time:
+            return "sparse", f"it takes {comparison}"
+        return in_torch, f"the kernels would take {comparison}"
 
     choices = {name: decide(name) for name in networks}
     for choice in dict.fromkeys(choices.values()):
         how, why = choice
         names = ", ".join(name for name in networks if choices[name] == choice)
         tqdm.write(f"compute: {names} {how}, since {why}")
-    return [name for name, (how, _) in choices.items() if how == "sparse"]
+    return [name for name, (how, _) in choices.items() if how == "sparse"], times
 
 
 def compact(
@@ -311,6 +378,28 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
         if state:
             own = {key: tensors[name] for key, tensors in moments.items()}
             optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()`, to the bit. For Adam(fused=True) without what torch wraps around it for profilers and
+    compilers, which is 7% of a sparse training step; where anyone has hooked into the step, it is called as it is."""
+    hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    hooks += optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    plain = type(optimizer) is torch.optim.Adam and not any(hooks)
+    plain = plain and all(group["fused"] and not group["decoupled_weight_decay"] for group in optimizer.param_groups)
+    if not plain or "step" in vars(optimizer):
+        return optimizer.step()  # a scheduler of learning rates puts its own `step` into vars(optimizer)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            tensors = [[] for _ in range(6)]  # parameters, their gradients, three moments, and steps so far
+            optimizer._init_group(group, *tensors)
+            if tensors[0]:
+                torch._foreach_add_(tensors[-1], 1)
+                torch._fused_adam_(
+                    *tensors, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                    weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+                    grad_scale=None, found_inf=None,
+                )  # fmt: skip
 
 
 def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:

@@ -43,7 +43,7 @@ class Benchmark:
         "inference",
     )
     """tables to print: peers and arms (256 wide), widths (256, 512, 1024 at 90% and 95%), inference, layers (dense
-    layers in torch or in the kernels), and rule (the cells that the rule of --compute auto rests on)"""
+    layers in torch or in the kernels), and rule (masked and sparse where --compute auto may choose either)"""
 
 
 def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, steps: int, **flags) -> float:

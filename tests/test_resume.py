@@ -24,6 +24,7 @@ from test_runs import events, load
 from torch.utils.tensorboard import SummaryWriter
 
 import sac_tar
+import sparse_kernels
 import td3_tar
 from runs import run_folder as rf
 
@@ -241,6 +242,41 @@ def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, capsys, tmp
     for name in ("actor", "qf1", "qf1_target"):
         for key, tensor in expected[name].items():
             assert torch.allclose(final[name][key], tensor, rtol=1e-3, atol=1e-4), (name, key)
+
+
+def test_a_resumed_run_keeps_the_choice_of_auto(run, resume, stop_after, monkeypatch, capsys, tmp_path):
+    """Though a measurement would choose otherwise now; another --compute makes the choice anew."""
+    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (2.0, 1.0))
+    undisturbed = run(compute="auto", runs_dir=str(tmp_path / "a"))
+    stop_after(90)
+    run_dir = interrupted(run, compute="auto", runs_dir=str(tmp_path / "b"))
+    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (1.0, 2.0))
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        resume(run_dir)
+    assert resume(run_dir) == run_dir
+    console = capsys.readouterr().out
+    assert "compute: actor, qf1, qf2 sparse, since the run was begun so" in console and "in_kernels was" not in console
+    assert_same_run(run_dir, undisturbed)
+
+    stop_after(90)
+    run_dir = interrupted(run, compute="masked", runs_dir=str(tmp_path / "c"))
+    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (2.0, 1.0))
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        resume(run_dir, compute="auto")
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        resume(run_dir, compute="sparse")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    sparse_kernels.load_kernels.cache_clear()
+    try:
+        resume(run_dir, compute="auto")
+    finally:
+        sparse_kernels.load_kernels.cache_clear()
+    everything = ["actor", "qf1", "qf2"]
+    assert "warning: the run's in_kernels was" in capsys.readouterr().out
+    assert [part["in_kernels"] for part in rf.read_config(run_dir)["segments"]] == [[], everything, everything, []]
 
 
 def test_what_a_dead_process_left_after_its_checkpoint_is_cleared(run, resume, stop_after, tmp_path):

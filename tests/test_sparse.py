@@ -10,9 +10,10 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_runs import events, load, same_weights
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import sparse_kernels as sk
+from runs import run_folder as rf
 
 
 def make_mlp(sizes, density, seed):
@@ -167,20 +168,88 @@ def test_one_seed_one_result_on_the_kernels(run):
     assert same_weights(a, b)
 
 
-def test_auto_uses_the_kernels_where_they_pay(run, monkeypatch, capsys):
-    monkeypatch.setattr(sk, "DENSE_PAYS_UP_TO", 32)
-    for arguments, sentence in [
-        ({"sparsity": 0.9}, "compute: actor, qf1, qf2 sparse, since it is"),
-        ({"sparsity": 0.4}, "compute: actor, qf1, qf2 masked, since it is 60% dense and auto takes"),
-        ({"compute": "masked"}, "compute: actor, qf1, qf2 masked, since --compute masked asks for it"),
-        ({"method": "dense", "hidden_size": 32}, "compute: actor, qf1, qf2 sparse, since it is dense, 32 wide"),
-        ({"method": "tiny"}, "compute: actor, qf1, qf2 sparse, since it is dense, "),
-        ({"method": "dense", "hidden_size": 33}, "compute: actor, qf1, qf2 dense, since it is dense, 33 wide, and"),
-        ({"method": "dense", "hidden_size": 33, "compute": "sparse"}, "qf1, qf2 sparse, since --compute sparse"),
-        ({"method": "set"}, "compute: actor, qf1, qf2 sparse, since it is 10% dense"),
+@pytest.fixture
+def kernels(monkeypatch, tmp_path):
+    """Kernels in a cache of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sk.load_kernels.cache_clear()
+    yield sk.load_kernels()
+    sk.load_kernels.cache_clear()
+
+
+def slow_actor(network, budget, batch_size):
+    """In place of `time_passes`, with Pendulum's 3 observations."""
+    return (2.0, 3.0) if network[0].in_features == 3 else (2.0, 0.5)
+
+
+def test_auto_takes_what_is_faster_here(run, monkeypatch, capsys, kernels):
+    monkeypatch.setattr(sk, "time_passes", slow_actor)
+    slow = "since the kernels would take 1.50 of torch's time (3.00 of 2.00 ms a pass)\n"
+    fast = "compute: qf1, qf2 sparse, since it takes 0.25 of torch's time (0.50 of 2.00 ms a pass)\n"
+    times = {"actor": [2.0, 3.0], "qf1": [2.0, 0.5], "qf2": [2.0, 0.5]}
+    for arguments, sentences, in_kernels in [
+        ({}, [f"compute: actor masked, {slow}", fast], ["qf1", "qf2"]),
+        ({"method": "set"}, [f"compute: actor masked, {slow}", fast], ["qf1", "qf2"]),
+        ({"method": "dense"}, [f"compute: actor dense, {slow}", fast], ["qf1", "qf2"]),
+        ({"method": "tiny"}, [f"compute: actor dense, {slow}", fast], ["qf1", "qf2"]),
+        ({"compute": "masked"}, ["compute: actor, qf1, qf2 masked, since --compute masked asks for it\n"], []),
+        ({"compute": "sparse"}, ["actor, qf1, qf2 sparse, since --compute sparse asks"], ["actor", "qf1", "qf2"]),
     ]:
-        run(**{"compute": "auto"} | arguments)
-        assert sentence in capsys.readouterr().out
+        (segment,) = rf.read_config(run(**{"compute": "auto", "total_timesteps": 62} | arguments))["segments"]
+        console = capsys.readouterr().out
+        assert all(sentence in console for sentence in sentences)
+        assert segment["in_kernels"] == in_kernels
+        assert segment["milliseconds"] == ({} if "compute" in arguments else times)
+
+
+def test_a_pass_is_measured_once_on_a_machine(monkeypatch, kernels):
+    """Also where the file is damaged, and each time where there can be none. Another batch is another pass."""
+    network, measured = make_network()[0], []
+    monkeypatch.setattr(sk, "time_passes", lambda *of: measured.append(of[1:]) or (1.0, float(len(measured))))
+    assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
+    (file,) = kernels.library.parent.glob("*.json")
+    sk.known_times(network, 20, 9), sk.known_times(network, 21, 8)
+    assert measured == [(20, 8), (20, 9), (21, 8)] and len(list(kernels.library.parent.glob("*.json"))) == 3
+    for damaged in ("", "{", "7", "{}", '{"milliseconds": [1]}', '{"milliseconds": [null, 1]}'):
+        file.write_text(damaged)
+        measured.clear()
+        assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
+        assert measured == [(20, 8)]
+    assert not [path for path in kernels.library.parent.iterdir() if path.suffix not in (".so", ".json")]
+    kernels.library = kernels.library.parent / "none" / "kernels.so"
+    measured.clear()
+    assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0), (1.0, 2.0)]
+
+
+def test_of_processes_that_measure_at_once_all_take_the_first_result(monkeypatch, kernels):
+    network = make_network()[0]
+
+    def time_passes(*_):
+        monkeypatch.setattr(sk, "time_passes", lambda *_: (1.0, 0.5))
+        assert sk.known_times(network, 20, 8) == (1.0, 0.5)  # another process, meanwhile
+        return 1.0, 2.0
+
+    monkeypatch.setattr(sk, "time_passes", time_passes)
+    assert sk.known_times(network, 20, 8) == (1.0, 0.5)
+
+
+def test_measuring_changes_neither_the_network_nor_a_random_number(run, kernels, monkeypatch):
+    """A run on what auto has chosen is, to the bit, the run that was told to compute so."""
+    network, seen = make_network()[0], []
+    before = copy.deepcopy(network.state_dict())
+    time_passes = sk.time_passes
+
+    def measured(*of):
+        seen.append(time_passes(*of))
+        return 1.0, 0.5
+
+    monkeypatch.setattr(sk, "time_passes", measured)
+    auto = load(run(compute="auto"))
+    assert len(seen) == 2 and all(0 < milliseconds < 1000 for times in seen for milliseconds in times)
+    assert same_weights(auto, load(run(compute="sparse")))
+    time_passes(network, 20, 8)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
 
 
 def with_tanh(layers):
@@ -305,13 +374,14 @@ def step(network, optimizer):
     optimizer.step()
 
 
-def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch():
+def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, kernels):
     network, _ = make_network()
     budgets = {"net": (20, 0)}
 
     def chosen(optimizer, network=network):
-        return sk.choose("auto", torch.device("cpu"), {"net": network}, {"net": optimizer}, budgets)
+        return sk.choose("auto", torch.device("cpu"), {"net": network}, {"net": optimizer}, budgets, 8)[0]
 
+    monkeypatch.setattr(sk, "time_passes", lambda *_: (1.0, 0.5))
     assert chosen(torch.optim.Adam(network.parameters())) == chosen(torch.optim.AdamW(network.parameters())) == ["net"]
     assert chosen(torch.optim.Adam(network.parameters(), amsgrad=True)) == []
     assert chosen(torch.optim.SGD(network.parameters())) == []
@@ -319,9 +389,77 @@ def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch():
     groups = [{"params": [p for p in network.parameters() if p.dim() == d]} for d in (1, 2)]
     assert chosen(torch.optim.Adam(groups)) == []
     with pytest.raises(ValueError, match="not to be had for the net: its parameters are not all in one group"):
-        sk.choose("sparse", torch.device("cpu"), {"net": network}, {"net": torch.optim.Adam(groups)}, budgets)
+        sk.choose("sparse", torch.device("cpu"), {"net": network}, {"net": torch.optim.Adam(groups)}, budgets, 8)
     network.scale = nn.Parameter(torch.ones(1))
     assert chosen(torch.optim.Adam(network.parameters())) == []
+
+
+def train_some(take_step, watch, kind=torch.optim.Adam, **flags):
+    """Values and moments after three steps in two groups, with one parameter that gets no gradient."""
+    network, _ = make_network()
+    idle = nn.Parameter(torch.ones(3))
+    first, *others = network.parameters()
+    optimizer = kind([{"params": others, "lr": 1e-2}, {"params": [idle, first]}], lr=1e-3, **flags)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) if watch == "scheduler" else None
+    registers = {
+        "before": optimizer.register_step_pre_hook,
+        "after": optimizer.register_step_post_hook,
+        "before any": register_optimizer_step_pre_hook,
+        "after any": register_optimizer_step_post_hook,
+    }
+
+    def halve(*_):
+        first.data.mul_(0.5)
+
+    hook = registers[watch](halve) if watch in registers else None
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(torch.linspace(-1, 1, 40).view(8, 5)).square().sum().backward()
+        take_step(optimizer)
+        if scheduler:
+            scheduler.step()
+    if hook:
+        hook.remove()
+    states = [value for p in network.parameters() for value in optimizer.state[p].values() if torch.is_tensor(value)]
+    return [*network.parameters(), *states]
+
+
+class TwiceAdam(torch.optim.Adam):
+    def step(self):
+        super().step()
+        super().step()
+
+
+KINDS = {
+    "a reader's own": {"fused": True, "kind": TwiceAdam},
+    "fused": {"fused": True, "betas": (0.8, 0.99)},
+    "decayed": {"fused": True, "weight_decay": 0.1, "eps": 1e-3},
+    "amsgrad": {"fused": True, "amsgrad": True, "maximize": True},
+    "decoupled": {"fused": True, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    "not fused": {"weight_decay": 0.1},
+    "AdamW": {"fused": True, "weight_decay": 0.1, "kind": torch.optim.AdamW},
+    "SGD": {"fused": True, "momentum": 0.9, "kind": torch.optim.SGD},
+}
+WATCHERS = ["scheduler", "before", "after", "before any", "after any"]
+
+
+@pytest.mark.parametrize("kind, watch", [(kind, None) for kind in KINDS] + [("fused", watch) for watch in WATCHERS])
+@pytest.mark.filterwarnings("error")  # a scheduler warns if it has seen no step
+def test_a_step_is_the_optimizers_own_to_the_bit(kind, watch):
+    expected = train_some(lambda optimizer: optimizer.step(), watch, **KINDS[kind])
+    got = train_some(sk.step, watch, **KINDS[kind])
+    assert len(got) == len(expected) > 4 and all(map(torch.equal, got, expected))
+
+
+def test_the_step_of_a_run_is_the_short_one(run, monkeypatch):
+    init = torch.optim.Adam.__init__
+
+    def without_step(optimizer, *args, **flags):  # torch wraps the step when it makes an Adam
+        init(optimizer, *args, **flags)
+        monkeypatch.setattr(torch.optim.Adam, "step", None)
+
+    monkeypatch.setattr(torch.optim.Adam, "__init__", without_step)
+    assert load(run(compute="sparse"))["global_step"] == 160
 
 
 @pytest.mark.parametrize("swapped", [False, True])
