@@ -459,8 +459,7 @@ def noise(layer: Layer) -> Tensor:
 
 
 def sample(odds: Tensor, layer: Layer) -> Tensor:
-    """Scores whose highest are a draw without replacement by these odds (Efraimidis and Spirakis 2006); what has none
-    comes last, at random."""
+    """Scores for a draw without replacement by these odds (Efraimidis and Spirakis 2006); zeros last, at random."""
     return (odds.double() + 1e-99) / -noise(layer).double().log()
 
 
