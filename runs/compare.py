@@ -156,11 +156,11 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     for _, like in runs.groupby([runs.algo, [*map(label, runs.arm, runs.base)]]):
         # a flag that only some of the runs have differs too
         names = sorted({name for _, cell in like.groupby(CELL) for name in differing(cell.settings, absent="none")})
-        # and one that everywhere has the value of the flag that it follows says nothing more
-        for name in FOLLOWS.keys() & set(names):
-            if all(settings.get(name) == settings.get(FOLLOWS[name]) for settings in like.settings):
-                names.remove(name)
-        ends = [[f" {name}={settings[name]}" for name in names if name in settings] for settings in like.settings]
+        # and one that has the value of the flag that it follows says nothing more
+        ends = [
+            [f" {n}={s[n]}" for n in names if n in s and not (n in FOLLOWS and s[n] == s.get(FOLLOWS[n]))]
+            for s in like.settings
+        ]
         runs.loc[like.index, "arm"] += ["".join(end) for end in ends]
     for run in runs.folder[runs.duplicated([*CELL, "seed"], keep="last")]:
         notes.append(f"run again later, so left out: {run.name}")
