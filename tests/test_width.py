@@ -4,6 +4,8 @@ import json
 import math
 import sys
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -14,6 +16,7 @@ from test_runs import load as load_final
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
+import td3_tar
 from runs import record, run_folder, topology
 from runs.checks import complete_args
 
@@ -395,3 +398,44 @@ def test_what_makes_two_runs_the_same_one(script, monkeypatch):
     assert identity(method="dense", init="sparse", active_width=48) == identity(method="dense")
     assert identity(method="tar", regrow=False) == identity(method="tar")
     assert identity(method="rigl", regrow=False) != identity(method="rigl")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """2,000 observations and actions of a random policy on HalfCheetah-v4, as a critic reads them."""
+    env = gym.make("HalfCheetah-v4")
+    env.action_space.seed(1)
+    observation, _ = env.reset(seed=1)
+    rows = []
+    for _ in range(2000):
+        action = env.action_space.sample()
+        rows.append(np.concatenate([observation, action], dtype=np.float32))
+        observation, _, _, truncated, _ = env.step(action)
+        if truncated:
+            observation, _ = env.reset()
+    env.close()
+    return torch.from_numpy(np.stack(rows))
+
+
+@pytest.mark.parametrize(
+    "width, init, least, most",
+    [(None, "dense", 0.6, 0.7), (None, "sparse", 0.25, 0.4), (48, "dense", 0, 0.01), (48, "sparse", 0, 0.01)],
+)
+def test_at_98_percent_most_units_of_all_256_do_not_switch_and_nearly_all_of_48_do(pairs, width, init, least, most):
+    """Why an active width helps: fed by few inputs of the dense network's scale, a unit of the second layer keeps the
+    sign of its bias, whatever comes in: it is dead or linear."""
+    shares = []
+    for seed in (1, 2, 3):
+        torch.manual_seed(seed)
+        critic = td3_tar.QNetwork(17, 6, 256)
+        weights = su.linear_weights(critic)
+        budget, _ = su.connection_budget(sum(w.numel() for w in weights.values()), "static", 0.98, 0.0)
+        generator = torch.Generator().manual_seed(seed)
+        masks = su.static_prune(weights, budget, "random", "er", generator, width=width)
+        su.zero_pruned(critic, masks)
+        if init == "sparse":
+            su.scale_to_active_inputs(critic, masks)
+        with torch.no_grad():
+            on = (critic.fc2(critic.relu1(critic.fc1(pairs))) > 0)[:, masks["fc2"].any(1)]
+        shares.append((on.all(0) | ~on.any(0)).float().mean().item())
+    assert least <= np.mean(shares) <= most
