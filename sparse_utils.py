@@ -4,8 +4,9 @@ Shared by `sac_tar.py` and `td3_tar.py`. Of one network, `weights` and `masks` a
 tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is boolean and True marks an active
 connection. Nothing here draws from torch's global random generator.
 
-To add a rule, write a function and put it into the dictionary behind its kin: CRITERIA, DISTRIBUTIONS, REVIVALS, DROPS,
-GROWTHS. The scripts' flags take their choices and their help from there, and no rule is named anywhere else.
+To add a rule, write a function and put it into the dictionary behind its kin: CRITERIA, DISTRIBUTIONS, REVIVALS (PLACES
+too, if what it revives within a layer is not random), DROPS, GROWTHS. The scripts' flags take their choices and their
+help from there.
 """
 
 import math
@@ -254,7 +255,8 @@ def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generat
 def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
     has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
-    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one."""
+    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one, if nothing was
+    pruned before."""
     scores = {}
     for name, mask in masks.items():
         m, n = int(mask.any(1).sum()), int(mask.any(0).sum())

@@ -55,7 +55,7 @@ class Args:
     sparsity: float = 0.9  # fraction of each network's weights that is pruned, in [0, 1); biases stay; dense ignores it
     actor_sparsity: float | None = None  # another --sparsity for the actor alone
     critic_sparsity: float | None = None  # another --sparsity for the critics alone
-    reserve: float = 0.1  # fraction of the active connections that revival places (tar, tar_ch, uniform), in [0, 1)
+    reserve: float = 0.1  # fraction of the active connections that revival places, where it does, in [0, 1)
     criterion: Criterion = "random"
     distribution: Distribution = "er"
     prune_at: int | None = None  # environment step at which to prune and revive; default: --learning-starts
@@ -69,12 +69,12 @@ class Args:
     final_prune_at: int | None = None
     # neurons of each hidden layer that get connections; auto: as many as the budget can feed; default: all (the paper)
     active_width: int | Literal["auto"] | None = None
-    # for the methods that rewire: set, rigl, cht, chts
-    rewire_every: int = 1000  # environment steps between rewirings (Graesser et al. 2022)
-    rewire_fraction: float = 0.5  # fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
-    rewire_stop: float = 0.8  # fraction of training after which the masks stay (Graesser et al. 2022)
+    rewire_every: int = 1000  # methods that rewire: environment steps between rewirings (Graesser et al. 2022)
+    # methods that rewire: fraction of a layer rewired at first; cosine decay (Graesser et al. 2022)
+    rewire_fraction: float = 0.5
+    rewire_stop: float = 0.8  # methods that rewire: fraction of training after which masks stay (Graesser et al. 2022)
     drop_criterion: DropCriterion = None
-    regrow: bool = True  # what a rewiring has just dropped may grow again (Evci et al. 2020)
+    regrow: bool = True  # methods that rewire: what was just dropped may grow again (Evci et al. 2020)
     # masked: dense products with zeros in them; sparse: C++ kernels on the stored values; auto: what is faster here
     compute: Literal["auto", "masked", "sparse"] = "auto"
 
@@ -350,7 +350,7 @@ def train(args: Args) -> Path:
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
         starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         kept = run_folder.kept_in_kernels(args, checkpoint)
-        parts = (networks, optimizers, budgets)
+        parts = (networks, optimizers, starts)
         in_kernels, times = sparse_kernels.choose(args.compute, device, *parts, args.batch_size, kept)
     prunings = {args.final_prune_at: ("magnitude", budgets), args.prune_at: (args.criterion, starts)}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
@@ -467,7 +467,7 @@ def train(args: Args) -> Path:
         if last:
             break
 
-        # DYNAMIC SPARSE TRAINING, for the methods that rewire: drop connections and grow as many elsewhere
+        # DYNAMIC SPARSE TRAINING, for the methods that rewire: drop connections, grow others up to the same count
         if dynamic and global_step in rewirings and global_step > learn_from:
             fraction = args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / rewire_until))
             done = (rewirings.index(global_step) + 1) / len(rewirings)

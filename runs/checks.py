@@ -56,7 +56,8 @@ def check_args(args) -> None:
         rules[name] = (0 < given[name] < math.inf, "positive and finite")
     for name in filter(given.__contains__, ("alpha", "policy_noise", "noise_clip", "exploration_noise")):
         rules[name] = (0 <= given[name] < math.inf, "at least 0 and finite")
-    for name in ("sparsity", "actor_sparsity", "critic_sparsity", "reserve", "recent_fraction"):
+    fractions = ("sparsity", "actor_sparsity", "critic_sparsity", "reserve", "recent_fraction")
+    for name in filter(given.__contains__, fractions):
         rules[name] = (0 <= given[name] < 1, "at least 0 and below 1")
     for name in ("gamma", "rewire_fraction", "rewire_stop"):
         rules[name] = (0 <= given[name] <= 1, "in [0, 1]")
@@ -102,9 +103,11 @@ def check_density(args) -> None:
         fail(f"--density-start must be above 0 and below 1, got {args.density_start}")
     if args.final_prune_at is not None and not args.prune_at < args.final_prune_at < args.total_timesteps:
         fail(f"--final-prune-at must be after --prune-at {args.prune_at} and before the end, got {args.final_prune_at}")
+    if stay and len(stay) < len(methods):
+        fail("--density-start needs actor and critics that both rewire or whose masks both stay")
     if stay and args.final_prune_at is None:
         fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
-    if len(stay) < len(methods):
+    if methods and not stay:
         if args.final_prune_at is not None:
             fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
         after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps

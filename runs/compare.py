@@ -110,7 +110,10 @@ def read_run(run: Path, notes: list[str], separate_code: bool) -> dict | None:
     row |= {"commit": " then ".join(commit[:7] + commit[40:] for commit in commits)}  # [40:]: -dirty
     made = {}
     for segment in segments:
-        for name, value in {**(segment["versions"] or {}), **{n: segment[n] for n in ("processor", "device")}}.items():
+        own = {name: segment[name] for name in ("processor", "device")}
+        if "in_kernels" in segment:
+            own["in_kernels"] = ", ".join(segment["in_kernels"]) or "none"
+        for name, value in {**(segment["versions"] or {}), **own}.items():
             made.setdefault(name, {}).update({str(value): None} if value else {})
     row |= {"made": {name: " then ".join(values) for name, values in made.items() if values}}
     settings = {name: value for name, value in identity(args).items() if name not in ("env_id", "seed")}
@@ -214,7 +217,8 @@ def warnings(runs: pd.DataFrame) -> list[str]:
         for name in (name for name in differing(runs[column]) if name not in AXES):
             counts = pd.Series([str(d[name]) for d in runs[column] if name in d]).value_counts()
             values = "; ".join(f"{value} in {count} of {len(runs)} runs" for value, count in sorted(counts.items()))
-            found.append(f"unequal {'' if name in ('processor', 'device') else noun + ' '}{name}: {values}")
+            what = name if name in ("processor", "device", "in_kernels") else f"{noun} {name}"
+            found.append(f"unequal {what}: {values}")
     return found
 
 

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import sparse_utils
 
-CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py")  # beside the script
+# beside the script
+CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py", "runs/run_folder.py")
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}

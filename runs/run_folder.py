@@ -167,7 +167,7 @@ def make_run_dir(script: Path, args, in_kernels: list[str], times: dict[str, tup
     if set(methods) - sparse_utils.UNPRUNED.keys():
         parts.append(f"{args.criterion}-{args.distribution}")  # TensorBoard breaks long names at a hyphen
     parts.append("s" + "+".join(map(str, sparsities)))
-    if args.density_start is not None:
+    if args.density_start is not None and set(methods) - sparse_utils.UNPRUNED.keys():
         parts.append(f"d{args.density_start}" + (f"-{args.final_prune_at}" if args.final_prune_at is not None else ""))
     if args.active_width is not None:
         parts.append(f"w{args.active_width}")
@@ -277,7 +277,7 @@ def log_scalars(writer: SummaryWriter, global_step: int, scalars: dict[str, Tens
 
 
 def log_final_return(writer: SummaryWriter, returns: dict[int, float], total_timesteps: int) -> float:
-    """What comparisons go by: the mean of the evaluations, given by their steps, in the last tenth of training."""
+    """As compare.py takes it: the mean of the evaluations, given by their steps, in the last tenth of training."""
     final_return = np.mean([value for step, value in returns.items() if step > 0.9 * total_timesteps])
     writer.add_scalar("eval/final_return", final_return, total_timesteps)
     return final_return
@@ -612,7 +612,9 @@ def kept_in_kernels(args, checkpoint: dict | None) -> list[str] | None:
     """The networks that a resumed run had in the kernels; None for a new run, another --compute, or if no one knows."""
     if checkpoint is None or args.compute != checkpoint["args"]["compute"]:
         return None
-    return segments_until(Path(args.resume), checkpoint["global_step"])[-1].get("in_kernels")
+    run_dir = Path(args.resume)
+    known = (run_dir / "config.json").exists()
+    return segments_until(run_dir, checkpoint["global_step"])[-1].get("in_kernels") if known else None
 
 
 def rewind(

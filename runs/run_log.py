@@ -83,7 +83,7 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     for network, report in json.loads((run / "topology.json").read_text()).items():
         masks[network] = {}
         for layer, row in report["layers"].items():
-            image = log.Images(f"topology/{network}.{layer}")[0]
+            image = log.Images(f"topology/{network}.{layer}")[-1]
             pixels = (255 * plt.imread(io.BytesIO(image.encoded_image_string))[..., :3]).round().astype(int)
             kinds = np.full(pixels.shape[:2], 3)
             for kind, (colour, _) in enumerate(MASK_COLOURS[:3]):

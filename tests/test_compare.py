@@ -225,6 +225,12 @@ def test_what_is_missing_or_unequal_is_named(make, comparison, capsys):
     assert "Nothing is missing" not in page
 
 
+def test_runs_of_which_only_some_were_computed_by_the_kernels_are_named(make, comparison):
+    for seed, names in ((1, ["actor", "qf1"]), (2, []), (3, [])):
+        make(1, seed=seed, segments=[{"code": "c0de" * 3, "in_kernels": names}])
+    assert "- unequal in_kernels: actor, qf1 in 1 of 3 runs; none in 2 of 3 runs" in comparison()["page"]
+
+
 def test_dense_is_one_arm_whatever_sparsity_its_flags_say(make, comparison):
     for sparsity in (0.9, 0.95):
         make(100, method="static", sparsity=sparsity)

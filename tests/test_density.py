@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
 import td3_tar
-from runs import record, run_folder
+from runs import record, run_folder, run_log
 from runs.checks import check_args, complete_args
 
 DECAY = {"density_start": 0.5, "sparsity": 0.85, "total_timesteps": 230, "rewire_every": 20, "rewire_stop": 0.9}
@@ -230,6 +231,9 @@ def test_a_mask_that_stays_is_pruned_twice(run, watched, monkeypatch, flags, com
     assert [e.step for e in log.Scalars("sparsity/actor")] == [60, 120]
     inference = [2 * sum(counts(masks)["actor"]) for masks in (first, second)]
     assert [(e.step, e.value) for e in log.Scalars("flops/inference")] == list(zip((60, 120), inference))
+    for name, layers in run_log.masks_of(run_dir).items():  # as compare.py draws them
+        for key, (_, after) in layers.items():
+            assert np.array_equal(np.isin(after, (1, 2)), second[name][key].numpy())
 
 
 def test_the_second_pruning_keeps_only_what_the_first_has_left(run, watched, monkeypatch):
@@ -251,7 +255,9 @@ def test_masked_training_and_kernels_agree_over_the_second_pruning(run):
 
 
 def test_a_dense_run_is_the_same_whatever_these_flags_say(run):
-    a, b = (load(run(method="dense", **flags)) for flags in (TWICE, {"total_timesteps": 200}))
+    folders = [run(method="dense", **flags) for flags in (TWICE, {"total_timesteps": 200})]
+    assert not any("__d0.6" in folder.name for folder in folders)
+    a, b = map(load, folders)
     assert all(torch.equal(a[n][key], b[n][key]) for n in ("actor", "qf1", "qf2") for key in a[n])
 
 
@@ -286,8 +292,8 @@ def test_folders_and_records_tell_them_apart(run, tmp_path):
         ({"method": "tar", **TWICE, "final_prune_at": 60}, "must be after --prune-at 60 and before the end, got 60"),
         ({"method": "tar", **TWICE, "final_prune_at": 200}, "and before the end, got 200"),
         ({"method": "rigl", **TWICE}, "is for masks that stay"),
-        ({"method": "rigl", "critic_method": "static", **TWICE}, "is for masks that stay"),
-        ({"method": "set", "critic_method": "tar", **DECAY}, "needs --final-prune-at where masks stay"),
+        ({"method": "rigl", "critic_method": "static", **TWICE}, "that both rewire or whose masks both stay"),
+        ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
         ({"method": "set", **DECAY, "rewire_stop": 0.2}, "there is none after step 60 and before 46"),
         ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
     ],
