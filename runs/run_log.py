@@ -143,6 +143,7 @@ def publish(run: Path, copy: Path) -> None:
     copy.mkdir(parents=True)
     shutil.copy(run / "topology.json", copy)
     config = read_config(run) | {"published": True, "began": began}
+    config["args"] = json.loads((run / "config.json").read_text())["args"]  # without the defaults of younger flags
     config["args"]["runs_dir"] = Path(config["args"]["runs_dir"]).name  # no one else has the folders above
     (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     points = worth_publishing(points, config["args"]["eval_frequency"])

@@ -656,6 +656,13 @@ def test_the_published_copy_gives_the_same_tables_and_little_else(run, make, com
     assert list(copy.step[copy.tag == "sparsity/actor"]) == [0, 1000]
 
 
+def test_a_published_run_has_the_flags_that_it_recorded_and_no_younger_ones(make, tmp_path):
+    run, copy = make(1, rewire_every=1000), tmp_path / "copy"
+    run_log.publish(run, copy)
+    recorded, published = (json.loads((path / "config.json").read_text())["args"] for path in (run, copy))
+    assert published == recorded | {"runs_dir": "runs"} and "init" not in published
+
+
 def test_floats_are_published_short_and_read_back_exactly(make, tmp_path):
     values = [float(np.float32(value)) for value in (1 / 3, -1e-30, 3.4e38, 123456.789, 0.1, 7, 0)]
     run = make(5)
