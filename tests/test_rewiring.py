@@ -61,7 +61,7 @@ def test_as_many_grow_as_are_dropped_and_only_where_it_is_open(seed, criterion, 
     assert int(after.sum()) == int(mask.sum()) and not (kept & ~after).any()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA[:-1])
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name not in ("random", "soft")])  # by no chance
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_dropped_is_lowest_by_the_published_formula(criterion, seed):
     of = layer(seed, (9, 8))
