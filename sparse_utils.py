@@ -634,7 +634,8 @@ UNPRUNED = {
     "tiny": "a dense network so narrow that it has at most K weights",
     "dense": "no pruning",
 }
-METHODS = REVIVALS | {"static": "prune to K connections, revive none"} | GROWTHS | UNPRUNED
+CONTROLS = {"static": "prune to K connections, revive none"}  # against which compare.py holds the other arms
+METHODS = REVIVALS | CONTROLS | GROWTHS | UNPRUNED
 
 
 def choices(rules: dict) -> str:

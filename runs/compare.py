@@ -31,6 +31,7 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import sparse_utils
 from runs import run_log
 from runs.record import FOLLOWS, codes, fail, identity, ignored, read_config
 
@@ -270,22 +271,24 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 
 
 def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dict[str, str]:
-    """The arm that each arm is held against. By default the one of method static on the same base (on the only base if
-    it has none); of several, the one that shares most settings with it."""
+    """The arm that each arm is held against. By default the one of a method of CONTROLS on the same base (on the only
+    base if it has none); of several, the one that shares most settings with it."""
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         if against not in arms.index:
             found.append(f"no run of {against}, so no arm is held against it")
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
-    chosen, statics = {}, arms[arms.method == "static"]
-    for arm, own in arms[arms.method != "static"].iterrows():
-        same = statics[(statics.base == own.base) | (own.base == "" and statics.base.nunique() == 1)]
+    is_control = arms.method.isin(sparse_utils.CONTROLS.keys())
+    chosen, controls = {}, arms[is_control]
+    for arm, own in arms[~is_control].iterrows():
+        same = controls[(controls.base == own.base) | (own.base == "" and controls.base.nunique() == 1)]
         if len(same):
             unlike = [sum(own.settings.get(name) != s.get(name) for name in {*own.settings, *s}) for s in same.settings]
             chosen[arm] = same.index[np.argmin(unlike)]
-    without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in statics.index]
+    without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in controls.index]
     if without and len(arms) > 1:
-        found.append(f"no arm of method static on the base of {', '.join(without)}: held against none (see --against)")
+        names = " or ".join(sparse_utils.CONTROLS)
+        found.append(f"no arm of method {names} on the base of {', '.join(without)}: held against none (see --against)")
     return chosen
 
 

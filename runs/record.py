@@ -16,8 +16,8 @@ import sparse_utils
 CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py", "runs/run_folder.py")
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-MASK = {"criterion", "distribution", "active_width", "init", "actor_init", "critic_init"}
-MASK |= {"density_start", "final_prune_at"}
+MASK = {"criterion", "distribution", "density_start", "final_prune_at", "active_width"}
+MASK |= {"init", "actor_init", "critic_init"}
 REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",

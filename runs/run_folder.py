@@ -447,7 +447,10 @@ def load_checkpoint(run_dir: str, script: Path, device: torch.device | str = "cp
     if Path(run_dir).is_file():
         fail(f"--resume takes the run folder, not a file; try --resume {shlex.quote(str(Path(run_dir).parent))}")
     keys = ("adam", "rates", "progress", "random", "added", "log_sizes")
-    return load_state(Path(run_dir) / "checkpoint.pt", script, device, keys)
+    checkpoint = load_state(Path(run_dir) / "checkpoint.pt", script, device, keys)
+    if not (Path(run_dir) / "config.json").exists():
+        fail(f"{run_dir} has a checkpoint and no config.json; --resume takes a whole run folder")
+    return checkpoint
 
 
 def load_policy(path: str, script: Path) -> tuple[Path, dict]:
@@ -612,9 +615,7 @@ def kept_in_kernels(args, checkpoint: dict | None) -> list[str] | None:
     """The networks that a resumed run had in the kernels; None for a new run, another --compute, or if no one knows."""
     if checkpoint is None or args.compute != checkpoint["args"]["compute"]:
         return None
-    run_dir = Path(args.resume)
-    known = (run_dir / "config.json").exists()
-    return segments_until(run_dir, checkpoint["global_step"])[-1].get("in_kernels") if known else None
+    return segments_until(Path(args.resume), checkpoint["global_step"])[-1].get("in_kernels")
 
 
 def rewind(

@@ -15,6 +15,7 @@ from tensorboard.plugins.hparams import metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+import sparse_utils
 from runs import compare, record, run_log
 
 FINISH = compare.finish
@@ -351,6 +352,15 @@ def test_every_arm_is_held_against_the_one_that_is_asked_for(make, comparison):
     assert table.against["tar snip+er"] == "static snip+er" and table.difference["tar snip+er"] == 4
     assert table.against["dense"] == "-"
     assert "no arm of method static on the base of dense: held against none" in by_default["page"]
+
+
+def test_a_control_of_the_reader_is_held_against_like_static(make, comparison, monkeypatch):
+    monkeypatch.setattr("sparse_utils.CONTROLS", {"mine": "prune as I do"})
+    monkeypatch.setattr("sparse_utils.METHODS", sparse_utils.METHODS | {"mine": "prune as I do"})
+    for method, final in (("mine", 1), ("static", 2), ("tar", 3)):
+        make(final, method=method)
+    against = comparison()["returns"].set_index("arm").against
+    assert against["tar random+er"] == against["static random+er"] == "mine random+er"
 
 
 def test_the_static_arm_that_an_arm_is_held_against_shares_its_other_flags(make, comparison):

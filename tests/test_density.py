@@ -12,6 +12,7 @@ from test_compare import compare
 from test_runs import events, load
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import sparse_kernels
 import sparse_utils as su
 import td3_tar
 from runs import record, run_folder, run_log
@@ -243,6 +244,13 @@ def test_the_second_pruning_keeps_only_what_the_first_has_left(run, watched, mon
     (_, _, first), (_, _, second) = watched["prunings"]
     for name, layers in second.items():
         assert not any((mask & ~first[name][key]).any() for key, mask in layers.items())
+
+
+def test_auto_is_measured_at_the_density_that_training_starts_with(run, monkeypatch):
+    measured = []
+    monkeypatch.setattr(sparse_kernels, "known_times", lambda _, budget, __: measured.append(budget) or (2.0, 1.0))
+    masks = load(run(method="static", compute="auto", **TWICE))["masks"]
+    assert measured == [round(0.6 * sum(mask.numel() for mask in layers.values())) for layers in masks.values()]
 
 
 def test_masked_training_and_kernels_agree_over_the_second_pruning(run):

@@ -471,6 +471,8 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     message = refused(capsys, rf.resumed_args, sac_tar.Args, str(sac / "checkpoint.pt"), SAC)
     assert f"--resume takes the run folder, not a file; try --resume {sac}" in message
     torch.save(state | {"qf1": {"fc1.weight": torch.ones(3, 3)}}, tmp_path / "checkpoint.pt")
+    assert "no config.json" in refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
+    (tmp_path / "config.json").write_bytes((sac / "config.json").read_bytes())
     assert "networks are not those of this script" in refused(
         capsys, sac_tar.train, sac_tar.Args(**state["args"] | {"resume": str(tmp_path)})
     )

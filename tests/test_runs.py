@@ -427,6 +427,18 @@ def test_what_is_not_pruned_has_no_base_in_its_name(run, script, method):
     assert f"__{script.__name__}__{method}__s" in run(method=method, total_timesteps=62).name
 
 
+def test_an_edit_of_any_file_that_acts_on_training_is_other_code(script, tmp_path):
+    acting = ["sparse_utils.py", "sparse_kernels/__init__.py", "runs/checks.py", "runs/run_folder.py"]
+    for name in (script.SCRIPT.name, *acting):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((script.SCRIPT.parent / name).read_text())
+    hashes = [record.code_hash(tmp_path / script.SCRIPT.name)]
+    for name in acting:
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\nedited = 1\n")
+        hashes.append(record.code_hash(tmp_path / script.SCRIPT.name))
+    assert len(set(hashes)) == 1 + len(acting)
+
+
 def test_comments_and_docstrings_are_not_code(script, tmp_path):
     source = script.SCRIPT.read_text()
     copy = tmp_path / "copy.py"
