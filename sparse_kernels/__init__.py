@@ -382,7 +382,7 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
 
 def step(optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, to the bit. For Adam(fused=True) without what torch wraps around it for profilers and
-    compilers, which is 7% of a sparse training step; where anyone has hooked into the step, it is called as it is."""
+    compilers, 7% of the CPU time of a sparse step (tests/README.md); where anyone has hooked into it, it is called."""
     hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
     hooks += optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     plain = type(optimizer) is torch.optim.Adam and not any(hooks)
