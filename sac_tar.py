@@ -289,13 +289,6 @@ def parameters_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
 
-def zero_grad(optimizer: optim.Optimizer) -> None:
-    """What `optimizer.zero_grad()` does, without its bookkeeping, which would be 4% of a sparse step."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
-
-
 @torch.no_grad()
 def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module], tau: float) -> None:
     """target += tau * (param - target), all parameters of all targets in one fused call."""
@@ -555,7 +548,7 @@ def train(args: Args) -> Path:
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor, qf1, qf2, qf1_target, qf2_target, alpha, data
             )
-            zero_grad(q_optimizer)
+            sparse_kernels.zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
             sparse_kernels.step(q_optimizer)
             progress.training_flops += critic_flops
@@ -572,7 +565,7 @@ def train(args: Args) -> Path:
                         alpha_loss = -log_alpha.exp() * (log_pi.detach().mean() + target_entropy)
                         total_loss = total_loss + alpha_loss
                         progress.actor_scalars["losses/alpha_loss"] = alpha_loss.detach()
-                    zero_grad(actor_optimizer)
+                    sparse_kernels.zero_grad(actor_optimizer)
                     total_loss.backward()
                     sparse_kernels.step(actor_optimizer)
                     progress.training_flops += actor_flops

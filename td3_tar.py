@@ -268,13 +268,6 @@ def parameters_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return [param for network in networks for param in network.parameters()]
 
 
-def zero_grad(optimizer: optim.Optimizer) -> None:
-    """What `optimizer.zero_grad()` does, without its bookkeeping, which would be 4% of a sparse step."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
-
-
 @torch.no_grad()
 def polyak_update(targets: dict[str, nn.Module], networks: dict[str, nn.Module], tau: float) -> None:
     """target += tau * (param - target), all parameters of all targets in one fused call."""
@@ -528,7 +521,7 @@ def train(args: Args) -> Path:
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor_target, qf1, qf2, qf1_target, qf2_target, data, args
             )
-            zero_grad(q_optimizer)
+            sparse_kernels.zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
             sparse_kernels.step(q_optimizer)
             progress.training_flops += critic_flops
@@ -538,7 +531,7 @@ def train(args: Args) -> Path:
                     qf.requires_grad_(False)
                 actor_loss = policy_loss(actor, qf1, data)
                 progress.actor_scalars["losses/actor_loss"] = actor_loss.detach()
-                zero_grad(actor_optimizer)
+                sparse_kernels.zero_grad(actor_optimizer)
                 actor_loss.backward()
                 sparse_kernels.step(actor_optimizer)
                 progress.training_flops += actor_flops

@@ -380,6 +380,13 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
             optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
 
 
+def zero_grad(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.zero_grad()`, without its bookkeeping, which would be 4% of a sparse step."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.grad = None
+
+
 def step(optimizer: torch.optim.Optimizer) -> None:
     """`optimizer.step()`, to the bit. For Adam(fused=True) without what torch wraps around it for profilers and
     compilers, 7% of the CPU time of a sparse step (tests/README.md); where anyone has hooked into it, it is called."""
