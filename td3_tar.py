@@ -343,7 +343,7 @@ def train(args: Args) -> Path:
         widths = sparse_utils.active_widths(networks, methods, budgets, args.active_width)
         starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         kept = run_folder.kept_in_kernels(args, checkpoint)
-        parts = (networks, optimizers, starts)
+        parts = (networks, optimizers, starts, widths)
         in_kernels, times = sparse_kernels.choose(args.compute, device, *parts, args.batch_size, kept)
     prunings = {args.final_prune_at: ("magnitude", budgets), args.prune_at: (args.criterion, starts)}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)

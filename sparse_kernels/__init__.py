@@ -198,14 +198,14 @@ def is_mlp(network: nn.Module) -> bool:
     return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and own
 
 
-def time_passes(network: nn.Module, budget: int, batch_size: int) -> tuple[float, float]:
+def time_passes(network: nn.Module, budget: int, width: int, batch_size: int) -> tuple[float, float]:
     """The median milliseconds of a training pass, forward and backward, of copies of this chain of layers with `budget`
-    active connections at random: masked in torch, and in the kernels. They take turns, and draw nothing that training
-    would."""
+    connections at random between the first `width` neurons of each hidden layer: masked in torch, and in the kernels.
+    They take turns, and draw nothing that training would."""
     generator = torch.Generator().manual_seed(0)
     copies = [nn.Sequential(copy.deepcopy(OrderedDict(network.named_children()))) for _ in range(2)]
     weights = sparse_utils.linear_weights(copies[0])
-    masks = sparse_utils.static_prune(weights, budget, "random", "er", generator)
+    masks = sparse_utils.static_prune(weights, budget, "random", "er", generator, width=width)
     sparse_utils.mask_gradients(copies[0], masks)
     compact_network(copies[1], masks)
     x = torch.randn(batch_size, copies[0][0].in_features, generator=generator)
@@ -220,11 +220,11 @@ def time_passes(network: nn.Module, budget: int, batch_size: int) -> tuple[float
     return in_torch, in_kernels
 
 
-def known_times(network: nn.Module, budget: int, batch_size: int) -> tuple[float, float]:
+def known_times(network: nn.Module, budget: int, width: int, batch_size: int) -> tuple[float, float]:
     """`time_passes`, once on a machine: the first result is kept in a file beside the kernels, so that runs of the same
     networks make the same choice. Without such a file it is measured each time."""
     shapes = [list(weight.shape) for weight in sparse_utils.linear_weights(network).values()]
-    what = repr((shapes, budget, batch_size, torch.get_num_threads(), torch.__version__))
+    what = repr((shapes, budget, width, batch_size, torch.get_num_threads(), torch.__version__))
     library = load_kernels().library
     file = library.with_name(f"{library.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json")
 
@@ -239,7 +239,7 @@ def known_times(network: nn.Module, budget: int, batch_size: int) -> tuple[float
     except (ValueError, TypeError, KeyError):  # damaged
         with contextlib.suppress(OSError):
             file.unlink()
-    times = time_passes(network, budget, batch_size)
+    times = time_passes(network, budget, width, batch_size)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:
             json.dump({"of": what, "milliseconds": times}, whole)
@@ -256,11 +256,13 @@ def choose(
     networks: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     budgets: dict[str, tuple[int, int]],
+    widths: dict[str, int],
     batch_size: int,
     kept: list[str] | None = None,
 ) -> tuple[list[str], dict[str, tuple[float, float]]]:
     """The names of the networks to compute by the kernels, and the `time_passes` of those that were measured; says on
-    the console which they are and why. `budgets` gives the connections of each, and how many of them revival places.
+    the console which they are and why. `budgets` gives the connections of each, and how many of them revival places;
+    `widths`, between how many neurons of each hidden layer.
 
     `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, whose training passes
     take less time there; or, if a resumed run had `kept` in the kernels, those. `sparse` does not ask for the time, and
@@ -297,7 +299,7 @@ def choose(
             return "sparse", "--compute sparse asks for it"
         if kept is not None:
             return "sparse" if name in kept else in_torch, "the run was begun so"
-        times[name] = torch_time, kernel_time = known_times(network, budgets[name][0], batch_size)
+        times[name] = torch_time, kernel_time = known_times(network, budgets[name][0], widths[name], batch_size)
         comparison = f"{kernel_time / torch_time:.2f} of torch's time ({kernel_time:.2f} of {torch_time:.2f} ms a pass)"
         if kernel_time < torch_time:
             return "sparse", f"it takes {comparison}"

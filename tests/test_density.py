@@ -248,7 +248,7 @@ def test_the_second_pruning_keeps_only_what_the_first_has_left(run, watched, mon
 
 def test_auto_is_measured_at_the_density_that_training_starts_with(run, monkeypatch):
     measured = []
-    monkeypatch.setattr(sparse_kernels, "known_times", lambda _, budget, __: measured.append(budget) or (2.0, 1.0))
+    monkeypatch.setattr(sparse_kernels, "known_times", lambda _, budget, *__: measured.append(budget) or (2.0, 1.0))
     masks = load(run(method="static", compute="auto", **TWICE))["masks"]
     assert measured == [round(0.6 * sum(mask.numel() for mask in layers.values())) for layers in masks.values()]
 

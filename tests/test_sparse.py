@@ -177,7 +177,7 @@ def kernels(monkeypatch, tmp_path):
     sk.load_kernels.cache_clear()
 
 
-def slow_actor(network, budget, batch_size):
+def slow_actor(network, *_):
     """In place of `time_passes`, with Pendulum's 3 observations."""
     return (2.0, 3.0) if network[0].in_features == 3 else (2.0, 0.5)
 
@@ -203,22 +203,36 @@ def test_auto_takes_what_is_faster_here(run, monkeypatch, capsys, kernels):
 
 
 def test_a_pass_is_measured_once_on_a_machine(monkeypatch, kernels):
-    """Also where the file is damaged, and each time where there can be none. Another batch is another pass."""
+    """Also where the file is damaged, and each time where there can be none. Another batch or width is another pass."""
     network, measured = make_network()[0], []
     monkeypatch.setattr(sk, "time_passes", lambda *of: measured.append(of[1:]) or (1.0, float(len(measured))))
-    assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
+    assert [sk.known_times(network, 20, 9, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
     (file,) = kernels.library.parent.glob("*.json")
-    sk.known_times(network, 20, 9), sk.known_times(network, 21, 8)
-    assert measured == [(20, 8), (20, 9), (21, 8)] and len(list(kernels.library.parent.glob("*.json"))) == 3
+    sk.known_times(network, 20, 9, 9), sk.known_times(network, 21, 9, 8), sk.known_times(network, 20, 8, 8)
+    assert measured == [(20, 9, 8), (20, 9, 9), (21, 9, 8), (20, 8, 8)]
+    assert len(list(kernels.library.parent.glob("*.json"))) == 4
     for damaged in ("", "{", "7", "{}", '{"milliseconds": [1]}', '{"milliseconds": [null, 1]}'):
         file.write_text(damaged)
         measured.clear()
-        assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
-        assert measured == [(20, 8)]
+        assert [sk.known_times(network, 20, 9, 8) for _ in range(2)] == [(1.0, 1.0)] * 2
+        assert measured == [(20, 9, 8)]
     assert not [path for path in kernels.library.parent.iterdir() if path.suffix not in (".so", ".json")]
     kernels.library = kernels.library.parent / "none" / "kernels.so"
     measured.clear()
-    assert [sk.known_times(network, 20, 8) for _ in range(2)] == [(1.0, 1.0), (1.0, 2.0)]
+    assert [sk.known_times(network, 20, 9, 8) for _ in range(2)] == [(1.0, 1.0), (1.0, 2.0)]
+
+
+def test_a_pass_is_measured_between_the_active_neurons(run, kernels, monkeypatch):
+    seen, time_passes, compact = [], sk.time_passes, sk.compact_network
+    monkeypatch.setattr(sk, "time_passes", lambda *of: seen.append(of[1:3]) or (1.0, 0.5))
+    masks = load(run(compute="auto", method="static", active_width=13))["masks"]
+    assert seen == [(sum(int(m.sum()) for m in masks[name].values()), 13) for name in ("actor", "qf1")]
+    measured = []
+    monkeypatch.setattr(sk, "compact_network", lambda copied, masks: measured.append(masks) or compact(copied, masks))
+    time_passes(make_network()[0], 20, 4, 8)
+    (masks,) = measured
+    assert sum(int(mask.sum()) for mask in masks.values()) == 20
+    assert not masks["fc1"][4:].any() and not masks["fc2"][:, 4:].any()
 
 
 def test_of_processes_that_measure_at_once_all_take_the_first_result(monkeypatch, kernels):
@@ -226,11 +240,11 @@ def test_of_processes_that_measure_at_once_all_take_the_first_result(monkeypatch
 
     def time_passes(*_):
         monkeypatch.setattr(sk, "time_passes", lambda *_: (1.0, 0.5))
-        assert sk.known_times(network, 20, 8) == (1.0, 0.5)  # another process, meanwhile
+        assert sk.known_times(network, 20, 9, 8) == (1.0, 0.5)  # another process, meanwhile
         return 1.0, 2.0
 
     monkeypatch.setattr(sk, "time_passes", time_passes)
-    assert sk.known_times(network, 20, 8) == (1.0, 0.5)
+    assert sk.known_times(network, 20, 9, 8) == (1.0, 0.5)
 
 
 def test_measuring_changes_neither_the_network_nor_a_random_number(run, kernels, monkeypatch):
@@ -247,7 +261,7 @@ def test_measuring_changes_neither_the_network_nor_a_random_number(run, kernels,
     auto = load(run(compute="auto"))
     assert len(seen) == 2 and all(0 < milliseconds < 1000 for times in seen for milliseconds in times)
     assert same_weights(auto, load(run(compute="sparse")))
-    time_passes(network, 20, 8)
+    time_passes(network, 20, 9, 8)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
 
