@@ -340,6 +340,28 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str], found: list[str]
     return table if len(table) and (min(scale) > 0 or (table.against != "-").any()) else pd.DataFrame()
 
 
+def wins_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """How probably a run of each arm beats one of each other, over the environments in which both have runs. Empty for
+    two arms, which the first table has."""
+    finals, arms, rows = finals_of(runs), arms_of(runs), []
+    for arm, other in itertools.permutations(arms, 2) if len(arms) > 2 else ():
+        env_ids = [env_id for env_id in sorted(set(runs.env_id)) if {(env_id, arm), (env_id, other)} <= finals.keys()]
+        if env_ids:
+            samples = [finals[env_id, name].to_numpy() for name in (arm, other) for env_id in env_ids]
+            row = {"arm": arm, "against": other, "environments": len(env_ids)}
+            rows.append(row | with_interval("P(better)", bootstrapped(improvement, samples)))
+    return pd.DataFrame(rows)
+
+
+def crossed(wins: pd.DataFrame) -> pd.DataFrame:
+    """That table as a square, its columns numbered."""
+    arms = list(dict.fromkeys([*wins.arm, *wins.against]))
+    square = wins.pivot(index="arm", columns="against", values="P(better)").reindex(index=arms, columns=arms)
+    square = square.map(lambda value: "-" if np.isnan(value) else f"{value:.2f}")
+    square.columns = [str(i + 1) for i in range(len(arms))]
+    return square.set_axis([f"{i + 1}. {arm}" for i, arm in enumerate(arms)]).reset_index(names="arm")
+
+
 def least(runs: pd.DataFrame, cost: str) -> float:
     """What the run cost that was done first."""
     return min(curve[cost].iloc[-1] for curve in runs.curve)
@@ -517,6 +539,13 @@ intervals (Agarwal et al. 2021), too narrow at few seeds.
 
 {table}
 """
+WINS = """## Which arm beats which
+
+Probability that a run of the row's arm beats one of the column's in the same environment, ties counting half, mean over
+the environments in which both have runs. `{name}_wins.csv` has the 95% bootstrap intervals, too narrow at few seeds.
+
+{table}
+"""
 TIME = """## Return against time
 
 After as many minutes as the fastest run in the environment took (grey in the figure). The clock is the wall time since
@@ -537,7 +566,7 @@ Zeros are not counted, however they are computed.
 
 ![return against training FLOPs]({name}_flops.png)
 """
-SECTIONS = {"returns": RETURNS, "aggregate": AGGREGATE, "time": TIME, "flops": FLOPS}
+SECTIONS = {"returns": RETURNS, "aggregate": AGGREGATE, "wins": WINS, "time": TIME, "flops": FLOPS}
 
 
 def write_page(group: pd.DataFrame, notes: list[str], against: str | None, styles: dict, out: Path, name: str) -> None:
@@ -545,6 +574,7 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
     found = notes + warnings(group)
     chosen = references(group, against, found)
     tables = {"returns": returns_table(group, chosen), "aggregate": aggregate_table(group, chosen, found)}
+    tables["wins"] = wins_table(group)
     draw_curves(group, styles, "step", out / f"{name}_curves.png")
     for cost, end in COSTS.items() if group.arm.nunique() > 1 else ():
         logged = group[[curve[cost].notna().all() and curve[cost].iloc[-1] > 0 for curve in group.curve]]
@@ -561,7 +591,8 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
     for kind, table in tables.items():
         if len(table):
             table.to_csv(out / f"{name}_{kind}.csv", index=False)
-            page.append(SECTIONS[kind].format(table=markdown(table), name=name))
+            shown = crossed(table) if kind == "wins" else table
+            page.append(SECTIONS[kind].format(table=markdown(shown), name=name))
     (out / f"{name}.md").write_text("\n".join(page))
     print(f"{title}\n{listed}\n\n{aligned(tables['returns'].drop(columns='seeds'))}\n")
 

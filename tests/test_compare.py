@@ -496,6 +496,24 @@ def test_environments_and_arms_can_be_chosen(grid, comparison):
     assert sorted(set(against.arm)) == ["dense", "tar random+er"] and set(against.against) == {"dense", "-"}
 
 
+def test_each_arm_is_held_against_each_other_where_both_have_runs(grid, make, comparison, tmp_path):
+    """A square of numbers in the page; uniform has runs in one of the two environments."""
+    for seed in (1, 2, 3):
+        make(450 + seed, "A-v1", "uniform", seed)
+    tables = comparison()
+    wins, returns = tables["wins"].set_index(["arm", "against"]), RETURNS | {("A-v1", "uniform"): [451, 452, 453]}
+    arms = {"dense": "dense"} | {f"{method} random+er": method for method in ("static", "tar", "uniform")}
+    assert len(wins) == 12
+    for (arm, other), row in wins.iterrows():
+        pairs = [(returns.get((env_id, arms[arm])), returns.get((env_id, arms[other]))) for env_id in ("A-v1", "B-v1")]
+        beats = [np.mean([(a > b) + 0.5 * (a == b) for a in x for b in y]) for x, y in pairs if x and y]
+        assert (row.environments, row["P(better)"]) == (len(beats), pytest.approx(np.mean(beats)))
+        assert row["P(better) low"] <= row["P(better)"] <= row["P(better) high"]
+    assert "| arm | 1 | 2 | 3 | 4 |" in tables["page"]
+    assert "| 4. uniform random+er | 0.00 | 0.50 | 0.00 | - |" in tables["page"]
+    assert "wins" not in comparison(arm=("static", "tar"), out=tmp_path / "of two")
+
+
 def test_nothing_empty_is_written(make, comparison, figures):
     """No aggregate of one environment, no sparsity figure of one sparsity, nothing by cost for one arm."""
     make(5, method="dense", flops=0)
