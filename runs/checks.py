@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import gymnasium as gym
@@ -16,7 +17,7 @@ import torch
 import tyro
 
 import sparse_utils
-from runs.record import fail
+from runs.record import WITHOUT, fail
 
 
 @contextlib.contextmanager
@@ -38,20 +39,21 @@ def complete_args(args) -> None:
     args.prune_at = args.learning_starts if args.prune_at is None else args.prune_at
     for network in ("actor", "critic"):
         for flag in ("method", "sparsity", "init"):
-            if getattr(args, f"{network}_{flag}") is None:
+            if getattr(args, f"{network}_{flag}", "left out") is None:
                 setattr(args, f"{network}_{flag}", getattr(args, flag))
         if getattr(args, f"{network}_method") == "dense":
             setattr(args, f"{network}_sparsity", 0.0)
-    if args.drop_criterion is None:
+    if getattr(args, "drop_criterion", "left out") is None:
         args.drop_criterion = sparse_utils.usual_drop({args.actor_method, args.critic_method})
 
 
 def check_args(args) -> None:
-    """End the program with one sentence if a value cannot work."""
+    """End the program with one sentence if a value cannot work. Copies may leave out the flags of WITHOUT."""
+    given, rules = WITHOUT | asdict(args), {}
+    args = SimpleNamespace(**given)
     positive = "total_timesteps hidden_size buffer_size batch_size policy_lr q_lr learning_rate policy_frequency "
     positive += "target_network_frequency eval_frequency eval_episodes torch_threads rewire_every checkpoint_frequency "
     positive += "n_step recent_size"
-    given, rules = asdict(args), {}
     for name in filter(given.__contains__, positive.split()):
         rules[name] = (0 < given[name] < math.inf, "positive and finite")
     for name in filter(given.__contains__, ("alpha", "policy_noise", "noise_clip", "exploration_noise")):

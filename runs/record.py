@@ -19,6 +19,24 @@ NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "
 MASK = {"criterion", "distribution", "density_start", "final_prune_at", "active_width"}
 MASK |= {"init", "actor_init", "critic_init"}
 REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
+WITHOUT = {  # what a copy of a script does that leaves such a flag out, and what older runs did
+    "init": "dense",
+    "actor_init": "dense",
+    "critic_init": "dense",
+    "active_width": None,
+    "density_start": None,
+    "final_prune_at": None,
+    "rewire_every": 1000,
+    "rewire_fraction": 0.5,
+    "rewire_stop": 0.8,
+    "drop_criterion": "magnitude",
+    "regrow": True,
+    "recent_fraction": 0.0,
+    "recent_size": 20_000,
+    "n_step": 1,
+    "n_step_from": 0,
+    "lr_cycles": None,
+}
 FOLLOWS = {  # a flag that is not set has the value of another
     "prune_at": "learning_starts",
     **{f"{network}_{flag}": flag for network in ("actor", "critic") for flag in ("method", "sparsity", "init")},
@@ -103,11 +121,8 @@ def read_config(run_dir: Path) -> dict:
     config = json.loads((run_dir / "config.json").read_text())
     args = config["args"]
     if "rewire_every" in args:
-        # before there were these flags
-        usual = {"regrow": False, "init": "dense", "actor_init": "dense", "critic_init": "dense", "active_width": None}
-        usual |= {"n_step": 1, "n_step_from": 0, "recent_fraction": 0.0, "recent_size": 20_000, "lr_cycles": None}
-        usual |= {"density_start": None, "final_prune_at": None}
-        args.update(usual | args)
+        hashed = any(segment.get("code") for segment in config.get("segments", ()))
+        args.update(WITHOUT | ({} if hashed else {"regrow": False}) | args)  # the flag is older than the hash
     if args.get("device") == "auto":  # no value of the flag any more
         args["device"] = "cpu"
     if "segments" not in config:  # older

@@ -16,9 +16,10 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, NoReturn
 
 import gymnasium as gym
@@ -38,7 +39,7 @@ from tqdm import tqdm
 import sparse_utils
 from runs import topology
 from runs.checks import check_args, complete_args, make_env
-from runs.record import NOT_OF_THE_RESULT, code_hash, fail, identity, read_config
+from runs.record import NOT_OF_THE_RESULT, WITHOUT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 3  # raised whenever a checkpoint of before can no longer be resumed
@@ -159,26 +160,28 @@ def make_run_dir(script: Path, args, in_kernels: list[str], times: dict[str, tup
     init-<init>, n<n step>, recent<recent fraction> and cycles<lr cycles> stand before the seed where they are not the
     defaults.
     """
+    given = SimpleNamespace(**WITHOUT | asdict(args))
     methods, sparsities, inits = (
-        list(dict.fromkeys([getattr(args, f"actor_{flag}"), getattr(args, f"critic_{flag}")]))
+        list(dict.fromkeys([getattr(given, f"actor_{flag}"), getattr(given, f"critic_{flag}")]))
         for flag in ("method", "sparsity", "init")
     )
     parts = [args.env_id, args.exp_name, "+".join(methods)]
     if set(methods) - sparse_utils.UNPRUNED.keys():
         parts.append(f"{args.criterion}-{args.distribution}")  # TensorBoard breaks long names at a hyphen
     parts.append("s" + "+".join(map(str, sparsities)))
-    if args.density_start is not None and set(methods) - sparse_utils.UNPRUNED.keys():
-        parts.append(f"d{args.density_start}" + (f"-{args.final_prune_at}" if args.final_prune_at is not None else ""))
-    if args.active_width is not None:
-        parts.append(f"w{args.active_width}")
-    if inits != [type(args).init]:
+    if given.density_start is not None and set(methods) - sparse_utils.UNPRUNED.keys():
+        parts.append(f"d{given.density_start}")
+        parts[-1] += "" if given.final_prune_at is None else f"-{given.final_prune_at}"
+    if given.active_width is not None:
+        parts.append(f"w{given.active_width}")
+    if inits != [getattr(type(args), "init", "dense")]:
         parts.append("init-" + "+".join(inits))
-    if args.n_step != 1:
-        parts.append(f"n{args.n_step}")
-    if args.recent_fraction:
-        parts.append(f"recent{args.recent_fraction}")
-    if args.lr_cycles is not None:
-        parts.append(f"cycles{args.lr_cycles}")
+    if given.n_step != 1:
+        parts.append(f"n{given.n_step}")
+    if given.recent_fraction:
+        parts.append(f"recent{given.recent_fraction}")
+    if given.lr_cycles is not None:
+        parts.append(f"cycles{given.lr_cycles}")
     unix_time = int(time.time())
     while True:
         name = "__".join([*parts, str(args.seed), str(unix_time)])
@@ -425,20 +428,13 @@ def save_final(run_dir: Path, state: dict, networks: dict[str, nn.Module], width
     write_whole(run_dir / "final.pt", functools.partial(torch.save, state))
 
 
-def load_state(path: Path, script: Path, device: torch.device | str = "cpu", keys: Sequence[str] = ()) -> dict:
-    """The dictionary in a final.pt or checkpoint.pt, checked as above, to be one of this script and format, and to have
-    `keys`."""
+def load_state(path: Path, script: Path, device: torch.device | str = "cpu") -> dict:
+    """The dictionary in a final.pt or checkpoint.pt, checked as above, and to be one of this script."""
     state = load_checked(path, device)
     if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
         fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
     if state["script"] != script.stem:
         fail(f"{path} is of {state['script']}.py; use that script instead of {script.name}")
-    if state["format"] != CHECKPOINT_FORMAT:
-        fail(
-            f"{path} has format {state['format']} and this version reads {CHECKPOINT_FORMAT}; use the one that wrote it"
-        )
-    if missing := sorted(set(keys) - state.keys()):
-        fail(f"{path} lacks {', '.join(missing)} and is no checkpoint; use another or start the run anew")
     return state
 
 
@@ -446,8 +442,13 @@ def load_checkpoint(run_dir: str, script: Path, device: torch.device | str = "cp
     """The checkpoint of a run folder, checked."""
     if Path(run_dir).is_file():
         fail(f"--resume takes the run folder, not a file; try --resume {shlex.quote(str(Path(run_dir).parent))}")
-    keys = ("adam", "rates", "progress", "random", "added", "log_sizes")
-    checkpoint = load_state(Path(run_dir) / "checkpoint.pt", script, device, keys)
+    path = Path(run_dir) / "checkpoint.pt"
+    checkpoint = load_state(path, script, device)
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
+        fail(f"{path} has {which}; use the version that wrote it")
+    if missing := {"adam", "rates", "progress", "random", "added", "log_sizes"} - checkpoint.keys():
+        fail(f"{path} lacks {', '.join(sorted(missing))} and is no checkpoint; use another or start the run anew")
     if not (Path(run_dir) / "config.json").exists():
         fail(f"{run_dir} has a checkpoint and no config.json; --resume takes a whole run folder")
     return checkpoint
@@ -491,7 +492,7 @@ def check_resumed_args(given, saved) -> None:
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
     if given.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
-    if saved.lr_cycles is not None and given.total_timesteps != saved.total_timesteps:
+    if getattr(saved, "lr_cycles", None) is not None and given.total_timesteps != saved.total_timesteps:
         fail("--lr-cycles splits --total-timesteps into cycles; start a new run to train longer")
     rewired = {saved.actor_method, saved.critic_method} & sparse_utils.GROWTHS.keys()
     if rewired and given.total_timesteps != saved.total_timesteps:

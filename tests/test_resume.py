@@ -456,7 +456,6 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     for bad, sentence in [
         ({"weights": torch.ones(3)}, "is not a file of sac_tar.py"),
         (torch.ones(3), "is not a file of sac_tar.py"),
-        (state | {"format": 99}, "has format 99 and this version reads"),
         (state | {"actor": Payload()}, "holds more than tensors and numbers"),
     ]:
         torch.save(bad, file)
@@ -465,6 +464,10 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     for content in (b"", b"not a checkpoint"):
         file.write_bytes(content)
         assert "cannot read" in refused(capsys, rf.load_state, file, SAC)
+    torch.save(state | {"format": 99}, tmp_path / "checkpoint.pt")
+    message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
+    assert f"has format 99 and this version resumes {rf.CHECKPOINT_FORMAT}" in message
+    assert rf.load_policy(str(tmp_path / "checkpoint.pt"), SAC)[1]["format"] == 99  # its policy can still be watched
     (tmp_path / "checkpoint.pt").write_bytes((sac / "final.pt").read_bytes())
     message = refused(capsys, rf.resumed_args, sac_tar.Args, str(tmp_path), SAC)
     assert "lacks adam, added, log_sizes, progress, random, rates" in message and "is no checkpoint" in message

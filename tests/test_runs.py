@@ -1,7 +1,9 @@
 """Whole runs in small: the invariants I1 to I6 of the method, what a run leaves behind, and what it stores."""
 
+import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -484,6 +486,42 @@ def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(s
     (project / "sparse_utils.py").write_text("AUTO_WIDTH_C = 9")
     monkeypatch.setattr(sparse_utils, "__file__", str(project / "sparse_utils.py"))
     assert record.code_hash(copy) != before
+
+
+def test_a_copy_may_leave_flags_out(run, script, tmp_path):
+    """A reader's leaner script: what a flag of WITHOUT would be stands in the code, and the rest goes on as before."""
+    text = Path(script.__file__).read_text()
+    for flag, value in record.WITHOUT.items():
+        text, fields = re.subn(rf"^    {flag}: .*\n", "", text, flags=re.M)
+        text, uses = re.subn(rf"\b(self\.)?args\.{flag}\b", repr(value), text)
+        assert fields == 1 and (uses or flag == "init"), flag  # that one acts through the networks' own
+    copy = tmp_path / "lean.py"
+    copy.write_text(text)
+    spec = importlib.util.spec_from_file_location("lean", copy)
+    lean = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lean)
+    whole = run(method="tar")
+    small = record.read_config(whole)["args"]
+    given = {name: value for name, value in small.items() if name not in record.WITHOUT}
+    run_dir = lean.train(lean.Args(**given | {"exp_name": "lean"}))
+    assert not record.WITHOUT.keys() & json.loads((run_dir / "config.json").read_text())["args"].keys()
+    assert same_weights(load(run_dir), load(whole))
+    assert run_dir.name.rpartition("__")[0] == whole.name.rpartition("__")[0].replace(script.__name__, "lean")
+    resumed = run_folder.resumed_args(lean.Args, str(run_dir), copy)
+    run_folder.check_resumed_args(resumed, resumed)
+    assert same_weights(load(lean.train(resumed)), load(whole))
+
+
+def test_a_run_without_a_flag_is_read_as_what_its_code_did(run):
+    run_dir = run(method="set", rewire_every=50)
+    config = json.loads((run_dir / "config.json").read_text())
+    for flag in ("regrow", "n_step", "init"):
+        config["args"].pop(flag)
+    for code, regrow in ((config["segments"][0]["code"], True), (None, False)):  # SET could not regrow before the hash
+        config["segments"][0]["code"] = code
+        (run_dir / "config.json").write_text(json.dumps(config))
+        args = record.read_config(run_dir)["args"]
+        assert (args["regrow"], args["n_step"], args["init"]) == (regrow, 1, "dense")
 
 
 def test_two_runs_in_one_second_get_two_folders(run, script, monkeypatch):
