@@ -35,7 +35,7 @@ from runs.checks import bad_input, check_args, complete_args, make_env, one_of
 Method = one_of(sparse_utils.METHODS, "arm; all but dense have the same number of connections (tiny: at most)")
 Criterion = one_of(sparse_utils.CRITERIA, "score by which static pruning ranks connections")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "how static pruning spreads the budget over layers")
-DropCriterion = one_of(sparse_utils.DROPS | {None: "as in the source"}, "worth; rewiring drops what has the lowest")
+DropCriterion = one_of(sparse_utils.DROPS | {None: "soft with chts, else magnitude"}, "worth; the lowest is dropped")
 
 
 @dataclass

@@ -484,7 +484,7 @@ DROPS = {
 
 
 def set_growth(layer: Layer) -> Tensor:
-    """Prune, then rewire during training: drop connections, grow as many at random (SET, Mocanu et al. 2018)."""
+    """Prune, then rewire during training: drop connections, grow as many at random (SET as in Graesser et al. 2022)."""
     return noise(layer)
 
 
@@ -513,7 +513,7 @@ GROWTHS = {
 
 
 def usual_drop(methods: set[str]) -> str | None:
-    """The criterion of dropping in the source of these methods; None if they have different ones."""
+    """The criterion by which these methods drop unless told otherwise; None if they have different ones."""
     usual = {GROWTHS[method].drop for method in methods & GROWTHS.keys()} or {"magnitude"}
     return usual.pop() if len(usual) == 1 else None
 

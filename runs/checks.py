@@ -80,12 +80,21 @@ def check_args(args) -> None:
         fail(f"--method {method} stops in a layer where what was dropped grows again; leave --no-regrow out")
     if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    dynamic = [method for method, rule in growths.items() if rule]
+    after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
+    if dynamic and not sparse_utils.rewiring_steps(after, until, args.rewire_every):
+        when = f"every {args.rewire_every} steps after step {after} and before {until:g} (--rewire-stop)"
+        fail(f"--method {dynamic[0]} rewires {when}, which is never; lower --rewire-every or train longer")
+    if dynamic and args.rewire_fraction == 0 and args.density_start is None:
+        fail(f"--method {dynamic[0]} with --rewire-fraction 0 rewires nothing; raise it, or choose another method")
     if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:
         fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
     if isinstance(args.active_width, int) and not 1 <= args.active_width <= args.hidden_size:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
     if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
         fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
+    if args.recent_fraction and args.recent_size >= args.buffer_size:
+        fail(f"--recent-size {args.recent_size} is all of --buffer-size {args.buffer_size}; choose a smaller one")
     steps = args.total_timesteps - args.learning_starts
     if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
         fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
@@ -112,9 +121,6 @@ def check_density(args) -> None:
     if methods and not stay:
         if args.final_prune_at is not None:
             fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
-        after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
-        if not sparse_utils.rewiring_steps(after, until, args.rewire_every):
-            fail(f"--density-start falls at rewirings, and there is none after step {after} and before {until:g}")
         if not args.save_buffer:
             fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_utils
 from runs import run_log
-from runs.record import FOLLOWS, codes, fail, identity, ignored, read_config
+from runs.record import FOLLOWS, WITHOUT, canonical, codes, fail, identity, ignored, methods_of, read_config
 
 
 @dataclass
@@ -95,7 +95,7 @@ def label(arm: str, base: str) -> str:
 def read_run(run: Path, notes: list[str], separate_code: bool) -> dict | None:
     """The row of a finished run; `settings` is what makes it its arm. None, and a note, of a run that is left out."""
     config, (points, began) = read_config(run), run_log.read_scalars(run)
-    args, segments = config["args"], config["segments"]
+    args, segments = canonical(config["args"]), config["segments"]
     steps = points.step[points.tag == "eval/episodic_return"]
     if not (steps > 0.9 * args["total_timesteps"]).any():
         notes.append(f"no evaluation in the last tenth of training, so left out: {run.name}")
@@ -223,6 +223,12 @@ def warnings(runs: pd.DataFrame) -> list[str]:
     return found
 
 
+def changing_arms(runs: pd.DataFrame) -> list[str]:
+    """Arms of one name whose flags differ between sparsities, at each of which they are the only ones so named."""
+    names = {arm: set(differing(rows.settings, absent="none")) - AXES for arm, rows in runs.groupby("arm")}
+    return [f"{arm} has not one {', '.join(sorted(of))} at all sparsities" for arm, of in names.items() if of]
+
+
 # STATISTICS
 
 
@@ -271,20 +277,33 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 
 
 def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dict[str, str]:
-    """The arm that each arm is held against. By default the one of a method of CONTROLS on the same base (on the only
-    base if it has none); of several, the one that shares most settings with it."""
+    """The arm that each arm is held against. By default one whose pruned networks are of a method of CONTROLS, on the
+    same base (on the only base if it has none): of several, the one that shares most of the settings that act on both,
+    then the plainest. A control is held against a plainer one alone."""
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         if against not in arms.index:
             found.append(f"no run of {against}, so no arm is held against it")
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
-    is_control = arms.method.isin(sparse_utils.CONTROLS.keys())
-    chosen, controls = {}, arms[is_control]
-    for arm, own in arms[~is_control].iterrows():
+    pruned = [{*methods_of(args).values()} - sparse_utils.UNPRUNED.keys() for args in arms.args]
+    chosen, controls = {}, arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in pruned]]
+
+    def set_apart(settings: dict) -> int:  # flags that are not as in a script without them
+        return len({FOLLOWS.get(n, n) for n, value in WITHOUT.items() if settings.get(n, value) != value})
+
+    def unlike(one: pd.Series, other: pd.Series) -> int:
+        flags = one.settings.keys() & other.settings.keys() - {"method", "actor_method", "critic_method"}
+        names = {FOLLOWS.get(flag, flag) for flag in flags if one.settings[flag] != other.settings[flag]}
+        methods = zip(methods_of(one.args).values(), methods_of(other.args).values())
+        return len(names) + sum(a != b for a, b in methods if {a, b} & sparse_utils.UNPRUNED.keys())
+
+    for arm, own in arms.iterrows():
         same = controls[(controls.base == own.base) | (own.base == "" and controls.base.nunique() == 1)]
+        if arm in controls.index:
+            same = same[[set_apart(s) < set_apart(own.settings) for s in same.settings]]
         if len(same):
-            unlike = [sum(own.settings.get(name) != s.get(name) for name in {*own.settings, *s}) for s in same.settings]
-            chosen[arm] = same.index[np.argmin(unlike)]
+            ranks = [(unlike(own, control), set_apart(control.settings)) for _, control in same.iterrows()]
+            chosen[arm] = same.index[ranks.index(min(ranks))]
     without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in controls.index]
     if without and len(arms) > 1:
         names = " or ".join(sparse_utils.CONTROLS)
@@ -550,8 +569,8 @@ TIME = """## Return against time
 
 After as many minutes as the fastest run in the environment took (grey in the figure). The clock is the wall time since
 a run's first event, evaluations included; an interval between two evaluations within which the run was resumed, or
-which is more than five times as long as the run's median one, counts as that median. How busy the machine was with
-other work is not known.
+which is more than five times as long as both of its neighbours, counts as the run's median one. How busy the machine
+was with other work is not known.
 
 {table}
 
@@ -603,6 +622,7 @@ def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path
     pd.concat(curves).rename_axis([*CELL, "seed", "step"]).to_csv(out / "evaluations.csv")
     styles = styles_of(runs)
     for algo, of_algo in runs.groupby("algo"):
+        notes = notes + changing_arms(of_algo)
         sparsities = sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]
         if len(sparsities) > 1:
             draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")

@@ -58,15 +58,36 @@ def ignored(methods: set[str]) -> set[str]:
     return found | ({"sparsity", "actor_sparsity", "critic_sparsity"} if methods == {"dense"} else set())
 
 
+def methods_of(args: dict) -> dict[str, str]:
+    """The method of the actor and that of the critics."""
+    return {network: args.get(f"{network}_method") or args["method"] for network in ("actor", "critic")}
+
+
+def canonical(args: dict) -> dict:
+    """The same arguments for all runs that are spelled differently and do the same: what is for both networks, and acts
+    on neither where both have their own, is what the actor has (if it is pruned, else the critics)."""
+    args, methods = {**args}, methods_of(args)
+    for name in args:
+        args[name] = args.get(FOLLOWS.get(name)) if args[name] is None else args[name]
+    for network, method in methods.items():
+        if method == "dense":  # as the scripts record it
+            args[f"{network}_sparsity"] = 0.0
+        if method in sparse_utils.UNPRUNED and f"{network}_init" in args:
+            args[f"{network}_init"] = "dense"
+    leading = next((network for network, method in methods.items() if method not in sparse_utils.UNPRUNED), "actor")
+    for flag in ("method", "sparsity", "init"):
+        args |= {flag: args[f"{leading}_{flag}"]} if f"{leading}_{flag}" in args else {}
+    if args.get("active_width") is not None and args["active_width"] == args.get("hidden_size"):
+        args["active_width"] = None
+    if "drop_criterion" in args and args["drop_criterion"] is None:
+        args["drop_criterion"] = sparse_utils.usual_drop({*methods.values()})
+    return args
+
+
 def identity(args: dict) -> dict:
     """All arguments that make two runs the same one: without what leaves the result as it is or its methods ignore."""
-    args = {name: args.get(FOLLOWS.get(name)) if value is None else value for name, value in args.items()}
-    methods = {args.get(f"{network}_method", args["method"]) for network in ("actor", "critic")}
-    for network in ("actor", "critic"):
-        if args.get(f"{network}_method") == "dense":  # as the scripts record it
-            args[f"{network}_sparsity"] = 0.0
-    if "drop_criterion" in args and args["drop_criterion"] is None:
-        args["drop_criterion"] = sparse_utils.usual_drop(methods)
+    args = canonical(args)
+    methods = {*methods_of(args).values()}
     unused = ignored(methods) | NOT_OF_THE_RESULT
     unused |= {"n_step_from"} if args.get("n_step") == 1 else set()
     unused |= set() if args.get("recent_fraction") else {"recent_size"}
@@ -86,30 +107,34 @@ def essence(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def imported(script: Path, folder: Path) -> set[Path]:
-    """The modules in this folder that a script imports, and those that they import, beside what CODE names."""
-    found, todo = set(), [script]
+def imported(sources: list[Path], folders: set[Path], env_id: str) -> set[Path]:
+    """The modules in these folders that the sources import, that of the environment (`<module>:<id>`), and those that
+    they import in turn; neither the sources themselves nor what else is in `runs/`."""
+    found, todo = set(), [path for path in sources if path.suffix == ".py"]
+    names = {env_id.partition(":")[0]} if ":" in env_id else set()
     while todo:
-        names = set()
         for node in ast.walk(ast.parse(todo.pop().read_text())):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        files = {folder / f"{name.replace('.', '/')}.py" for name in names if name.split(".")[0] != "runs"}
-        new = {file for file in files - found if file.exists() and file.name not in ("sparse_utils.py", script.name)}
+        paths = [name.replace(".", "/") for name in names if name.split(".")[0] != "runs"]
+        files = {folder / f"{path}{end}" for path in paths for end in (".py", "/__init__.py") for folder in folders}
+        new = {file for file in files - found - {*sources} if file.exists()}
         found |= new
         todo += new
     return found
 
 
-def code_hash(script: Path) -> str:
-    """What a script and the code that it runs amount to, in 12 hexadecimal digits: itself, CODE, and what it imports
-    from its own folder. Comments and docstrings do not count; packages and the rest of `runs/` do not either."""
-    folder = script.resolve().parent
-    beside = folder if (folder / "sparse_utils.py").exists() else Path(sparse_utils.__file__).parent
+def code_hash(script: Path, env_id: str = "") -> str:
+    """What a script and the code that it runs amount to, in 12 hexadecimal digits: itself, CODE, and what these and the
+    environment import from its own folder and the project's. Comments and docstrings do not count; packages and the
+    rest of `runs/` do not either."""
+    script = script.resolve()
+    folder, project = script.parent, Path(sparse_utils.__file__).resolve().parent
+    beside = folder if (folder / "sparse_utils.py").exists() else project
     files = [script, *(path for pattern in CODE for path in sorted(beside.glob(pattern)))]
-    files += sorted(imported(script, folder))
+    files += sorted(imported(files, {folder, beside}, env_id))
     return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
 
 

@@ -82,7 +82,7 @@ def segment(script: Path, args, from_step: int, in_kernels: list[str], times: di
     """What made this part of a run; see `read_config`."""
     return {
         "from_step": from_step,
-        "code": code_hash(script),
+        "code": code_hash(script, args.env_id),
         "git_commit": git_commit(script.resolve().parent),
         "processor": processor(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,

@@ -109,7 +109,6 @@ class Script:
     path: Path
     Args: type
     defaults: dict
-    code: str
 
 
 def find_script(name: str) -> Path:
@@ -150,7 +149,7 @@ def load(path: Path) -> Script:
     if lacking := SET - {field.name for field in fields(module.Args)}:
         fail(f"--script {path}: its Args lacks {', '.join(sorted(lacking))}, which the sweep sets")
     try:
-        return Script(path, module.Args, as_recorded(module.Args()), code_hash(path))
+        return Script(path, module.Args, as_recorded(module.Args()))
     except TypeError as error:
         fail(f"--script {path}: its Args needs a default for every flag, which JSON can hold ({error})")
 
@@ -267,7 +266,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
     """All runs, each once."""
     axes = read_axes(args.vary)
     given = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    runs = {}
+    runs, hashes = {}, {}
     for script, values in recorded(args) if args.like else grid(args):
         for point in itertools.product(*axes.values()):
             own = values | {"runs_dir": args.runs_dir, "torch_threads": 1}
@@ -282,8 +281,10 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             arm += [f"{name}={what[name]}" for name in axes if name in what]
             name = "__".join([script.path.stem, *arm, digest]).replace("/", "-")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
-            code = None if args.any_code else script.code
-            runs[name] = Run(name, script.path.stem, command, what, script.defaults, code, args.published)
+            made_by = (script.path, what["env_id"])
+            if made_by not in hashes:
+                hashes[made_by] = None if args.any_code else code_hash(*made_by)
+            runs[name] = Run(name, script.path.stem, command, what, script.defaults, hashes[made_by], args.published)
     return list(runs.values())
 
 

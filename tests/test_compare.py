@@ -241,8 +241,8 @@ def test_dense_is_one_arm_whatever_sparsity_its_flags_say(make, comparison):
         assert list(tables["returns"].arm) == ["dense", "static random+er"] and list(tables["returns"].n) == [1, 1]
         assert "run again later, so left out: A-v1__td3_tar__dense__s0.9" in tables["page"]
     make(300, method="dense", critic_method="static", sparsity=0.95)
-    assert "dense random+er critic static" not in comparison(sparsity=0.9)["page"]
-    assert "dense random+er critic static" in comparison(sparsity=0.95)["page"]
+    assert "static random+er actor dense" not in comparison(sparsity=0.9)["page"]
+    assert "static random+er actor dense" in comparison(sparsity=0.95)["page"]
 
 
 def test_a_flag_that_only_some_runs_have_makes_arms_of_their_own(make, comparison):
@@ -271,7 +271,7 @@ def test_a_flag_of_one_network_is_named_where_it_is_not_that_of_both(make, compa
     assert arms == {
         "static random+er init=dense": 100, "static random+er init=sparse": 200,
         "tar random+er init=dense": 100, "tar random+er init=sparse": 200,
-        "tar random+er actor_init=sparse init=dense": 300,
+        "tar random+er critic_init=dense init=sparse": 300,
     }  # fmt: skip
 
 
@@ -373,6 +373,61 @@ def test_the_static_arm_that_an_arm_is_held_against_shares_its_other_flags(make,
     for init in ("plain", "scaled"):
         assert against[f"tar random+er init={init}"] == f"static random+er init={init}"
         assert against[f"tar random+er critic dense init={init}"] == f"static random+er critic dense init={init}"
+
+
+def against_of(comparison):
+    table = comparison()["returns"].replace(" random.er", "", regex=True)
+    return dict(zip(table.arm, table.against))
+
+
+def test_no_arm_that_rewires_or_revives_in_one_network_is_a_control(make, comparison):
+    make(1, method="static")
+    make(2, method="static", critic_method="rigl")
+    make(3, method="tar")
+    make(4, method="static", critic_method="tar")
+    against = against_of(comparison)
+    assert against.pop("static") == "-"
+    assert against == dict.fromkeys(("static critic rigl", "tar", "static critic tar"), "static")
+
+
+def test_the_control_differs_in_the_fewest_choices_and_then_is_the_plainest(make, comparison):
+    """A flag for both networks, which its two copies follow, is one choice; methods and their own flags are none."""
+    dense = {"init": "dense", "actor_init": "dense", "critic_init": "dense", "n_step": 3, "lr_cycles": 2}
+    sparse = {"init": "sparse", "actor_init": "sparse", "critic_init": "sparse", "n_step": 1, "lr_cycles": None}
+    for name, flags in {"far": sparse, "near": dense}.items():
+        make(1, method="static", exp_name="td3_tar", note=name, **flags)
+    make(2, method="tar", note="near", **sparse | {"n_step": 3, "lr_cycles": 2})
+    make(3, method="rigl", note="far", rewire_every=10, rewire_fraction=0.1, **sparse | {"note": "far"} | {"n_step": 1})
+    make(4, method="dense", note="far", n_step=1, lr_cycles=None)
+    against = {arm.split()[0]: other for arm, other in against_of(comparison).items() if "static" not in arm}
+    assert "note=near" in against["tar"] and "note=far" in against["rigl"] and "note=far" in against["dense"]
+
+
+def test_a_control_is_held_against_a_plainer_one_alone(make, comparison):
+    for width in (None, 48):
+        make(1, method="static", active_width=width)
+    make(2, method="tar", active_width=48)
+    assert against_of(comparison) == {
+        "static active_width=none": "-", "static active_width=48": "static active_width=none",
+        "tar": "static active_width=48",
+    }  # fmt: skip
+
+
+def test_an_arm_whose_flags_change_with_the_sparsity_is_named(make, comparison):
+    for sparsity, reserve in ((0.9, 0.1), (0.95, 0.3)):
+        make(1, method="static", sparsity=sparsity)
+        make(2, method="tar", sparsity=sparsity, reserve=reserve)
+    for sparsity in (0.9, 0.95):
+        assert "- tar random+er has not one reserve at all sparsities\n" in comparison(sparsity=sparsity)["page"]
+    assert "static random+er has not" not in comparison()["page"]
+
+
+def test_runs_that_do_the_same_are_one_arm_however_their_flags_are_spelled(make, comparison):
+    own = {"actor_sparsity": 0.9, "critic_sparsity": 0.9, "actor_method": "static", "critic_method": "static"}
+    make(1, method="static", hidden_size=64, active_width=None)
+    make(2, method="tar", sparsity=0.5, seed=2, hidden_size=64, active_width=64, **own)
+    (row,) = comparison()["returns"].to_dict("records")
+    assert row["arm"] == "static random+er" and row["n"] == 2
 
 
 def test_flags_make_the_same_arms_in_every_environment(make, comparison):
@@ -558,6 +613,16 @@ def test_pauses_do_not_count_as_time(make, comparison, resumed):
     make(5, method="static")
     minutes = comparison()["time"].set_index("arm")["a whole run, minutes"]
     assert minutes.to_dict() == pytest.approx({"tar random+er": 1000 / 60, "static random+er": 1000 / 60})
+
+
+def test_a_slow_phase_is_no_pause():
+    """Several intervals in turn, or all after a change of the machine's load, are time; one alone is not."""
+    for intervals, expected in (
+        ([1, 1, 1, 9, 9, 9, 1], 31), ([1, 1, 9, 9, 9], 29), ([1, 1, 90, 1, 1], 5), ([90, 1, 1, 1], 4), ([1, 1, 90], 3),
+        ([7], 7),
+    ):  # fmt: skip
+        seconds = pd.Series(np.cumsum([0.0, *intervals]), range(0, 100 * len(intervals) + 1, 100))
+        assert run_log.without_pauses(seconds, []).iloc[-1] == expected
 
 
 def test_the_lines_of_notes_md_are_on_top_of_every_page(make, comparison, tmp_path, capsys):

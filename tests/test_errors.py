@@ -68,6 +68,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"recent_fraction": -0.1}, "--recent-fraction must be at least 0 and below 1"),
         ({"recent_fraction": 0.01}, "--recent-fraction 0.01 of --batch-size 32 is no transition; raise one"),
         ({"recent_size": 0}, "--recent-size must be positive"),
+        ({"recent_fraction": 0.5, "recent_size": 1000}, "--recent-size 1000 is all of --buffer-size 1000; choose a"),
+        (
+            {"method": "set", "rewire_every": 130},
+            "--method set rewires every 130 steps after step 60 and before 128 (--rewire-stop), which is never; lower",
+        ),
+        ({"critic_method": "rigl", "prune_at": 120}, "--method rigl rewires every 1000 steps after step 120"),
+        ({"method": "chts", "rewire_every": 50, "rewire_fraction": 0.0}, "--rewire-fraction 0 rewires nothing"),
         ({"lr_cycles": 0}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 0"),
         ({"lr_cycles": 101}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 101"),
         ({"actor_method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),

@@ -128,7 +128,7 @@ def test_cycles_are_of_all_of_training_which_may_not_grow(run, script, capsys):
     assert "--lr-cycles splits --total-timesteps into cycles; start a new run to train longer" in message
 
 
-FLAGS = {"n3": {"n_step": 3}, "recent0.25": {"recent_fraction": 0.25}, "cycles2": {"lr_cycles": 2}}
+FLAGS = {"n3": {"n_step": 3}, "recent0.25": {"recent_fraction": 0.25, "recent_size": 50}, "cycles2": {"lr_cycles": 2}}
 
 
 def test_each_flag_acts_is_in_the_folders_name_and_makes_an_arm(run, tmp_path, capsys):
@@ -147,7 +147,8 @@ def test_each_flag_acts_is_in_the_folders_name_and_makes_an_arm(run, tmp_path, c
 
 
 def test_all_flags_together_in_one_run(run):
-    (run_dir, again) = (run(**CYCLES, n_step=3, recent_fraction=0.25, compute="sparse", sparsity=0.8) for _ in "ab")
+    flags = CYCLES | {"n_step": 3, "recent_fraction": 0.25, "recent_size": 50, "compute": "sparse", "sparsity": 0.8}
+    (run_dir, again) = (run(**flags) for _ in "ab")
     assert "__n3__recent0.25__cycles3__1__" in run_dir.name
     assert same_weights(load(run_dir), load(again))
 

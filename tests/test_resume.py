@@ -330,7 +330,7 @@ def assert_same_run_but_the_last_losses(run_dir, undisturbed):
 
 
 def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, script, monkeypatch, capsys):
-    run_dir = run(method="static", critic_method="rigl")
+    run_dir = run(method="static", critic_method="rigl", rewire_every=50)
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir), "--total-timesteps", "300"])
     assert "--method rigl rewires by a schedule over --total-timesteps" in refused(capsys, script.main)

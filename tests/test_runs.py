@@ -477,6 +477,31 @@ def test_comments_and_docstrings_are_not_code(script, tmp_path):
     assert len(set(hashes[-3:])) == 3
 
 
+def test_what_the_environment_and_the_shared_files_import_is_code_too(script, tmp_path):
+    for name in (script.SCRIPT.name, "sparse_utils.py"):
+        (tmp_path / name).write_text((script.SCRIPT.parent / name).read_text())
+
+    def hashed(env_id="my_envs:Mine-v0"):
+        return record.code_hash(tmp_path / script.SCRIPT.name, env_id)
+
+    before = hashed()
+    assert before == hashed("Hopper-v4") == record.code_hash(tmp_path / script.SCRIPT.name)
+    seen = [before]
+    for path, text in {
+        "my_envs.py": "import my_world.physics", "my_world/__init__.py": "g = 9.81",
+        "my_world/physics.py": "friction = 1", "my_masks.py": "",
+    }.items():  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+        seen.append(hashed())
+    assert len(set(seen[:4])) == 4 and seen[4] == seen[3] and hashed("Hopper-v4") == before
+    with (tmp_path / "sparse_utils.py").open("a") as file:
+        file.write("import my_masks\n")
+    one = hashed("Hopper-v4")
+    (tmp_path / "my_masks.py").write_text("rule = 2")
+    assert hashed("Hopper-v4") not in (one, before)
+
+
 def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(script, tmp_path, monkeypatch):
     copy = tmp_path / "copy.py"
     copy.write_text(script.SCRIPT.read_text())

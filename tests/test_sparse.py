@@ -15,6 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import sparse_kernels as sk
 from runs import run_folder as rf
 
+CPU = torch.device("cpu")
+
 
 def make_mlp(sizes, density, seed):
     """A dense network, zero where pruned, and the SparseMLP of the same weights. Odd seeds have empty and full rows, of
@@ -189,13 +191,14 @@ def test_auto_takes_what_is_faster_here(run, monkeypatch, capsys, kernels):
     times = {"actor": [2.0, 3.0], "qf1": [2.0, 0.5], "qf2": [2.0, 0.5]}
     for arguments, sentences, in_kernels in [
         ({}, [f"compute: actor masked, {slow}", fast], ["qf1", "qf2"]),
-        ({"method": "set"}, [f"compute: actor masked, {slow}", fast], ["qf1", "qf2"]),
+        ({"method": "set", "rewire_stop": 1.0}, [f"compute: actor masked, {slow}", fast], ["qf1", "qf2"]),
         ({"method": "dense"}, [f"compute: actor dense, {slow}", fast], ["qf1", "qf2"]),
         ({"method": "tiny"}, [f"compute: actor dense, {slow}", fast], ["qf1", "qf2"]),
         ({"compute": "masked"}, ["compute: actor, qf1, qf2 masked, since --compute masked asks for it\n"], []),
         ({"compute": "sparse"}, ["actor, qf1, qf2 sparse, since --compute sparse asks"], ["actor", "qf1", "qf2"]),
     ]:
-        (segment,) = rf.read_config(run(**{"compute": "auto", "total_timesteps": 62} | arguments))["segments"]
+        flags = {"compute": "auto", "total_timesteps": 62, "rewire_every": 61} | arguments
+        (segment,) = rf.read_config(run(**flags))["segments"]
         console = capsys.readouterr().out
         assert all(sentence in console for sentence in sentences)
         assert segment["in_kernels"] == in_kernels
@@ -390,10 +393,10 @@ def step(network, optimizer):
 
 def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, kernels):
     network, _ = make_network()
-    budgets = {"net": (20, 0)}
+    budgets, widths = {"net": (20, 0)}, {"net": 9}
 
     def chosen(optimizer, network=network):
-        return sk.choose("auto", torch.device("cpu"), {"net": network}, {"net": optimizer}, budgets, 8)[0]
+        return sk.choose("auto", CPU, {"net": network}, {"net": optimizer}, budgets, widths, 8)[0]
 
     monkeypatch.setattr(sk, "time_passes", lambda *_: (1.0, 0.5))
     assert chosen(torch.optim.Adam(network.parameters())) == chosen(torch.optim.AdamW(network.parameters())) == ["net"]
@@ -403,7 +406,7 @@ def test_a_network_that_the_kernels_would_train_otherwise_is_left_to_torch(monke
     groups = [{"params": [p for p in network.parameters() if p.dim() == d]} for d in (1, 2)]
     assert chosen(torch.optim.Adam(groups)) == []
     with pytest.raises(ValueError, match="not to be had for the net: its parameters are not all in one group"):
-        sk.choose("sparse", torch.device("cpu"), {"net": network}, {"net": torch.optim.Adam(groups)}, budgets, 8)
+        sk.choose("sparse", CPU, {"net": network}, {"net": torch.optim.Adam(groups)}, budgets, widths, 8)
     network.scale = nn.Parameter(torch.ones(1))
     assert chosen(torch.optim.Adam(network.parameters())) == []
 

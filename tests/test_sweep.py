@@ -286,12 +286,12 @@ def test_a_script_or_an_axis_that_cannot_be_is_one_sentence(project, monkeypatch
 def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, script, monkeypatch):
     """For every method: what a script records is what the sweep looks for, else it would run for ever anew."""
     own = {"env_id": "Pendulum-v1", "seed": 1, "total_timesteps": 62, "runs_dir": "elsewhere", "torch_threads": 1}
-    more = {"device": "cpu", "compute": "masked", "learning_starts": 60, "hidden_size": 24, "batch_size": 32}
-    more |= {"buffer_size": 1000, "eval_frequency": 100, "eval_episodes": 1}
+    more = {"device": "cpu", "compute": "masked", "learning_starts": 40, "hidden_size": 24, "batch_size": 32}
+    more |= {"buffer_size": 1000, "eval_frequency": 100, "eval_episodes": 1, "rewire_every": 9}
     flags = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for method in sparse_utils.METHODS:
         arm = {"sparsity": 0.5, "criterion": "magnitude", "distribution": "uniform"}
-        run_dir = run(method=method, total_timesteps=62, **arm)
+        run_dir = run(method=method, total_timesteps=62, learning_starts=40, rewire_every=9, **arm)
         runs_dir = str(run_dir.parent)
 
         def wanted(method=method, sparsity=0.5, total_timesteps=62, extra=(), published=None, any_code=False):
@@ -308,8 +308,8 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
         assert wanted(total_timesteps=63).next_command(runs_dir) == wanted(total_timesteps=63).command
         assert wanted(extra=["--gamma", "0.9"]).next_command(runs_dir) is not None
         assert (wanted(sparsity=0.6).next_command(runs_dir) is None) == (method == "dense")
-        assert wanted(extra=["--prune-at", "60"]).next_command(runs_dir) is None  # what it follows anyway
-        assert wanted(extra=["--prune-at", "61"]).next_command(runs_dir) is not None
+        assert wanted(extra=["--prune-at", "40"]).next_command(runs_dir) is None  # what it follows anyway
+        assert wanted(extra=["--prune-at", "41"]).next_command(runs_dir) is not None
         assert wanted(extra=["--checkpoint-frequency", "20"]).next_command(runs_dir) is None  # the result is the same
         config = json.loads((run_dir / "config.json").read_text())
         del config["args"]["reserve"]  # as if the run were older than the flag
@@ -337,15 +337,17 @@ def test_a_run_of_the_scripts_is_recognised_by_its_flags_and_only_by_them(run, s
 
 def test_the_runs_of_a_folder_are_planned_again_with_their_flags(run, script):
     folder = run(method="dense", seed=2, total_timesteps=62, save_buffer=False).parent
-    run(method="set", seed=1, actor_method="static", prune_at=61, total_timesteps=62, checkpoint_frequency=10)
+    flags = {"prune_at": 61, "total_timesteps": 90, "rewire_every": 5, "checkpoint_frequency": 10}
+    run(method="set", seed=1, actor_method="static", **flags)
     first, second = (
         shlex.join(again.command) for again in sweep.plan(sweep.Args(like=str(folder)), ["--gamma", "0.5"])
     )
     base = "--criterion random --distribution er --sparsity 0.9"
-    assert f"{script.__name__}.py --env-id Pendulum-v1 --method set {base} --seed 1 --total-timesteps 62" in first
-    assert "--actor-method static" in first and "--prune-at 61" in first and "--gamma 0.5" in first
+    assert f"{script.__name__}.py --env-id Pendulum-v1 --method set {base} --seed 1 --total-timesteps 90" in first
+    for own in ("--actor-method static", "--prune-at 61", "--rewire-every 5", "--gamma 0.5"):
+        assert own in first
     assert "--method dense --seed 2" in second and "--no-save-buffer" in second and "--gamma 0.5" in second
-    for unset in ("--checkpoint-frequency", "--critic-method", "--exp-name", "--rewire-every"):
+    for unset in ("--checkpoint-frequency", "--critic-method", "--exp-name", "--rewire-stop"):
         assert unset not in first and unset not in second
 
 

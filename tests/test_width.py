@@ -394,7 +394,12 @@ def test_what_makes_two_runs_the_same_one(script, monkeypatch):
         return given
 
     assert identity(init="sparse") != identity() == identity(critic_init="dense", actor_init="dense")
-    assert identity(active_width=48) != identity()
+    assert identity(active_width=48) != identity() == identity(active_width=256)
+    assert identity(actor_sparsity=0.5, critic_sparsity=0.5) == identity(sparsity=0.5)
+    assert identity(method="static", actor_method="tar", critic_method="tar") == identity(method="tar")
+    assert identity(actor_method="dense", sparsity=0.5) == identity(actor_method="dense", critic_sparsity=0.5)
+    assert identity(actor_method="dense", actor_init="sparse") == identity(actor_method="dense")
+    assert identity(actor_method="static", critic_method="tar") != identity(actor_method="tar", critic_method="static")
     assert identity(method="dense", init="sparse", active_width=48) == identity(method="dense")
     assert identity(method="tar", regrow=False) == identity(method="tar")
     assert identity(method="rigl", regrow=False) != identity(method="rigl")
