@@ -76,7 +76,8 @@ def canonical(args: dict) -> dict:
             args[f"{network}_init"] = "dense"
     leading = next((network for network, method in methods.items() if method not in sparse_utils.UNPRUNED), "actor")
     for flag in ("method", "sparsity", "init"):
-        args |= {flag: args[f"{leading}_{flag}"]} if f"{leading}_{flag}" in args else {}
+        if args.keys() >= {f"actor_{flag}", f"critic_{flag}"}:
+            args[flag] = args[f"{leading}_{flag}"]
     if args.get("active_width") is not None and args["active_width"] == args.get("hidden_size"):
         args["active_width"] = None
     if "drop_criterion" in args and args["drop_criterion"] is None:
@@ -118,7 +119,8 @@ def imported(sources: list[Path], folders: set[Path], env_id: str) -> set[Path]:
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        paths = [name.replace(".", "/") for name in names if name.split(".")[0] != "runs"]
+        whole = [Path(*name.split(".")) for name in names if name.split(".")[0] != "runs"]
+        paths = [path for name in whole for path in (name, *name.parents)]  # of a package, all above it
         files = {folder / f"{path}{end}" for path in paths for end in (".py", "/__init__.py") for folder in folders}
         new = {file for file in files - found - {*sources} if file.exists()}
         found |= new

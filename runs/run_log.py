@@ -45,7 +45,7 @@ def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     median = np.median(intervals) if len(intervals) else 0.0
     beside = np.pad(intervals, 1)
-    paused = (intervals > 5 * np.maximum(beside[:-2], beside[2:])) & (len(intervals) > 1)
+    paused = intervals > 5 * np.maximum(beside[:-2], beside[2:])
     for step in resumed_at:  # a run resumed at a step of evaluation evaluates there anew
         paused |= (steps[:-1] < step) & (step <= steps[1:])
     return pd.Series(seconds.iloc[0] + np.cumsum([0, *np.where(paused, median, intervals)]), steps)

@@ -240,7 +240,7 @@ def test_dense_is_one_arm_whatever_sparsity_its_flags_say(make, comparison):
         tables = comparison(sparsity=sparsity)
         assert list(tables["returns"].arm) == ["dense", "static random+er"] and list(tables["returns"].n) == [1, 1]
         assert "run again later, so left out: A-v1__td3_tar__dense__s0.9" in tables["page"]
-    make(300, method="dense", critic_method="static", sparsity=0.95)
+    make(300, method="dense", actor_method=None, critic_method="static", sparsity=0.95)
     assert "static random+er actor dense" not in comparison(sparsity=0.9)["page"]
     assert "static random+er actor dense" in comparison(sparsity=0.95)["page"]
 
@@ -376,6 +376,7 @@ def test_the_static_arm_that_an_arm_is_held_against_shares_its_other_flags(make,
 
 
 def against_of(comparison):
+    """Arm: the one that it is held against, both without their base."""
     table = comparison()["returns"].replace(" random.er", "", regex=True)
     return dict(zip(table.arm, table.against))
 
@@ -392,25 +393,23 @@ def test_no_arm_that_rewires_or_revives_in_one_network_is_a_control(make, compar
 
 def test_the_control_differs_in_the_fewest_choices_and_then_is_the_plainest(make, comparison):
     """A flag for both networks, which its two copies follow, is one choice; methods and their own flags are none."""
-    dense = {"init": "dense", "actor_init": "dense", "critic_init": "dense", "n_step": 3, "lr_cycles": 2}
-    sparse = {"init": "sparse", "actor_init": "sparse", "critic_init": "sparse", "n_step": 1, "lr_cycles": None}
+    dense = {"init": "dense", "actor_init": "dense", "critic_init": "dense", "n_step": 3, "recent_fraction": 0.25}
+    sparse = {"init": "sparse", "actor_init": "sparse", "critic_init": "sparse", "n_step": 1, "recent_fraction": 0.0}
     for name, flags in {"far": sparse, "near": dense}.items():
-        make(1, method="static", exp_name="td3_tar", note=name, **flags)
-    make(2, method="tar", note="near", **sparse | {"n_step": 3, "lr_cycles": 2})
-    make(3, method="rigl", note="far", rewire_every=10, rewire_fraction=0.1, **sparse | {"note": "far"} | {"n_step": 1})
-    make(4, method="dense", note="far", n_step=1, lr_cycles=None)
+        make(1, method="static", note=name, **flags)
+    make(2, method="tar", **sparse | {"n_step": 3, "recent_fraction": 0.25})
+    make(3, method="rigl", rewire_every=10, rewire_fraction=0.1, **sparse)
+    make(4, method="dense")
     against = {arm.split()[0]: other for arm, other in against_of(comparison).items() if "static" not in arm}
     assert "note=near" in against["tar"] and "note=far" in against["rigl"] and "note=far" in against["dense"]
 
 
 def test_a_control_is_held_against_a_plainer_one_alone(make, comparison):
-    for width in (None, 48):
-        make(1, method="static", active_width=width)
-    make(2, method="tar", active_width=48)
-    assert against_of(comparison) == {
-        "static active_width=none": "-", "static active_width=48": "static active_width=none",
-        "tar": "static active_width=48",
-    }  # fmt: skip
+    for init in ("dense", "sparse"):
+        make(1, method="static", init=init)
+    make(2, method="tar", init="sparse")
+    against = against_of(comparison)
+    assert against == {"static init=dense": "-", "static init=sparse": "static init=dense", "tar": "static init=sparse"}
 
 
 def test_an_arm_whose_flags_change_with_the_sparsity_is_named(make, comparison):

@@ -403,15 +403,18 @@ def test_i1_i2_hold_in_the_kernels(run, script, monkeypatch, method):
         assert all(not final[name][f"{layer}.weight"][~mask].any() for layer, mask in layers.items())
 
 
-def test_set_and_rigl_start_from_the_static_mask(run):
-    """And train as it does until the first rewiring, at step 90, which comes after the only checkpoint."""
-    flags = {"total_timesteps": 100, "rewire_every": 30, "rewire_stop": 1.0, "checkpoint_frequency": 90}
-    folders = [run(method=method, **flags) for method in ("static", "set", "rigl")]
-    static, *dynamic = (torch.load(folder / "checkpoint.pt") for folder in folders)
-    for other in dynamic:
-        assert all(torch.equal(other["masks"][n][k], m) for n, ls in static["masks"].items() for k, m in ls.items())
-        assert same_weights(static, other)
-    assert not same_weights(*map(load, folders[:2]))
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_set_and_rigl_train_as_static_does_until_they_rewire(run, monkeypatch, tmp_path, method):
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(run_folder, "log_rewiring", stop)  # at step 80, after the only checkpoint
+    with pytest.raises(InterruptedError):
+        run(method=method, rewire_every=80, checkpoint_frequency=79, runs_dir=str(tmp_path / "rewired"))
+    (path,) = tmp_path.glob("rewired/*/checkpoint.pt")
+    static, other = load(run(method="static", total_timesteps=79)), torch.load(path)
+    assert all(torch.equal(other["masks"][n][k], m) for n, ls in static["masks"].items() for k, m in ls.items())
+    assert same_weights(static, other)
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])

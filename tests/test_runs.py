@@ -417,9 +417,12 @@ def test_sac_alpha_follows_its_loss(tmp_path):
     assert alphas[-1] < alphas[0] < 1  # the entropy of a fresh policy is above the target, so alpha falls from 1
 
 
-def test_a_module_with_the_environment_may_be_named_and_the_folders_name_holds_no_colon(run):
+def test_a_module_with_the_environment_may_be_named_and_the_folders_name_holds_no_colon(run, script, monkeypatch):
+    monkeypatch.setattr(run_folder, "code_hash", lambda *of: [str(what) for what in of])
     run_dir = run(env_id="conftest:Probe-v0", total_timesteps=62)
     assert run_dir.name.startswith("conftest-Probe-v0__")
+    (segment,) = record.read_config(run_dir)["segments"]
+    assert segment["code"] == [str(script.SCRIPT), "conftest:Probe-v0"]  # the module is code of the run
     other = run(env_id="folder/Probe-v0", total_timesteps=62)  # a slash makes no folder
     assert other.name.startswith("folder-Probe-v0__") and other.parent == run_dir.parent
 
