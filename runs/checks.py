@@ -83,8 +83,9 @@ def check_args(args) -> None:
     dynamic = [method for method, rule in growths.items() if rule]
     after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
     if dynamic and not sparse_utils.rewiring_steps(after, until, args.rewire_every):
-        when = f"every {args.rewire_every} steps after step {after} and before {until:g} (--rewire-stop)"
-        fail(f"--method {dynamic[0]} rewires {when}, which is never; lower --rewire-every or train longer")
+        never = f"every {args.rewire_every} steps after step {after} and before {until:g}, which is never"
+        mend = "lower --rewire-every or --learning-starts, raise --rewire-stop or train longer"
+        fail(f"--method {dynamic[0]} rewires {never}; {mend}")
     if dynamic and args.rewire_fraction == 0 and args.density_start is None:
         fail(f"--method {dynamic[0]} with --rewire-fraction 0 rewires nothing; raise it, or choose another method")
     if "sparse" in (args.actor_init, args.critic_init) and args.prune_at > args.learning_starts:
@@ -93,8 +94,8 @@ def check_args(args) -> None:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {args.active_width}")
     if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
         fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
-    if args.recent_fraction and args.recent_size >= args.buffer_size:
-        fail(f"--recent-size {args.recent_size} is all of --buffer-size {args.buffer_size}; choose a smaller one")
+    if args.recent_fraction and args.recent_size >= min(args.buffer_size, args.total_timesteps):
+        fail(f"--recent-size {args.recent_size} is all that the buffer ever holds; choose a smaller one")
     steps = args.total_timesteps - args.learning_starts
     if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
         fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")

@@ -43,7 +43,8 @@ class Args:
     out: Path | None = None
     """where the comparison goes; default: comparison, in that folder"""
     against: str | None = None
-    """the arm that all others are held against, or a part of its name; default: `static` on each arm's base"""
+    """the arm that all others are held against, or a part of its name; default: each against the static one on its base
+    that is most like it"""
     env_id: tuple[str, ...] = ()
     """compare in these environments only"""
     arm: tuple[str, ...] = ()
@@ -225,7 +226,9 @@ def warnings(runs: pd.DataFrame) -> list[str]:
 
 def changing_arms(runs: pd.DataFrame) -> list[str]:
     """Arms of one name whose flags differ between sparsities, at each of which they are the only ones so named."""
-    names = {arm: set(differing(rows.settings, absent="none")) - AXES for arm, rows in runs.groupby("arm")}
+    names = {}
+    for (arm, _), rows in runs.groupby(["arm", "env_id"]):
+        names.setdefault(arm, set()).update(set(differing(rows.settings, absent="none")) - AXES)
     return [f"{arm} has not one {', '.join(sorted(of))} at all sparsities" for arm, of in names.items() if of]
 
 
@@ -279,7 +282,7 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dict[str, str]:
     """The arm that each arm is held against. By default one whose pruned networks are of a method of CONTROLS, on the
     same base (on the only base if it has none): of several, the one that shares most of the settings that act on both,
-    then the plainest. A control is held against a plainer one alone."""
+    then the plainest, then the one with most runs in common. A control is held against a plainer one alone."""
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         if against not in arms.index:
@@ -288,21 +291,26 @@ def references(runs: pd.DataFrame, against: str | None, found: list[str]) -> dic
     pruned = [{*methods_of(args).values()} - sparse_utils.UNPRUNED.keys() for args in arms.args]
     chosen, controls = {}, arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in pruned]]
 
-    def set_apart(settings: dict) -> int:  # flags that are not as in a script without them
-        return len({FOLLOWS.get(n, n) for n, value in WITHOUT.items() if settings.get(n, value) != value})
+    def unpruned(arm: pd.Series) -> set[tuple[str, str]]:
+        return {item for item in methods_of(arm.args).items() if item[1] in sparse_utils.UNPRUNED}
+
+    def set_apart(arm: pd.Series) -> int:  # flags that are not as in a script without them, and networks not pruned
+        names = {FOLLOWS.get(n, n) for n, value in WITHOUT.items() if arm.settings.get(n, value) != value}
+        return len(names) + len(unpruned(arm))
 
     def unlike(one: pd.Series, other: pd.Series) -> int:
         flags = one.settings.keys() & other.settings.keys() - {"method", "actor_method", "critic_method"}
         names = {FOLLOWS.get(flag, flag) for flag in flags if one.settings[flag] != other.settings[flag]}
-        methods = zip(methods_of(one.args).values(), methods_of(other.args).values())
-        return len(names) + sum(a != b for a, b in methods if {a, b} & sparse_utils.UNPRUNED.keys())
+        return len(names) + (len(unpruned(one) ^ unpruned(other)) if one.base else 0)
+
+    cells = {arm: set(zip(rows.env_id, rows.seed)) for arm, rows in runs.groupby("arm")}
 
     for arm, own in arms.iterrows():
         same = controls[(controls.base == own.base) | (own.base == "" and controls.base.nunique() == 1)]
         if arm in controls.index:
-            same = same[[set_apart(s) < set_apart(own.settings) for s in same.settings]]
+            same = same[[set_apart(control) < set_apart(own) for _, control in same.iterrows()]]
         if len(same):
-            ranks = [(unlike(own, control), set_apart(control.settings)) for _, control in same.iterrows()]
+            ranks = [(unlike(own, c), set_apart(c), -len(cells[arm] & cells[name])) for name, c in same.iterrows()]
             chosen[arm] = same.index[ranks.index(min(ranks))]
     without = [arm for arm in arms_of(runs) if arm not in chosen and arm not in controls.index]
     if without and len(arms) > 1:
@@ -622,13 +630,13 @@ def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path
     pd.concat(curves).rename_axis([*CELL, "seed", "step"]).to_csv(out / "evaluations.csv")
     styles = styles_of(runs)
     for algo, of_algo in runs.groupby("algo"):
-        notes = notes + changing_arms(of_algo)
+        own_notes = notes + changing_arms(of_algo)
         sparsities = sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]
         if len(sparsities) > 1:
             draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
         for sparsity in sparsities:
             group = of_algo[of_algo.dense | (of_algo.sparsity == sparsity)]
-            write_page(group, notes, against, styles, out, f"{algo}_s{sparsity}")
+            write_page(group, own_notes, against, styles, out, f"{algo}_s{sparsity}")
 
 
 def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]:

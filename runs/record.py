@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,7 +66,8 @@ def methods_of(args: dict) -> dict[str, str]:
 
 def canonical(args: dict) -> dict:
     """The same arguments for all runs that are spelled differently and do the same: what is for both networks, and acts
-    on neither where both have their own, is what the actor has (if it is pruned, else the critics)."""
+    on neither where both have their own, is what the actor has (if it is pruned, else the critics), and the higher
+    sparsity."""
     args, methods = {**args}, methods_of(args)
     for name in args:
         args[name] = args.get(FOLLOWS.get(name)) if args[name] is None else args[name]
@@ -75,9 +77,11 @@ def canonical(args: dict) -> dict:
         if method in sparse_utils.UNPRUNED and f"{network}_init" in args:
             args[f"{network}_init"] = "dense"
     leading = next((network for network, method in methods.items() if method not in sparse_utils.UNPRUNED), "actor")
-    for flag in ("method", "sparsity", "init"):
+    for flag in ("method", "init"):
         if args.keys() >= {f"actor_{flag}", f"critic_{flag}"}:
             args[flag] = args[f"{leading}_{flag}"]
+    if args.keys() >= {"actor_sparsity", "critic_sparsity"}:
+        args["sparsity"] = max(args["actor_sparsity"], args["critic_sparsity"])
     if args.get("active_width") is not None and args["active_width"] == args.get("hidden_size"):
         args["active_width"] = None
     if "drop_criterion" in args and args["drop_criterion"] is None:
@@ -108,23 +112,36 @@ def essence(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def imported(sources: list[Path], folders: set[Path], env_id: str) -> set[Path]:
-    """The modules in these folders that the sources import, that of the environment (`<module>:<id>`), and those that
-    they import in turn; neither the sources themselves nor what else is in `runs/`."""
-    found, todo = set(), [path for path in sources if path.suffix == ".py"]
-    names = {env_id.partition(":")[0]} if ":" in env_id else set()
-    while todo:
-        for node in ast.walk(ast.parse(todo.pop().read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        whole = [Path(*name.split(".")) for name in names if name.split(".")[0] != "runs"]
-        paths = [path for name in whole for path in (name, *name.parents)]  # of a package, all above it
-        files = {folder / f"{path}{end}" for path in paths for end in (".py", "/__init__.py") for folder in folders}
-        new = {file for file in files - found - {*sources} if file.exists()}
-        found |= new
-        todo += new
+def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path]]]:
+    """What a source imports, or names as `<module>:<name>`, as paths without suffix, and where that may be; the
+    packages that it is in too, and nothing of `runs/`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names, roots = [], folders
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+            roots = [path.parents[node.level - 1]] if node.level else folders
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = re.findall(r"^([\w.]+):\w+$", node.value)  # the entry point of an environment
+        for parts in (name.strip(".").split(".") for name in names):
+            if parts[0] != "runs":
+                yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
+
+
+def imported(sources: list[Path], folders: list[Path], env_id: str) -> set[Path]:
+    """The modules in these folders, the first that has one, that the sources import, that of the environment
+    (`<module>:<id>`), and those that they import in turn; neither the sources nor what else is in `runs/`."""
+    modules = [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
+    modules += [module for path in sources if path.suffix == ".py" for module in modules_in(path, folders)]
+    found = set()
+    while modules:
+        name, roots = modules.pop()
+        files = [root / f"{name}{end}" for root in roots for end in (".py", "/__init__.py")]
+        file = next((file for file in files if file.exists()), None)
+        if file and file not in found | {*sources}:
+            found.add(file)
+            modules += modules_in(file, folders)
     return found
 
 
@@ -133,10 +150,11 @@ def code_hash(script: Path, env_id: str = "") -> str:
     environment import from its own folder and the project's. Comments and docstrings do not count; packages and the
     rest of `runs/` do not either."""
     script = script.resolve()
-    folder, project = script.parent, Path(sparse_utils.__file__).resolve().parent
-    beside = folder if (folder / "sparse_utils.py").exists() else project
-    files = [script, *(path for pattern in CODE for path in sorted(beside.glob(pattern)))]
-    files += sorted(imported(files, {folder, beside}, env_id))
+    folder, project = script.parent, Path(__file__).resolve().parent.parent
+    files = [script]
+    for pattern in CODE:
+        files += sorted(folder.glob(pattern)) or sorted(project.glob(pattern))
+    files += sorted(imported(files, [folder, project], env_id))
     return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
 
 

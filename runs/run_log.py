@@ -44,7 +44,7 @@ def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
     run was resumed, or which is more than five times as long as both of its neighbours, counts as the run's median."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     median = np.median(intervals) if len(intervals) else 0.0
-    beside = np.pad(intervals, 1)
+    beside = np.pad(intervals, 1, constant_values=median)
     paused = intervals > 5 * np.maximum(beside[:-2], beside[2:])
     for step in resumed_at:  # a run resumed at a step of evaluation evaluates there anew
         paused |= (steps[:-1] < step) & (step <= steps[1:])

@@ -404,6 +404,26 @@ def test_the_control_differs_in_the_fewest_choices_and_then_is_the_plainest(make
     assert "note=near" in against["tar"] and "note=far" in against["rigl"] and "note=far" in against["dense"]
 
 
+def test_of_controls_that_are_as_close_the_one_with_most_runs_in_common_is_chosen(make, comparison):
+    for note in ("a", "b"):
+        make(1, method="static", note=note)
+    make(1, method="static", note="b", env_id="B-v1")
+    for env_id in ("A-v1", "B-v1"):
+        make(2, method="tar", note="c", env_id=env_id)
+    assert against_of(comparison)["tar"] == "static note=b"
+
+
+def test_what_is_not_pruned_is_held_against_a_control_that_is_pruned_in_both_networks(make, comparison):
+    for value, flags in ((1, {}), (2, {"critic_method": "dense"}), (3, {"actor_method": "tiny"})):
+        make(value, method="static", **{"actor_method": None, "critic_method": None} | flags)
+    for method in ("dense", "tiny"):
+        make(5, method=method)
+    assert against_of(comparison) == {
+        "dense": "static", "tiny": "static", "static": "-", "static critic dense": "static",
+        "static actor tiny": "static",
+    }  # fmt: skip
+
+
 def test_a_control_is_held_against_a_plainer_one_alone(make, comparison):
     for init in ("dense", "sparse"):
         make(1, method="static", init=init)
@@ -413,12 +433,24 @@ def test_a_control_is_held_against_a_plainer_one_alone(make, comparison):
 
 
 def test_an_arm_whose_flags_change_with_the_sparsity_is_named(make, comparison):
+    """By algorithm, and not for what differs between environments."""
     for sparsity, reserve in ((0.9, 0.1), (0.95, 0.3)):
         make(1, method="static", sparsity=sparsity)
-        make(2, method="tar", sparsity=sparsity, reserve=reserve)
+        make(1, method="static", sparsity=sparsity, env_id="B-v1", total_timesteps=990)
+        run = make(2, method="tar", sparsity=sparsity, reserve=reserve, script="a_tar", alpha=0.2)
+        (run / "config.json").write_text((run / "config.json").read_text().replace("policy_noise", "another"))
+        make(2, method="tar", sparsity=sparsity)
     for sparsity in (0.9, 0.95):
-        assert "- tar random+er has not one reserve at all sparsities\n" in comparison(sparsity=sparsity)["page"]
-    assert "static random+er has not" not in comparison()["page"]
+        sentence = "- tar random+er has not one reserve at all sparsities\n"
+        assert sentence in comparison(sparsity=sparsity, algo="a_tar")["page"]
+        assert "has not one" not in comparison(sparsity=sparsity)["page"]
+
+
+def test_the_page_of_an_arm_is_that_of_its_higher_sparsity(make, comparison):
+    make(1, method="static", actor_sparsity=0.9, critic_sparsity=0.9)
+    make(2, method="tar", actor_sparsity=0.5, critic_sparsity=0.9)
+    make(3, method="tiny", actor_method="dense", critic_method="tiny", actor_sparsity=0.0, critic_sparsity=0.9)
+    assert list(against_of(comparison)) == ["dense critic tiny", "static", "tar actor 0.5"]
 
 
 def test_runs_that_do_the_same_are_one_arm_however_their_flags_are_spelled(make, comparison):
@@ -618,7 +650,7 @@ def test_a_slow_phase_is_no_pause():
     """Several intervals in turn, or all after a change of the machine's load, are time; one alone is not."""
     for intervals, expected in (
         ([1, 1, 1, 9, 9, 9, 1], 31), ([1, 1, 9, 9, 9], 29), ([1, 1, 90, 1, 1], 5), ([90, 1, 1, 1], 4), ([1, 1, 90], 3),
-        ([7], 7),
+        ([7], 7), ([1, 14], 15),
     ):  # fmt: skip
         seconds = pd.Series(np.cumsum([0.0, *intervals]), range(0, 100 * len(intervals) + 1, 100))
         assert run_log.without_pauses(seconds, []).iloc[-1] == expected

@@ -302,7 +302,7 @@ def test_folders_and_records_tell_them_apart(run, tmp_path):
         ({"method": "rigl", **TWICE}, "is for masks that stay"),
         ({"method": "rigl", "critic_method": "static", **TWICE}, "that both rewire or whose masks both stay"),
         ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
-        ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46 (--rewire-stop), which is never"),
+        ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),
         ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
     ],
 )

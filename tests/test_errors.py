@@ -68,10 +68,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
         ({"recent_fraction": -0.1}, "--recent-fraction must be at least 0 and below 1"),
         ({"recent_fraction": 0.01}, "--recent-fraction 0.01 of --batch-size 32 is no transition; raise one"),
         ({"recent_size": 0}, "--recent-size must be positive"),
-        ({"recent_fraction": 0.5, "recent_size": 1000}, "--recent-size 1000 is all of --buffer-size 1000; choose a"),
+        ({"recent_fraction": 0.5, "recent_size": 160}, "--recent-size 160 is all that the buffer ever"),
+        ({"recent_fraction": 0.5, "recent_size": 1000, "total_timesteps": 2000}, "--recent-size 1000 is all that the"),
         (
             {"method": "set", "rewire_every": 130},
-            "--method set rewires every 130 steps after step 60 and before 128 (--rewire-stop), which is never; lower",
+            "--method set rewires every 130 steps after step 60 and before 128, which is never; lower",
         ),
         ({"critic_method": "rigl", "prune_at": 120}, "--method rigl rewires every 1000 steps after step 120"),
         ({"method": "chts", "rewire_every": 50, "rewire_fraction": 0.0}, "--rewire-fraction 0 rewires nothing"),

@@ -491,13 +491,14 @@ def test_what_the_environment_and_the_shared_files_import_is_code_too(script, tm
     assert before == hashed("Hopper-v4") == record.code_hash(tmp_path / script.SCRIPT.name)
     seen = [before]
     for path, text in {
-        "my_envs.py": "import my_world.physics", "my_world/__init__.py": "g = 9.81",
-        "my_world/physics.py": "friction = 1", "my_masks.py": "",
+        "my_envs.py": "import my_world.physics", "my_world/__init__.py": "from .sky import g",
+        "my_world/physics.py": "from . import ground\nregister('Mine-v0', 'my_point:Mine')",
+        "my_world/sky.py": "g = 9.81", "my_world/ground.py": "friction = 1", "my_point.py": "", "my_masks.py": "",
     }.items():  # fmt: skip
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
         seen.append(hashed())
-    assert len(set(seen[:4])) == 4 and seen[4] == seen[3] and hashed("Hopper-v4") == before
+    assert len(set(seen)) == len(seen) - 1 and seen[-1] == seen[-2] and hashed("Hopper-v4") == before
     with (tmp_path / "sparse_utils.py").open("a") as file:
         file.write("import my_masks\n")
     one = hashed("Hopper-v4")
@@ -512,8 +513,13 @@ def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(s
     project = tmp_path / "project"
     project.mkdir()
     (project / "sparse_utils.py").write_text("AUTO_WIDTH_C = 9")
-    monkeypatch.setattr(sparse_utils, "__file__", str(project / "sparse_utils.py"))
-    assert record.code_hash(copy) != before
+    monkeypatch.setattr(record, "__file__", str(project / "runs" / "record.py"))
+    seen = [before, record.code_hash(copy)]
+    (tmp_path / "sparse_utils.py").write_text("AUTO_WIDTH_C = 5")  # its own, beside the project's kernels
+    seen.append(record.code_hash(copy))
+    (project / "sparse_kernels").mkdir()
+    (project / "sparse_kernels" / "kernels.cpp").write_text("int x;")
+    assert len({*seen, record.code_hash(copy)}) == 4
 
 
 def test_a_copy_may_leave_flags_out(run, script, tmp_path):

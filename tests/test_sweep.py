@@ -480,7 +480,8 @@ def test_code_that_is_edited_while_the_sweep_runs_does_not_count_as_the_code_it_
     process = start(project, *GRID, "--seeds", 1, "--ray-address", cluster.address, "--", "--seconds-per-step", 0.5)
     wait_for(lambda: journal(project))
     (config,) = project.glob("runs/*/config.json")
-    edit(config, record.code_hash(project / "sac_tar.py"), "fedcba987654")  # as if it had read an edited file
+    (segment,) = json.loads(config.read_text())["segments"]
+    edit(config, segment["code"], "fedcba987654")  # as if it had read an edited file
     assert "no folder with a final.pt records the flags and code" in end(process, code=1)
 
 
