@@ -577,8 +577,8 @@ TIME = """## Return against time
 
 After as many minutes as the fastest run in the environment took (grey in the figure). The clock is the wall time since
 a run's first event, evaluations included; an interval between two evaluations within which the run was resumed, or
-which is more than five times as long as both of its neighbours, counts as the run's median one. How busy the machine
-was with other work is not known.
+which is more than five times as long as the median of the two before and the two after it, counts as the run's median
+one. How busy the machine was with other work is not known.
 
 {table}
 

@@ -41,11 +41,12 @@ def read_scalars(run: Path) -> tuple[pd.DataFrame, float]:
 
 def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
     """Seconds since the first event at each evaluation, by step. An interval between two evaluations within which the
-    run was resumed, or which is more than five times as long as both of its neighbours, counts as the run's median."""
+    run was resumed, or which is more than five times as long as the median of the two before and the two after it,
+    counts as the run's median one."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     median = np.median(intervals) if len(intervals) else 0.0
-    beside = np.pad(intervals, 1, constant_values=median)
-    paused = intervals > 5 * np.maximum(beside[:-2], beside[2:])
+    padded = np.pad(intervals, 2, constant_values=median)
+    paused = intervals > 5 * np.median([padded[k : k + len(intervals)] for k in (0, 1, 3, 4)], axis=0)
     for step in resumed_at:  # a run resumed at a step of evaluation evaluates there anew
         paused |= (steps[:-1] < step) & (step <= steps[1:])
     return pd.Series(seconds.iloc[0] + np.cumsum([0, *np.where(paused, median, intervals)]), steps)
