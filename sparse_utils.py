@@ -2,13 +2,14 @@
 
 Shared by `sac_tar.py` and `td3_tar.py`. Of one network, `weights` and `masks` are dictionaries from layer name to a
 tensor of shape (n_out, n_in), in the order in which the layers are applied; a mask is boolean and True marks an active
-connection. Nothing here draws from torch's global random generator.
+connection. Nothing here moves torch's global random generator.
 
 To add a rule, write a function and put it into the dictionary behind its kin: CRITERIA, DISTRIBUTIONS, REVIVALS (PLACES
 too, if what it revives within a layer is not random), DROPS, GROWTHS. The scripts' flags take their choices and their
 help from there.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -56,18 +57,21 @@ def connection_budget(size: int, method: str, sparsity: float, reserve: float) -
     return budget, round(reserve * budget) if method in REVIVALS else 0
 
 
-def hidden_neurons(method: str, hidden_size: int, sparsity: float, n_in: int, n_out: int) -> int:
-    """Neurons in each of two hidden layers: `hidden_size`, and with `tiny` those of the widest dense network that has
-    no more weights than a network of `hidden_size` has connections at this sparsity, so the largest w with w * w +
-    (n_in + n_out) * w <= K. Raises ValueError if that is 0."""
+def hidden_neurons(network: Callable[[int], nn.Module], hidden_size: int, method: str, sparsity: float) -> int:
+    """Neurons in each hidden layer: `hidden_size`, and with `tiny` the most at which `network(neurons)`, dense, has no
+    more weights than `network(hidden_size)` has connections at this sparsity. Raises ValueError if that is 0."""
     if method != "tiny":
         return hidden_size
-    ends = n_in + n_out
-    budget = round((1 - sparsity) * hidden_size * (hidden_size + ends))
-    width = (math.isqrt(ends * ends + 4 * budget) - ends) // 2
-    if width < 1:
+
+    def weights(hidden):
+        return sum(weight.numel() for weight in linear_weights(network(hidden)).values())
+
+    with torch.random.fork_rng(devices=[]):  # networks built to be counted must not shift the run's random numbers
+        budget = round((1 - sparsity) * weights(hidden_size))
+        neurons = bisect.bisect_right(range(1, hidden_size + 1), budget, key=weights)
+    if neurons < 1:
         raise ValueError("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
-    return width
+    return neurons
 
 
 def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[int]:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -307,13 +308,14 @@ def train(args: Args) -> Path:
 
     # ALGO LOGIC: initialize agent here
     observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
-    pi_ends, q_ends = (observation_size, action_size), (observation_size + action_size, 1)
+    new_actor = partial(Actor, observation_size, env.action_space)
+    new_qf = partial(QNetwork, observation_size, action_size)
     with bad_input():
-        actor_hidden = sparse_utils.hidden_neurons(args.actor_method, args.hidden_size, args.actor_sparsity, *pi_ends)
-        critic_hidden = sparse_utils.hidden_neurons(args.critic_method, args.hidden_size, args.critic_sparsity, *q_ends)
-    actor = Actor(observation_size, env.action_space, actor_hidden).to(device)
-    qf1 = QNetwork(observation_size, action_size, critic_hidden).to(device)
-    qf2 = QNetwork(observation_size, action_size, critic_hidden).to(device)
+        actor_hidden = sparse_utils.hidden_neurons(new_actor, args.hidden_size, args.actor_method, args.actor_sparsity)
+        critic_hidden = sparse_utils.hidden_neurons(new_qf, args.hidden_size, args.critic_method, args.critic_sparsity)
+    actor = new_actor(actor_hidden).to(device)
+    qf1 = new_qf(critic_hidden).to(device)
+    qf2 = new_qf(critic_hidden).to(device)
     actor_target = copy.deepcopy(actor).requires_grad_(False)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)

@@ -1,6 +1,7 @@
 """The dynamic arms: dropping and growing on tensors alone, set and rigl in runs, arms per network, tiny, FLOPs."""
 
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -8,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from test_runs import events, load, same_weights
@@ -450,15 +452,23 @@ def test_each_network_may_have_an_arm_and_a_sparsity_of_its_own(run, capsys, com
         assert distance[0][1] == rewired[0] and distance[1][1] >= distance[0][1] > 0.1
 
 
-@given(st.integers(1, 400), st.integers(1, 300), st.integers(1, 30), st.floats(0, 0.999))
-def test_tiny_is_the_widest_dense_network_within_the_budget(n_in, hidden, n_out, sparsity):
-    budget = round((1 - sparsity) * hidden * (n_in + hidden + n_out))
-    if budget < n_in + 1 + n_out:
+@given(st.integers(1, 60), st.integers(1, 50), st.integers(1, 20), st.integers(1, 3), st.floats(0, 0.999))
+def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, hidden, n_out, depth, sparsity):
+    def network(neurons):
+        ends = [n_in, *[neurons] * depth, n_out]
+        return nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(ends)))
+
+    def weights(neurons):
+        return n_in * neurons + (depth - 1) * neurons**2 + neurons * n_out
+
+    budget, before = round((1 - sparsity) * weights(hidden)), torch.get_rng_state()
+    if budget < weights(1):
         with pytest.raises(ValueError, match="no connections for even one hidden neuron"):
-            su.hidden_neurons("tiny", hidden, sparsity, n_in, n_out)
+            su.hidden_neurons(network, hidden, "tiny", sparsity)
         return
-    width = su.hidden_neurons("tiny", hidden, sparsity, n_in, n_out)
-    assert width * (n_in + width + n_out) <= budget < (width + 1) * (n_in + width + 1 + n_out)
+    width = su.hidden_neurons(network, hidden, "tiny", sparsity)
+    assert weights(width) <= budget and (width == hidden or budget < weights(width + 1))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_tiny_runs_dense_within_the_budget(run):
