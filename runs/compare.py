@@ -48,7 +48,7 @@ class Args:
     env_id: tuple[str, ...] = ()
     """compare in these environments only"""
     arm: tuple[str, ...] = ()
-    """compare only the arms whose names contain one of these"""
+    """compare only these arms, or those whose names contain one of these"""
     separate_code: bool = False
     """runs of one arm that different code made are arms of their own"""
     publish: Path | None = None
@@ -161,15 +161,19 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     for _, like in runs.groupby([runs.algo, [*map(label, runs.arm, runs.base)]]):
         # a flag that only some of the runs have differs too
         names = sorted({name for _, cell in like.groupby(CELL) for name in differing(cell.settings, absent="none")})
-        # and one that has the value of the flag that it follows says nothing more
         ends = [
-            [f" {n}={s[n]}" for n in names if n in s and not (n in FOLLOWS and s[n] == s.get(FOLLOWS[n]))]
+            [f" {name}={s[name]}" for name in names if name in s and s[name] != plain_value(name, s)]
             for s in like.settings
         ]
         runs.loc[like.index, "arm"] += ["".join(end) for end in ends]
     for run in runs.folder[runs.duplicated([*CELL, "seed"], keep="last")]:
         notes.append(f"run again later, so left out: {run.name}")
     return runs.drop_duplicates([*CELL, "seed"], keep="last").sort_values([*CELL, "seed"])
+
+
+def plain_value(name: str, settings: dict) -> object:
+    """What a flag is where it need not be told: as the flag that it follows, or as in a script without it."""
+    return settings.get(FOLLOWS[name]) if name in FOLLOWS else WITHOUT.get(name, "")
 
 
 def differing(dictionaries: pd.Series, absent: str | None = None) -> list[str]:
@@ -645,13 +649,15 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
     notes = [line.removeprefix("- ") for line in path.read_text().splitlines() if line] if path.exists() else []
     runs, against = read_runs(folder, notes, args.separate_code), args.against
     arms = arms_of(runs)
-    if against is not None and against not in arms:
-        matches = [arm for arm in arms if against in arm]
-        if len(matches) != 1:
-            fail(f"--against {against} is not one arm; there are: {', '.join(matches or arms)}")
-        against = matches[0]
-    texts = args.arm or ("",)
-    kept = [arm for arm in arms if arm == against or any(text in arm for text in texts)]
+
+    def named(text: str) -> list[str]:
+        return [text] if text in arms else [arm for arm in arms if text in arm]
+
+    if against is not None:
+        if len(named(against)) != 1:
+            fail(f"--against {against} is not one arm; there are: {', '.join(named(against) or arms)}")
+        (against,) = named(against)
+    kept = {against, *(arm for text in args.arm or ("",) for arm in named(text))}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
     return (runs, notes, against) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
