@@ -143,7 +143,8 @@ def test_each_flag_acts_is_in_the_folders_name_and_makes_an_arm(run, tmp_path, c
         assert not any(same_weights(final, other) for other in finals[:i])
     assert "__s0.9__1__" in plain.name
     runs = compare.read_runs(tmp_path / "runs", [])
-    assert len(set(runs.arm)) == 4 and "tar random+er lr_cycles=2 n_step=1 recent_fraction=0.0" in set(runs.arm)
+    ends = ("", " lr_cycles=2", " n_step=3", " recent_fraction=0.25 recent_size=50")
+    assert set(runs.arm) == {f"tar random+er{end}" for end in ends}
 
 
 def test_all_flags_together_in_one_run(run):

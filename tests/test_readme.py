@@ -23,11 +23,15 @@ import td3_tar
 from runs import compare, record, sweep
 
 PROJECT = Path(__file__).parent.parent
-README, OF_RUNS, PUBLISHED = (
-    (PROJECT / folder / "README.md").read_text() for folder in (".", "runs", "runs/published")
+README, OF_RUNS, PUBLISHED, EVIDENCE = (
+    (PROJECT / folder / "README.md").read_text() for folder in (".", "runs", "runs/published", "runs/evidence")
 )
 PAGES = sorted({*PROJECT.glob("*.md"), *(path for at in ("runs", "tests") for path in PROJECT.glob(f"{at}/*.md"))})
-PAGES += [path for folder in ("published", "parity") for path in sorted((PROJECT / "runs" / folder).rglob("*.md"))]
+PAGES += [
+    path
+    for folder in ("published", "parity", "width", "variants", "evidence")
+    for path in sorted((PROJECT / "runs" / folder).rglob("*.md"))
+]
 COMMANDS = {"sac_tar.py": sac_tar.Args, "td3_tar.py": td3_tar.Args}
 COMMANDS |= {"runs/sweep.py": sweep.Args, "runs/compare.py": compare.Args}
 
@@ -87,7 +91,9 @@ def commands(page):
                 yield words[1], words[2:]
 
 
-@pytest.mark.parametrize("page", [README, OF_RUNS, PUBLISHED], ids=["README", "runs", "published"])
+@pytest.mark.parametrize(
+    "page", [README, OF_RUNS, PUBLISHED, EVIDENCE], ids=["README", "runs", "published", "evidence"]
+)
 def test_the_commands_are_understood(page):
     found = list(commands(re.sub(r"<[\w ]+>", "there", page)))
     assert len(found) > 2
