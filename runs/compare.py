@@ -59,7 +59,7 @@ class Args:
     """name of the run folder whose masks are drawn; default: the first run that revived connections"""
 
 
-# colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and dashes: together the first 35
+# colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and dashes: by turns the first 35
 # arms have lines of their own, and those with the same dashes differ in grey, too
 COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
@@ -443,10 +443,18 @@ def aligned(table: pd.DataFrame) -> str:
 
 
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
-    """Colour and dashes by label, in the order of the tables; an arm looks the same on every base."""
-    labels = sorted({(base != "", label(arm, base)) for arm, base in zip(runs.arm, runs.base)})
-    looks = [{"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]} for i in range(len(labels))]
-    return dict(zip((name for _, name in labels), looks))
+    """Colour and dashes by label, in the order of the tables: a colour for each method and dashes for each set of flags
+    while there are enough of both, then by turns; an arm looks the same on every base."""
+    labels = [name for _, name in sorted({(base != "", label(arm, base)) for arm, base in zip(runs.arm, runs.base)})]
+    methods, flags = zip(*(name.partition(" ")[::2] for name in labels))
+    ranks = [[sorted(set(words)).index(word) for word in words] for words in (methods, flags)]
+    if max(ranks[0]) >= len(COLOURS) or max(ranks[1]) >= len(DASHES):
+        ranks = [range(len(labels))] * 2
+    looks = [
+        {"color": COLOURS[colour % len(COLOURS)], "linestyle": DASHES[dash % len(DASHES)]}
+        for colour, dash in zip(*ranks)
+    ]
+    return dict(zip(labels, looks))
 
 
 def panels(runs: pd.DataFrame):
