@@ -393,6 +393,16 @@ def crossed(wins: pd.DataFrame) -> pd.DataFrame:
     return square.set_axis([f"{i + 1}. {arm}" for i, arm in enumerate(arms)]).reset_index(names="arm")
 
 
+def of_one_processor(runs: pd.DataFrame, found: list[str]) -> pd.DataFrame:
+    """Those whose minutes compare: in each environment, the runs of the processor that made most of them."""
+    processors = pd.Series([made.get("processor", "unknown") for made in runs.made], runs.index)
+    other = processors != processors.groupby(runs.env_id).transform(lambda made: made.mode().iloc[0])
+    for env_id, rows in runs[other].groupby("env_id"):
+        arms = ", ".join(arms_of(rows))
+        found.append(f"made on {env_id} by another processor than most, so left out by minutes: {len(rows)} of {arms}")
+    return runs[~other]
+
+
 def least(runs: pd.DataFrame, cost: str) -> float:
     """What the run cost that was done first."""
     return min(curve[cost].iloc[-1] for curve in runs.curve)
@@ -587,10 +597,10 @@ the environments in which both have runs. `{name}_wins.csv` has the 95% bootstra
 """
 TIME = """## Return against time
 
-After as many minutes as the fastest run in the environment took (grey in the figure). The clock is the wall time since
-a run's first event, evaluations included; an interval between two evaluations within which the run was resumed, or
-which is more than five times as long as the median of the two before and the two after it, counts as the run's median
-one. How busy the machine was with other work is not known.
+After as many minutes as the fastest run in the environment took (grey in the figure), among the runs of the processor
+that made most of them. The clock is the wall time since a run's first event, evaluations included; an interval between
+two evaluations within which the run was resumed, or which is more than five times as long as the median of the two
+before and the two after it, counts as the run's median one. How busy the machine was with other work is not known.
 
 {table}
 
@@ -621,6 +631,8 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
             found.append(
                 f"{len(group) - len(logged)} of {len(group)} runs did not log {cost}, by which they are left out"
             )
+        if cost == "minutes":
+            logged = of_one_processor(logged, found)
         if len(logged):
             tables[end] = cost_table(logged, cost)
             draw_curves(logged, styles, cost, out / f"{name}_{end}.png")

@@ -649,6 +649,26 @@ def test_return_at_equal_time_and_flops(make, comparison, figures):
     assert lines["tar"].get_xdata()[-1] == pytest.approx(15) and lines["static"].get_xdata()[-1] == pytest.approx(5)
 
 
+def test_minutes_are_compared_on_one_processor_in_each_environment(make, comparison):
+    """That of most runs there; their FLOPs are compared all the same."""
+    other = [{"code": "c0de" * 3, "processor": "a faster one"}]
+    for seed in (1, 2, 3):
+        make(5, method="static", seed=seed)
+        make(6, seed=seed, pace=0.1 if seed == 1 else 1.0, segments=other if seed == 1 else [{"code": "c0de" * 3}])
+        make(7, "B-v1", seed=seed, pace=0.1, segments=other)
+    tables = comparison()
+    time, flops = (tables[kind].set_index(["environment", "arm"]) for kind in ("time", "flops"))
+    assert time.n.to_dict() == {
+        ("A-v1", "static random+er"): 3,
+        ("A-v1", "tar random+er"): 2,
+        ("B-v1", "tar random+er"): 3,
+    }
+    assert time["compared after, minutes"].to_list() == pytest.approx([1000 / 60, 1000 / 60, 100 / 60])
+    assert flops.n.to_list() == [3, 3, 3]
+    sentence = "- made on A-v1 by another processor than most, so left out by minutes: 1 of tar random+er\n"
+    assert sentence in tables["page"] and "made on B-v1" not in tables["page"]
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_pauses_do_not_count_as_time(make, comparison, resumed):
     """Between steps 500 and 600 an hour passes, or, where the run says that it was resumed at 600, a minute more."""
