@@ -648,6 +648,16 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
     print(f"{title}\n{listed}\n\n{aligned(tables['returns'].drop(columns='seeds'))}\n")
 
 
+def by_sparsity(of_algo: pd.DataFrame) -> dict[float, pd.DataFrame]:
+    """The runs of each page. Dense ones are on all pages but those of sparsities that only other environments have."""
+    pruned, groups = of_algo[~of_algo.dense], {}
+    for sparsity in sorted(set(pruned.sparsity)) or [0.0]:
+        own = pruned[pruned.sparsity == sparsity]
+        elsewhere = set(pruned.env_id) - set(own.env_id)
+        groups[sparsity] = of_algo[of_algo.index.isin(own.index) | of_algo.dense & ~of_algo.env_id.isin(elsewhere)]
+    return groups
+
+
 def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     curves = {tuple(run[[*CELL, "seed"]]): run.curve["return"] for _, run in runs.iterrows()}
@@ -655,11 +665,10 @@ def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path
     styles = styles_of(runs)
     for algo, of_algo in runs.groupby("algo"):
         own_notes = notes + changing_arms(of_algo)
-        sparsities = sorted(set(of_algo.sparsity[~of_algo.dense])) or [0.0]
-        if len(sparsities) > 1:
+        pages = by_sparsity(of_algo)
+        if len(pages) > 1:
             draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
-        for sparsity in sparsities:
-            group = of_algo[of_algo.dense | (of_algo.sparsity == sparsity)]
+        for sparsity, group in pages.items():
             write_page(group, own_notes, against, styles, out, f"{algo}_s{sparsity}")
 
 

@@ -305,6 +305,19 @@ def test_without_a_positive_dense_there_is_no_percentage_but_a_probability(make,
     assert tables["aggregate"].set_index("arm")["P(better)"]["tar random+er"] == 1
 
 
+def test_dense_runs_alone_bring_no_environment_to_a_sparsity(make, comparison):
+    """Else no arm of that sparsity had runs in all environments, and it lost its aggregate."""
+    for env_id, method in itertools.product(("A-v1", "B-v1"), ("static", "tar", "dense")):
+        make(100, env_id, method)
+    make(100, "C-v1", "dense")
+    make(100, "C-v1", "static", sparsity=0.95)
+    tables = comparison(sparsity=0.9)
+    assert list(tables["aggregate"].environments) == [2, 2, 2] and "C-v1" not in tables["page"]
+    assert "C-v1" in comparison(sparsity=0.95)["page"]
+    make(100, "D-v1", "dense")  # nowhere else to be seen
+    assert "| D-v1 | dense |" in comparison(sparsity=0.9)["page"]
+
+
 def test_arms_are_method_and_base_and_networks_that_differ(make, comparison):
     make(1, method="dense", criterion="snip")
     make(2, method="tiny", distribution="global")

@@ -27,13 +27,10 @@ def shown(values):
 def groups():
     """The runs of each page of the comparison, by algorithm and sparsity in %."""
     runs = compare.read_runs(EVIDENCE, [])
-    sparsities = runs[~runs.dense].groupby("algo").sparsity.unique()
     return {
-        (algo.removesuffix("_tar").upper(), f"{100 * s:g}"): runs[
-            (runs.algo == algo) & (runs.dense | (runs.sparsity == s))
-        ]
-        for algo, of_algo in sparsities.items()
-        for s in of_algo
+        (algo.removesuffix("_tar").upper(), f"{100 * sparsity:g}"): group
+        for algo, of_algo in runs.groupby("algo")
+        for sparsity, group in compare.by_sparsity(of_algo).items()
     }
 
 
