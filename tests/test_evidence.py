@@ -90,13 +90,15 @@ def test_every_cell_of_the_front_doors_table_is_that_of_its_runs(groups):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_interval_in_a_sentence_is_one_that_the_runs_give(groups, page):
-    """A mean, a difference of two arms, or a return after equal minutes or FLOPs, in one environment."""
+    """A mean, a difference of two arms, or a return after equal minutes or FLOPs, in one environment, or a share of
+    dense over all."""
     known = set()
     for runs in groups.values():
         finals = compare.finals_of(runs)
         known |= {shown(compare.t_interval(final.to_numpy())) for final in finals.values()}
         pairs = [pair for pair in itertools.permutations(finals, 2) if pair[0][0] == pair[1][0]]
         known |= {shown(difference(finals[one], finals[other])) for one, other in pairs}
+        known |= {shown(row) for row in compare.aggregate_table(runs, {}, []).filter(like="%").itertuples(index=False)}
         timed = compare.of_one_processor(runs, [])
         for table in (compare.cost_table(timed, "minutes"), compare.cost_table(runs, "1e12 FLOPs")):
             known |= {shown(row) for row in table.filter(like="return then").itertuples(index=False)}
