@@ -109,6 +109,8 @@ def test_every_interval_in_a_sentence_is_one_that_the_runs_give(groups, page):
 
 def test_the_comparison_beside_them_is_of_these_runs(groups):
     curves = pd.concat(groups.values()).drop_duplicates("folder")
+    notes = (EVIDENCE / "NOTES.md").read_text()
+    assert all(notes in page.read_text() for page in (EVIDENCE / "comparison").glob("*.md"))
     evaluations = pd.read_csv(EVIDENCE / "comparison" / "evaluations.csv")
     assert len(evaluations) == sum(map(len, curves.curve)) > 5000
     for (algo, sparsity), runs in groups.items():
