@@ -650,11 +650,11 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
 
 def by_sparsity(of_algo: pd.DataFrame) -> dict[float, pd.DataFrame]:
     """The runs of each page. Dense ones are on all pages but those of sparsities that only other environments have."""
-    pruned, groups = of_algo[~of_algo.dense], {}
-    for sparsity in sorted(set(pruned.sparsity)) or [0.0]:
-        own = pruned[pruned.sparsity == sparsity]
-        elsewhere = set(pruned.env_id) - set(own.env_id)
-        groups[sparsity] = of_algo[of_algo.index.isin(own.index) | of_algo.dense & ~of_algo.env_id.isin(elsewhere)]
+    dense, groups = of_algo.dense, {}
+    for sparsity in sorted(set(of_algo.sparsity[~dense])) or [0.0]:
+        own = ~dense & (of_algo.sparsity == sparsity)
+        elsewhere = set(of_algo.env_id[~dense]) - set(of_algo.env_id[own])
+        groups[sparsity] = of_algo[own | dense & ~of_algo.env_id.isin(elsewhere)]
     return groups
 
 
