@@ -27,10 +27,10 @@ import tyro
 from gymnasium.wrappers import RecordVideo
 from torch.utils.tensorboard import SummaryWriter
 
-import sparse_kernels
+from lab import kernels
 import sparse_utils
-from runs import run_folder
-from runs.checks import bad_input, check_args, complete_args, make_env, one_of
+from lab import run_folder
+from lab.checks import bad_input, check_args, complete_args, make_env, one_of
 
 # every rule is one function and one line in a dictionary of sparse_utils.py, from which these take names and help
 Method = one_of(sparse_utils.METHODS, "arm; all but dense have the same number of connections (tiny: at most)")
@@ -346,7 +346,7 @@ def train(args: Args) -> Path:
         starts = sparse_utils.starting_budgets(networks, methods, budgets, widths, args.density_start)
         kept = run_folder.kept_in_kernels(args, checkpoint)
         parts = (networks, optimizers, starts, widths)
-        in_kernels, times = sparse_kernels.choose(args.compute, device, *parts, args.batch_size, kept)
+        in_kernels, times = kernels.choose(args.compute, device, *parts, args.batch_size, kept)
     prunings = {args.final_prune_at: ("magnitude", budgets), args.prune_at: (args.criterion, starts)}
     action_flops, critic_flops, actor_flops = count_flops(sizes, args.batch_size)
 
@@ -421,7 +421,7 @@ def train(args: Args) -> Path:
         # comes back to prune further, by magnitude, and leaves revival to that time
         if global_step in prunings:
             criterion, due = prunings[global_step]
-            sparse_kernels.expand(in_kernels, networks, targets, optimizers)
+            kernels.expand(in_kernels, networks, targets, optimizers)
             # prune: K - R connections of each network survive, the highest by score
             losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
             static_masks = {}
@@ -447,7 +447,7 @@ def train(args: Args) -> Path:
         # the weights zero its gradient before backward() returns
         if global_step in prunings or (global_step == start_step and progress.masks):
             sparse_utils.fix_masks(networks, targets, optimizers, progress.masks)
-            sparse_kernels.compact(in_kernels, networks, targets, optimizers, progress.masks)  # for speed alone
+            kernels.compact(in_kernels, networks, targets, optimizers, progress.masks)  # for speed alone
             active = sparse_utils.active_connections(progress.masks)
             action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
             if global_step in prunings:
@@ -468,7 +468,7 @@ def train(args: Args) -> Path:
             done = (rewirings.index(global_step) + 1) / len(rewirings)
             previous = copy.deepcopy({name: progress.masks[name] for name in dynamic})
             in_turn = [name for name in dynamic if name in in_kernels]
-            sparse_kernels.expand(in_turn, networks, targets, optimizers)
+            kernels.expand(in_turn, networks, targets, optimizers)
             losses = own_losses(args.batch_size) if by_gradient else {}
             for name in dynamic:
                 flops = sparse_utils.rewiring_flops(active[name], sizes[name], methods[name], args.drop_criterion)
@@ -478,7 +478,7 @@ def train(args: Args) -> Path:
                 parts = (networks[name], targets.get(name), optimizers[name], progress.masks[name], widths[name])
                 state = (progress.stopped.setdefault(name, []), losses.get(name), active[name], fraction, done)
                 sparse_utils.rewire_network(*parts, *state, rules, mask_generator)
-            sparse_kernels.compact(in_turn, networks, targets, optimizers, progress.masks)
+            kernels.compact(in_turn, networks, targets, optimizers, progress.masks)
             run_folder.log_rewiring(writer, run_dir, global_step, progress.revived_masks, previous, progress.masks)
             if args.density_start is not None:
                 action_flops, critic_flops, actor_flops = count_flops(active, args.batch_size)
@@ -523,9 +523,9 @@ def train(args: Args) -> Path:
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor_target, qf1, qf2, qf1_target, qf2_target, data, args
             )
-            sparse_kernels.zero_grad(q_optimizer)
+            kernels.zero_grad(q_optimizer)
             (qf1_loss + qf2_loss).backward()
-            sparse_kernels.step(q_optimizer)
+            kernels.step(q_optimizer)
             progress.training_flops += critic_flops
 
             if global_step % args.policy_frequency == 0:
@@ -533,9 +533,9 @@ def train(args: Args) -> Path:
                     qf.requires_grad_(False)
                 actor_loss = policy_loss(actor, qf1, data)
                 progress.actor_scalars["losses/actor_loss"] = actor_loss.detach()
-                sparse_kernels.zero_grad(actor_optimizer)
+                kernels.zero_grad(actor_optimizer)
                 actor_loss.backward()
-                sparse_kernels.step(actor_optimizer)
+                kernels.step(actor_optimizer)
                 progress.training_flops += actor_flops
                 for qf in (qf1, qf2):
                     qf.requires_grad_(True)

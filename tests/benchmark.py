@@ -176,10 +176,10 @@ def layers(benchmark: Benchmark) -> None:
     import torch
     import torch.nn as nn
 
-    import sparse_kernels
+    from lab import kernels
 
     def kernels(linears: dict[str, nn.Linear], masks: dict[str, torch.Tensor]) -> nn.Module:
-        return sparse_kernels.SparseMLP(linears, {name: masks[name] for name in linears})
+        return kernels.SparseMLP(linears, {name: masks[name] for name in linears})
 
     def in_torch(linears: Iterable[nn.Linear]) -> nn.Module:
         fc1, fc2, fc3 = linears
@@ -236,7 +236,7 @@ def inference(benchmark: Benchmark) -> None:
     import torch
 
     import sac_tar
-    import sparse_kernels
+    from lab import kernels
     import sparse_utils
 
     def actor(width: int) -> sac_tar.Actor:
@@ -260,7 +260,7 @@ def inference(benchmark: Benchmark) -> None:
             cut = actor(
                 sparse_utils.active_widths({"actor": sparse}, methods, budgets, "auto")["actor"]
             )  # as in final.pt
-            sparse_kernels.compact_network(sparse, masks)
+            kernels.compact_network(sparse, masks)
             mlp = sparse.sparse
             stored = [dense.parameters(), (mlp.flat, *mlp.indices, *mlp.masks.values()), cut.parameters()]
             sizes = [sum(t.numel() * t.element_size() for t in tensors) / 1024 for tensors in stored]
@@ -274,7 +274,7 @@ def inference(benchmark: Benchmark) -> None:
 
 
 def main(benchmark: Benchmark) -> None:
-    from runs.run_folder import git_commit, processor
+    from lab.run_folder import git_commit, processor
 
     names = ["torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl"]
     installed = [(d.metadata["Name"] or "", d.version) for d in importlib.metadata.distributions()]

@@ -1,4 +1,4 @@
-"""runs/compare.py: statistics against calculations by hand, what it names, and a published copy that says the same."""
+"""lab/compare.py: statistics against calculations by hand, what it names, and a published copy that says the same."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 import sparse_utils
-from runs import compare, record, run_log
+from lab import compare, record, run_log
 
 FINISH = compare.finish
 STEPS = [0, *range(100, 1001, 100)]

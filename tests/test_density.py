@@ -12,11 +12,11 @@ from test_compare import compare
 from test_runs import events, load
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import sparse_kernels
+from lab import kernels
 import sparse_utils as su
 import td3_tar
-from runs import record, run_folder, run_log
-from runs.checks import check_args, complete_args
+from lab import record, run_folder, run_log
+from lab.checks import check_args, complete_args
 
 DECAY = {"density_start": 0.5, "sparsity": 0.85, "total_timesteps": 230, "rewire_every": 20, "rewire_stop": 0.9}
 STEPS = [80, 100, 120, 140, 160, 180, 200]
@@ -248,7 +248,7 @@ def test_the_second_pruning_keeps_only_what_the_first_has_left(run, watched, mon
 
 def test_auto_is_measured_at_the_density_that_training_starts_with(run, monkeypatch):
     measured = []
-    monkeypatch.setattr(sparse_kernels, "known_times", lambda _, budget, *__: measured.append(budget) or (2.0, 1.0))
+    monkeypatch.setattr(kernels, "known_times", lambda _, budget, *__: measured.append(budget) or (2.0, 1.0))
     masks = load(run(method="static", compute="auto", **TWICE))["masks"]
     assert measured == [round(0.6 * sum(mask.numel() for mask in layers.values())) for layers in masks.values()]
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import sparse_utils
-from runs import compare
+from lab import compare
 
 PROJECT = Path(__file__).parent.parent
 EVIDENCE = PROJECT / "runs" / "evidence"

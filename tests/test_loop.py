@@ -11,9 +11,9 @@ from test_resume import refused
 from test_runs import events, load, same_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from runs import compare, record
-from runs import run_folder as rf
-from runs.checks import complete_args
+from lab import compare, record
+from lab import run_folder as rf
+from lab.checks import complete_args
 
 CYCLES = {"lr_cycles": 3, "total_timesteps": 160}  # of learning_starts 60: steps 60, 94 and 127
 

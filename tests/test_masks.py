@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sparse_utils as su
-from runs import topology
+from lab import topology
 
 SHAPES = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5)
 FRACTION = st.floats(0, 1, exclude_max=True)

@@ -20,7 +20,7 @@ from test_runs import events
 import sac_tar
 import sparse_utils
 import td3_tar
-from runs import compare, record, sweep
+from lab import compare, record, sweep
 
 PROJECT = Path(__file__).parent.parent
 README, OF_RUNS, PUBLISHED, EVIDENCE = (
@@ -33,7 +33,7 @@ PAGES += [
     for path in sorted((PROJECT / "runs" / folder).rglob("*.md"))
 ]
 COMMANDS = {"sac_tar.py": sac_tar.Args, "td3_tar.py": td3_tar.Args}
-COMMANDS |= {"runs/sweep.py": sweep.Args, "runs/compare.py": compare.Args}
+COMMANDS |= {"lab/sweep.py": sweep.Args, "lab/compare.py": compare.Args}
 
 
 def blocks(page, language):
@@ -183,7 +183,7 @@ def edited(text, place, name, code):
 def project(tmp_path_factory):
     """A copy of the project with all of README's rules in it."""
     folder = tmp_path_factory.mktemp("project")
-    for pattern in ("*.py", "sparse_kernels/*.*", "runs/*.py"):
+    for pattern in ("*.py", "lab/kernels/*.*", "lab/*.py"):
         for path in PROJECT.glob(pattern):
             (folder / path.relative_to(PROJECT)).parent.mkdir(exist_ok=True)
             shutil.copy(path, folder / path.relative_to(PROJECT))

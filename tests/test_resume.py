@@ -24,9 +24,9 @@ from test_runs import events, load
 from torch.utils.tensorboard import SummaryWriter
 
 import sac_tar
-import sparse_kernels
+from lab import kernels
 import td3_tar
-from runs import run_folder as rf
+from lab import run_folder as rf
 
 SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
 
@@ -246,11 +246,11 @@ def test_a_run_may_be_resumed_the_other_way(run, resume, stop_after, capsys, tmp
 
 def test_a_resumed_run_keeps_the_choice_of_auto(run, resume, stop_after, monkeypatch, capsys, tmp_path):
     """Though a measurement would choose otherwise now; another --compute makes the choice anew."""
-    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (2.0, 1.0))
+    monkeypatch.setattr(kernels, "known_times", lambda *_: (2.0, 1.0))
     undisturbed = run(compute="auto", runs_dir=str(tmp_path / "a"))
     stop_after(90)
     run_dir = interrupted(run, compute="auto", runs_dir=str(tmp_path / "b"))
-    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (1.0, 2.0))
+    monkeypatch.setattr(kernels, "known_times", lambda *_: (1.0, 2.0))
     stop_after(5)
     with pytest.raises(SystemExit):
         resume(run_dir)
@@ -261,7 +261,7 @@ def test_a_resumed_run_keeps_the_choice_of_auto(run, resume, stop_after, monkeyp
 
     stop_after(90)
     run_dir = interrupted(run, compute="masked", runs_dir=str(tmp_path / "c"))
-    monkeypatch.setattr(sparse_kernels, "known_times", lambda *_: (2.0, 1.0))
+    monkeypatch.setattr(kernels, "known_times", lambda *_: (2.0, 1.0))
     stop_after(5)
     with pytest.raises(SystemExit):
         resume(run_dir, compute="auto")
@@ -269,11 +269,11 @@ def test_a_resumed_run_keeps_the_choice_of_auto(run, resume, stop_after, monkeyp
     with pytest.raises(SystemExit):
         resume(run_dir, compute="sparse")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    sparse_kernels.load_kernels.cache_clear()
+    kernels.load_kernels.cache_clear()
     try:
         resume(run_dir, compute="auto")
     finally:
-        sparse_kernels.load_kernels.cache_clear()
+        kernels.load_kernels.cache_clear()
     everything = ["actor", "qf1", "qf2"]
     assert "warning: the run's in_kernels was" in capsys.readouterr().out
     assert [part["in_kernels"] for part in rf.read_config(run_dir)["segments"]] == [[], everything, everything, []]
@@ -504,7 +504,7 @@ def test_what_a_user_adds_to_the_agent_is_restored_if_it_stands_in_its_place(mon
     source = source.replace(field_line, field_line + "    seen: int = 0\n")
     act = "        progress.episode_actions.append("
     source = source.replace(act, '        progress.seen += 1\n        modules["normalizer"].running_mean += 1\n' + act)
-    for name in ("sparse_utils.py", "sparse_kernels", "runs"):
+    for name in ("sparse_utils.py", "lab"):
         (tmp_path / name).symlink_to(SAC.parent / name)
     (tmp_path / "my_sac.py").write_text(source)
     flags = "--env-id Pendulum-v1 --learning-starts 50 --hidden-size 16 --batch-size 16 --eval-episodes 1 --runs-dir"

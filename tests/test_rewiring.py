@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import sac_tar
 import sparse_utils as su
 import td3_tar
-from runs import run_folder
+from lab import run_folder
 
 CRITERIA = list(su.DROPS)  # the last one is random
 

@@ -19,8 +19,8 @@ from torch.utils.tensorboard import SummaryWriter
 import sac_tar
 import sparse_utils
 import td3_tar
-from runs import record, run_folder, topology
-from runs.checks import complete_args
+from lab import record, run_folder, topology
+from lab.checks import complete_args
 
 METHODS = ["tar", "static", "uniform", "dense"]  # those of one size whose masks stay
 
@@ -433,9 +433,9 @@ def test_what_is_not_pruned_has_no_base_in_its_name(run, script, method):
 
 
 def test_an_edit_of_any_file_that_acts_on_training_is_other_code(script, tmp_path):
-    acting = ["sparse_utils.py", "sparse_kernels/__init__.py", "runs/checks.py", "runs/run_folder.py"]
+    acting = ["sparse_utils.py", "lab/kernels/__init__.py", "lab/checks.py", "lab/run_folder.py"]
     for name in (script.SCRIPT.name, *acting):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((script.SCRIPT.parent / name).read_text())
     hashes = [record.code_hash(tmp_path / script.SCRIPT.name)]
     for name in acting:
@@ -467,14 +467,14 @@ def test_comments_and_docstrings_are_not_code(script, tmp_path):
     copy.write_text(source)
     (tmp_path / "sparse_utils.py").write_text("")
     hashes[3] = record.code_hash(copy)
-    (tmp_path / "sparse_kernels").mkdir()
-    kernel = tmp_path / "sparse_kernels" / "kernels.cpp"
+    (tmp_path / "lab" / "kernels").mkdir(parents=True)
+    kernel = tmp_path / "lab" / "kernels" / "kernels.cpp"
     for text in ("int x;", "int x; // why\n/* and\nhow */", "int y;"):
         kernel.write_text(text)
         hashes.append(record.code_hash(copy))
     assert hashes[4] == hashes[5] != hashes[6] != hashes[3]
-    (tmp_path / "runs").mkdir()
-    for name in ("sparse_utils.py", "runs/checks.py"):
+    (tmp_path / "lab").mkdir(exist_ok=True)
+    for name in ("sparse_utils.py", "lab/checks.py"):
         (tmp_path / name).write_text("size = 2")
         hashes.append(record.code_hash(copy))
     assert len(set(hashes[-3:])) == 3
@@ -513,12 +513,12 @@ def test_a_script_in_another_folder_is_hashed_with_the_project_that_it_imports(s
     project = tmp_path / "project"
     project.mkdir()
     (project / "sparse_utils.py").write_text("AUTO_WIDTH_C = 9")
-    monkeypatch.setattr(record, "__file__", str(project / "runs" / "record.py"))
+    monkeypatch.setattr(record, "__file__", str(project / "lab" / "record.py"))
     seen = [before, record.code_hash(copy)]
     (tmp_path / "sparse_utils.py").write_text("AUTO_WIDTH_C = 5")  # its own, beside the project's kernels
     seen.append(record.code_hash(copy))
-    (project / "sparse_kernels").mkdir()
-    (project / "sparse_kernels" / "kernels.cpp").write_text("int x;")
+    (project / "lab" / "kernels").mkdir(parents=True)
+    (project / "lab" / "kernels" / "kernels.cpp").write_text("int x;")
     assert len({*seen, record.code_hash(copy)}) == 4
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_runs import events, load, same_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-import sparse_kernels as sk
-from runs import run_folder as rf
+from lab import kernels as sk
+from lab import run_folder as rf
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""runs/sweep.py: what a run is, and that every run of a grid ends once, whatever is killed meanwhile."""
+"""lab/sweep.py: what a run is, and that every run of a grid ends once, whatever is killed meanwhile."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ import sweep  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 import sparse_utils  # noqa: E402
-from runs import record  # noqa: E402
+from lab import record  # noqa: E402
 
 # Stands in for the scripts: config.json, checkpoint.pt, final.pt, --resume and SIGTERM are as theirs. Its journal
 # says "--start <folder> <step>" or --resume, and "twice <folder> <step>" when two processes run one run at a time.
@@ -72,7 +72,7 @@ def lives(pid):
 
 if __name__ == "__main__":
     print("starting")
-    from runs.record import code_hash
+    from lab.record import code_hash
     segment = {"code": code_hash(Path(__file__))}
     if sys.argv[1] == "--resume":
         folder = Path(sys.argv[2])
@@ -146,7 +146,7 @@ def project(tmp_path):
 
 
 def start(project, *words, prefix=()):
-    command = [*prefix, sys.executable, "runs/sweep.py", "--total-timesteps", "10", *map(str, words)]
+    command = [*prefix, sys.executable, "lab/sweep.py", "--total-timesteps", "10", *map(str, words)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.Popen(
         command, cwd=project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -252,7 +252,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(project, words, sentence):
     [
         ("--script nowhere.py", "there is no script nowhere.py"),
         ("--script sparse_utils.py", "it has no dataclass Args"),
-        ("--script runs/sweep.py", "its Args lacks criterion, distribution"),
+        ("--script lab/sweep.py", "its Args lacks criterion, distribution"),
         ("--script sac_tar.py ./sac_tar.py", "names two files of one name"),
         ("--vary reserve", "--vary is <name>=<value>,<value>"),
         ("--vary reserve=0.1,", "--vary is <name>=<value>,<value>"),

@@ -10,7 +10,7 @@ from test_runs import load, same_weights
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
-from runs import record, run_folder
+from lab import record, run_folder
 
 REWIRING = {"sparsity": 0.8, "total_timesteps": 200, "rewire_every": 40, "rewire_stop": 0.9}
 

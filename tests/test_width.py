@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sparse_utils as su
 import td3_tar
-from runs import record, run_folder, topology
-from runs.checks import complete_args
+from lab import record, run_folder, topology
+from lab.checks import complete_args
 
 SMALL = {"sparsity": 0.9, "rewire_every": 40, "total_timesteps": 150}
 

@@ -1,10 +1,10 @@
 """Runs a grid of runs, on the cores of this machine or on a Ray cluster; the same command continues where it stopped.
 
-python runs/sweep.py --script td3_tar.py my_sac.py --env-id Hopper-v4 --method dense static tar \
+python lab/sweep.py --script td3_tar.py my_sac.py --env-id Hopper-v4 --method dense static tar \
     --base random+er snip+global --sparsity 0.9 0.95 --seeds 5 --total-timesteps 100000 -- --eval-episodes 5
-python runs/sweep.py --vary reserve=0.05,0.1,0.3 hidden_size=256,512 autotune=True,False    # any flag as an axis
-python runs/sweep.py --like runs/published    # the runs of a folder, again
-python runs/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
+python lab/sweep.py --vary reserve=0.05,0.1,0.3 hidden_size=256,512 autotune=True,False    # any flag as an axis
+python lab/sweep.py --like runs/published    # the runs of a folder, again
+python lab/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
 
 Everything after `--` goes to the scripts as it is. A run is one process with one thread and is known by its script, its
 full set of flags and the code that it ran. Where a folder of --runs-dir records the same in config.json, it is never
@@ -40,7 +40,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runs.record import FOLLOWS, NOT_OF_THE_RESULT, code_hash, codes, fail, identity, read_config  # noqa: E402
+from lab.record import FOLLOWS, NOT_OF_THE_RESULT, code_hash, codes, fail, identity, read_config  # noqa: E402
 
 
 @dataclass
@@ -120,7 +120,7 @@ def find_script(name: str) -> Path:
 
 def modules_of(folder: Path) -> list[str]:
     """Names of the loaded modules that a script in this folder imports from there."""
-    homes = (folder, folder / "runs", folder / "sparse_kernels")
+    homes = (folder, folder / "lab", folder / "lab" / "kernels")
     files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
     importable = files.keys() - {"__main__", *filter(os.path.isabs, files)}  # the others are scripts
     return [name for name in importable if files[name] and Path(files[name]).parent in homes]

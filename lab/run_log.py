@@ -15,9 +15,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from runs.record import read_config
-from runs.run_folder import hyperparameters
-from runs.topology import MASK_COLOURS
+from lab.record import read_config
+from lab.run_folder import hyperparameters
+from lab.topology import MASK_COLOURS
 
 PUBLISHED_TAGS = ("eval/", "charts/episodic_return", "charts/SPS", "sparsity/", "flops/")
 

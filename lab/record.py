@@ -14,7 +14,7 @@ from tqdm import tqdm
 import sparse_utils
 
 # beside the script
-CODE = ("sparse_utils.py", "sparse_kernels/*.py", "sparse_kernels/*.cpp", "runs/checks.py", "runs/run_folder.py")
+CODE = ("sparse_utils.py", "lab/kernels/*.py", "lab/kernels/*.cpp", "lab/checks.py", "lab/run_folder.py")
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 MASK = {"criterion", "distribution", "density_start", "final_prune_at", "active_width"}
@@ -114,7 +114,7 @@ def essence(path: Path) -> str:
 
 def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path]]]:
     """What a source imports, or names as `<module>:<name>`, as paths without suffix, and where that may be; the
-    packages that it is in too, and nothing of `runs/`."""
+    packages that it is in too, and nothing of `lab/`."""
     for node in ast.walk(ast.parse(path.read_text())):
         names, roots = [], folders
         if isinstance(node, ast.Import):
@@ -125,13 +125,13 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = re.findall(r"^([\w.]+):\w+$", node.value)  # the entry point of an environment
         for parts in (name.strip(".").split(".") for name in names):
-            if parts[0] != "runs":
+            if parts[0] != "lab":
                 yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
 
 
 def imported(sources: list[Path], folders: list[Path], env_id: str) -> set[Path]:
     """The modules in these folders, the first that has one, that the sources import, that of the environment
-    (`<module>:<id>`), and those that they import in turn; neither the sources nor what else is in `runs/`."""
+    (`<module>:<id>`), and those that they import in turn; neither the sources nor what else is in `lab/`."""
     modules = [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
     modules += [module for path in sources if path.suffix == ".py" for module in modules_in(path, folders)]
     found = set()
@@ -148,7 +148,7 @@ def imported(sources: list[Path], folders: list[Path], env_id: str) -> set[Path]
 def code_hash(script: Path, env_id: str = "") -> str:
     """What a script and the code that it runs amount to, in 12 hexadecimal digits: itself, CODE, and what these and the
     environment import from its own folder and the project's. Comments and docstrings do not count; packages and the
-    rest of `runs/` do not either."""
+    rest of `lab/` do not either."""
     script = script.resolve()
     folder, project = script.parent, Path(__file__).resolve().parent.parent
     files = [script]

@@ -4,7 +4,7 @@ A network whose mask is fixed for a while is compiled once and used for thousand
 biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
 agree to rounding.
 
-The scripts use it in a few lines that start with `sparse_kernels.`: `choose` before training, `compact` after the masks
+The scripts use it in a few lines that start with `kernels.`: `choose` before training, `compact` after the masks
 are fixed, `expand` before they change, and `step(optimizer)` for `optimizer.step()`. Whoever undoes these and deletes
 this folder loses speed and nothing else.
 """

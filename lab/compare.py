@@ -1,9 +1,9 @@
 """Compares the arms of a folder of runs: tables with intervals, return against steps, time and FLOPs, masks.
 
-python runs/compare.py runs                             # every arm against `static` on its base
-python runs/compare.py runs --against rigl --env-id Hopper-v4 --arm tar rigl
-python runs/compare.py runs --publish runs/published    # a copy as text first, then the comparison of that copy
-python runs/compare.py runs/published --events folder   # event files of published runs, for TensorBoard
+python lab/compare.py runs                             # every arm against `static` on its base
+python lab/compare.py runs --against rigl --env-id Hopper-v4 --arm tar rigl
+python lab/compare.py runs --publish runs/published    # a copy as text first, then the comparison of that copy
+python lab/compare.py runs/published --events folder   # event files of published runs, for TensorBoard
 
 An arm is what runs of one algorithm share: method, base (criterion+distribution), the script where there are several,
 and each flag that would differ between runs of one arm in one environment. Per algorithm and sparsity this writes a
@@ -32,8 +32,8 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_utils
-from runs import run_log
-from runs.record import FOLLOWS, WITHOUT, canonical, codes, fail, identity, ignored, methods_of, read_config
+from lab import run_log
+from lab.record import FOLLOWS, WITHOUT, canonical, codes, fail, identity, ignored, methods_of, read_config
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import sparse_utils
-from runs.record import WITHOUT, fail
+from lab.record import WITHOUT, fail
 
 
 @contextlib.contextmanager

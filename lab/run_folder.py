@@ -37,9 +37,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from runs import topology
-from runs.checks import check_args, complete_args, make_env
-from runs.record import NOT_OF_THE_RESULT, WITHOUT, code_hash, fail, identity, read_config
+from lab import topology
+from lab.checks import check_args, complete_args, make_env
+from lab.record import NOT_OF_THE_RESULT, WITHOUT, code_hash, fail, identity, read_config
 from sparse_utils import Masks
 
 CHECKPOINT_FORMAT = 3  # raised whenever a checkpoint of before can no longer be resumed
