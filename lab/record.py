@@ -1,111 +1,168 @@
-"""Which run a folder holds, and which code made it: what `sweep.py` and `compare.py` go by."""
+"""Which run a folder holds, and which code made it: the sweep and the comparison go by this.
+
+Flags are settled before a run begins, so two runs that do the same have equal flags: a run is known by its script, its
+flags and its code.
+"""
 
 import ast
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from tqdm import tqdm
+import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
 import sparse_utils
+from lab import baselines
+from lab.flags import at_least_0, fail, fraction, positive, require, within_training
 
-# beside the script
-CODE = ("sparse_utils.py", "lab/kernels/*.py", "lab/kernels/*.cpp", "lab/checks.py", "lab/run_folder.py")
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
-MASK = {"criterion", "distribution", "density_start", "final_prune_at", "active_width"}
-MASK |= {"init", "actor_init", "critic_init"}
-REWIRING = {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
-WITHOUT = {  # what a copy of a script does that leaves such a flag out, and what older runs did
-    "init": "dense",
-    "actor_init": "dense",
-    "critic_init": "dense",
-    "active_width": None,
-    "density_start": None,
-    "final_prune_at": None,
-    "rewire_every": 1000,
-    "rewire_fraction": 0.5,
-    "rewire_stop": 0.8,
-    "drop_criterion": "magnitude",
-    "regrow": True,
-    "recent_fraction": 0.0,
-    "recent_size": 20_000,
-    "n_step": 1,
-    "n_step_from": 0,
-    "lr_cycles": None,
-}
-FOLLOWS = {  # a flag that is not set has the value of another
-    "prune_at": "learning_starts",
-    **{f"{network}_{flag}": flag for network in ("actor", "critic") for flag in ("method", "sparsity", "init")},
-}
+# a flag that is not given has the value of another
+FOLLOWS = {"prune_at": "learning_starts", "critic_method": "method", "critic_sparsity": "sparsity"}
+# files of lab/ that training imports, but that do not change its result
+NOT_OF_THE_CODE = {"lab/topology", "lab/sweep", "lab/compare", "lab/figures", "lab/results"}
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    tqdm.write(f"error: {message}", file=sys.stderr)  # not into a progress bar
-    sys.exit(code)
+# FLAGS
 
 
-def ignored(methods: set[str]) -> set[str]:
-    """The flags that make no difference to networks of these methods; none, if one of them is not known here."""
-    if methods - sparse_utils.METHODS.keys():
-        return set()
-    found = set() if methods & sparse_utils.REVIVALS.keys() else {"reserve"}
-    found |= set() if methods & sparse_utils.GROWTHS.keys() else REWIRING
-    found |= set() if methods - sparse_utils.UNPRUNED.keys() else MASK
-    return found | ({"sparsity", "actor_sparsity", "critic_sparsity"} if methods == {"dense"} else set())
+def settle(args: object) -> None:
+    """Bring flags into their final form, in place. A flag that follows another one takes its value, the sparsity of
+    `dense` is 0, and a flag that makes no difference to this run takes its default. Ends the program with one sentence
+    where a value cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
+    follow(args)
+    check(args)
+    if isinstance(args, baselines.Flags):
+        baselines.check(args)
+    drop_unused(args)
 
 
-def methods_of(args: dict) -> dict[str, str]:
-    """The method of the actor and that of the critics."""
-    return {network: args.get(f"{network}_method") or args["method"] for network in ("actor", "critic")}
+def follow(args: object) -> None:
+    """Give each flag that is None and follows another one its value, in place."""
+    for name, other in FOLLOWS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(args, other))
+    methods = {args.method, args.critic_method}
+    if getattr(args, "drop_criterion", "left out") is None:
+        args.drop_criterion = baselines.usual_drop(methods)
+    for prefix in ("", "critic_"):
+        if getattr(args, f"{prefix}method") == "dense":
+            setattr(args, f"{prefix}sparsity", 0.0)
 
 
-def canonical(args: dict) -> dict:
-    """The same arguments for all runs that are spelled differently and do the same: what is for both networks, and acts
-    on neither where both have their own, is what the actor has (if it is pruned, else the critics), and the higher
-    sparsity."""
-    args, methods = {**args}, methods_of(args)
-    for name in args:
-        args[name] = args.get(FOLLOWS.get(name)) if args[name] is None else args[name]
-    for network, method in methods.items():
-        if method == "dense":  # as the scripts record it
-            args[f"{network}_sparsity"] = 0.0
-        if method in sparse_utils.UNPRUNED and f"{network}_init" in args:
-            args[f"{network}_init"] = "dense"
-    leading = next((network for network, method in methods.items() if method not in sparse_utils.UNPRUNED), "actor")
-    for flag in ("method", "init"):
-        if args.keys() >= {f"actor_{flag}", f"critic_{flag}"}:
-            args[flag] = args[f"{leading}_{flag}"]
-    if args.keys() >= {"actor_sparsity", "critic_sparsity"}:
-        args["sparsity"] = max(args["actor_sparsity"], args["critic_sparsity"])
-    if args.get("active_width") is not None and args["active_width"] == args.get("hidden_size"):
-        args["active_width"] = None
-    if "drop_criterion" in args and args["drop_criterion"] is None:
-        args["drop_criterion"] = sparse_utils.usual_drop({*methods.values()})
-    return args
+def unused(args: object) -> set[str]:
+    """The flags that make no difference to this run, beside those that a method has in lab/baselines.py."""
+    found, methods = set(), {args.method, args.critic_method}
+    if not methods & sparse_utils.REVIVALS.keys():
+        found |= {"reserve"}
+    if not methods - sparse_utils.UNPRUNED.keys():
+        found |= {"criterion", "distribution", "active_width"}
+    if getattr(args, "active_width", None) == args.hidden_size:
+        found |= {"active_width"}
+    if getattr(args, "autotune", False):
+        found |= {"alpha"}
+    return found | (baselines.unused(args) if isinstance(args, baselines.Flags) else set())
+
+
+def drop_unused(args: object) -> None:
+    """Give each flag that makes no difference to this run its default, in place."""
+    names = unused(args)
+    for flag in fields(args):
+        if flag.name in names:
+            setattr(args, flag.name, flag.default)
+
+
+def check(args: object) -> None:
+    """End the program with one sentence if a value cannot work."""
+    rules = positive(
+        args, "total_timesteps", "hidden_size", "buffer_size", "batch_size", "policy_lr", "q_lr", "learning_rate",
+        "policy_frequency", "target_network_frequency", "eval_frequency", "eval_episodes", "torch_threads",
+        "checkpoint_frequency",
+    )  # fmt: skip
+    rules |= at_least_0(args, "alpha", "policy_noise", "noise_clip", "exploration_noise")
+    rules |= fraction(args, "sparsity", "critic_sparsity", "reserve")
+    rules["gamma"] = (0 <= args.gamma <= 1, "in [0, 1]")
+    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
+    rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
+    require(args, rules | within_training(args, "learning_starts", "prune_at"))
+    if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
+        fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    width = getattr(args, "active_width", None)
+    if isinstance(width, int) and not 1 <= width <= args.hidden_size:
+        fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {width}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 
 
 def identity(args: dict) -> dict:
-    """All arguments that make two runs the same one: without what leaves the result as it is or its methods ignore."""
-    args = canonical(args)
-    methods = {*methods_of(args).values()}
-    unused = ignored(methods) | NOT_OF_THE_RESULT
-    unused |= {"n_step_from"} if args.get("n_step") == 1 else set()
-    unused |= set() if args.get("recent_fraction") else {"recent_size"}
-    return {name: value for name, value in args.items() if name not in unused}
+    """The settled flags that make two runs the same one."""
+    return {name: value for name, value in args.items() if name not in NOT_OF_THE_RESULT}
+
+
+def usual(name: str, args: dict) -> object:
+    """The value at which a flag is left out of the name of an arm: that of the flag which it follows, or the default of
+    a flag that a script without baselines does not have. Other flags have none: MISSING, which no value equals."""
+    plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None}
+    return args.get(FOLLOWS[name]) if name in FOLLOWS else plain.get(name, MISSING)
+
+
+def of_today(args: dict) -> dict:
+    """The flags of a run as this version records them. Before lab/ there were further flags for the actor alone, and
+    flags that make no difference to a run were recorded as given."""
+    if "actor_method" not in args:
+        return args
+    given = {name: value for name, value in args.items() if not name.startswith("actor_") and name != "critic_init"}
+    given["method"], given["sparsity"] = args["actor_method"], args["actor_sparsity"]
+    pruned = "critic" if args["actor_method"] in sparse_utils.UNPRUNED else "actor"
+    given["init"] = args.get(f"{pruned}_init", "dense")
+    defaults = {"reserve": 0.1, "criterion": "random", "distribution": "er", "alpha": 0.2, "active_width": None}
+    names = given.keys() - {flag.name for flag in fields(baselines.Flags)}
+    kinds = [(name, object, field(default=defaults.get(name))) for name in names]
+    flags = make_dataclass("FlagsOfBefore", kinds, bases=(baselines.Flags,))(**given)
+    follow(flags)
+    drop_unused(flags)
+    return asdict(flags)
+
+
+def hyperparameters(settings: dict, first: dict, metrics: Sequence[str]) -> list[Summary]:
+    """What TensorBoard's HParams tab reads of one run. The tab opens with the first five columns by name of those that
+    are said to differ between runs, so `first`, five of them, are said to. None is an empty cell. A column of both
+    numbers and strings could not be sorted, so `settings` must not make one."""
+    start, infos = SessionStartInfo(), []
+    for name, value in (settings | first).items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None:
+            setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
+        kind = api_pb2.DataType.Value("DATA_TYPE_FLOAT64" if number else "DATA_TYPE_STRING")
+        infos.append(api_pb2.HParamInfo(name=name, type=kind, differs=name in first))
+    infos_of_metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=metric)) for metric in metrics]
+    end = SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
+    contents = {
+        metadata.EXPERIMENT_TAG: HParamsPluginData(
+            experiment=api_pb2.Experiment(hparam_infos=infos, metric_infos=infos_of_metrics)
+        ),
+        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=start),
+        metadata.SESSION_END_INFO_TAG: HParamsPluginData(session_end_info=end),
+    }
+    described = {tag: metadata.create_summary_metadata(content) for tag, content in contents.items()}
+    return [Summary(value=[Summary.Value(tag=tag, metadata=content)]) for tag, content in described.items()]
+
+
+# CODE
 
 
 def essence(path: Path) -> str:
     """The text of a source file without comments and docstrings."""
-    text = path.read_text()
     if path.suffix != ".py":
-        code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", text)
+        code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", path.read_text(errors="replace"))
         return "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
-    tree = ast.parse(text)
+    tree = ast.parse(path.read_bytes())  # bytes, since a source may have a byte order mark or a coding line
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
@@ -113,9 +170,9 @@ def essence(path: Path) -> str:
 
 
 def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path]]]:
-    """What a source imports, or names as `<module>:<name>`, as paths without suffix, and where that may be; the
-    packages that it is in too, and nothing of `lab/`."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The modules that a source imports, or names as `<module>:<name>`, and the packages that they are in: paths
+    without suffix, each with the folders in which it may be."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
         names, roots = [], folders
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -125,57 +182,56 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = re.findall(r"^([\w.]+):\w+$", node.value)  # the entry point of an environment
         for parts in (name.strip(".").split(".") for name in names):
-            if parts[0] != "lab":
-                yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
+            yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
 
 
-def imported(sources: list[Path], folders: list[Path], env_id: str) -> set[Path]:
-    """The modules in these folders, the first that has one, that the sources import, that of the environment
-    (`<module>:<id>`), and those that they import in turn; neither the sources nor what else is in `lab/`."""
-    modules = [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
-    modules += [module for path in sources if path.suffix == ".py" for module in modules_in(path, folders)]
-    found = set()
-    while modules:
-        name, roots = modules.pop()
+def sources(script: Path, env_id: str = "") -> list[Path]:
+    """The files that a run consists of: the script, the modules that it imports from its own folder and the project's,
+    with kernels.cpp, that of the environment (`<module>:<id>`), and all that they import from there in turn."""
+    script, project = script.resolve(), Path(__file__).resolve().parent.parent
+    folders = [script.parent, project]
+    found = {script: ""}  # the name under which each was imported, by which they are sorted
+    waiting = [*modules_in(script, folders)]
+    waiting += [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
+    for name, roots in waiting:  # which grows on the way
+        if name in NOT_OF_THE_CODE:
+            continue
         files = [root / f"{name}{end}" for root in roots for end in (".py", "/__init__.py")]
-        file = next((file for file in files if file.exists()), None)
-        if file and file not in found | {*sources}:
-            found.add(file)
-            modules += modules_in(file, folders)
-    return found
+        file = next((file for file in files if file.is_file()), None)
+        if file and file not in found:
+            beside = file.parent.glob("*.cpp") if file.name == "__init__.py" else ()
+            found |= {file: name} | {path: f"{name}/{path.name}" for path in beside}
+            waiting += modules_in(file, folders)
+    return sorted(found, key=found.get)
 
 
 def code_hash(script: Path, env_id: str = "") -> str:
-    """What a script and the code that it runs amount to, in 12 hexadecimal digits: itself, CODE, and what these and the
-    environment import from its own folder and the project's. Comments and docstrings do not count; packages and the
-    rest of `lab/` do not either."""
-    script = script.resolve()
-    folder, project = script.parent, Path(__file__).resolve().parent.parent
-    files = [script]
-    for pattern in CODE:
-        files += sorted(folder.glob(pattern)) or sorted(project.glob(pattern))
-    files += sorted(imported(files, [folder, project], env_id))
-    return hashlib.sha256("\0".join(map(essence, files)).encode()).hexdigest()[:12]
+    """The code of a run (see `sources`) in 12 hexadecimal digits. Comments, docstrings, packages, and the files of lab/
+    that record and draw do not count."""
+    return hashlib.sha256("\0".join(map(essence, sources(script, env_id))).encode()).hexdigest()[:12]
+
+
+# RUNS
+
+
+def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
+    """The path of every run in a folder, and what is recorded of it: `args`, `script` (its name without .py),
+    `published`, and `segments`, one for each process that the run had: the step from which it ran, `code` (see
+    `code_hash`; None if the run is older than that), `git_commit`, `processor`, `device`, `versions`, `in_kernels`, the
+    networks that were not computed by torch, and `milliseconds`, those of a training pass in torch and in the kernels.
+    A run is a folder with config.json, or an entry of runs.json, where published runs are."""
+    published = folder / "runs.json"
+    if published.exists():
+        for name, config in json.loads(published.read_text()).items():
+            yield folder / name, config | {"args": of_today(config["args"]), "published": True}
+    for path in sorted(folder.glob("*/config.json")):
+        yield path.parent, read_config(path.parent)
 
 
 def read_config(run_dir: Path) -> dict:
-    """config.json: `args`, `script` (its name without .py), `published`, and `segments`, one for each process that the
-    run had: the step from which it ran, `code` (see `code_hash`; None if it is older than that), `git_commit`,
-    `processor`, `device`, `versions`, `in_kernels`, the networks that were not computed by torch, and `milliseconds`,
-    those of a training pass in torch and in the kernels, of the networks for which --compute auto asked."""
+    """What config.json records of one run; see `configs`."""
     config = json.loads((run_dir / "config.json").read_text())
-    args = config["args"]
-    if "rewire_every" in args:
-        hashed = any(segment.get("code") for segment in config.get("segments", ()))
-        args.update(WITHOUT | ({} if hashed else {"regrow": False}) | args)  # the flag is older than the hash
-    if args.get("device") == "auto":  # no value of the flag any more
-        args["device"] = "cpu"
-    if "segments" not in config:  # older
-        keys = ("git_commit", "processor", "versions")
-        first = {"from_step": 0, "code": None, "device": None} | {key: config.get(key) for key in keys}
-        script = "td3_tar" if "policy_noise" in args else "sac_tar"
-        config = {"script": script, "args": args, "segments": [first], "published": config.get("published")}
-    return config | {"published": bool(config.get("published"))}
+    return config | {"args": of_today(config["args"]), "published": False}
 
 
 def codes(config: dict) -> list[str | None]:

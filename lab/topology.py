@@ -1,13 +1,15 @@
-"""What pruning and revival did to a network, as counts, a table, warnings and pictures of masks."""
+"""What pruning, revival and rewiring did to a network, as counts, a table, warnings and pictures of masks."""
 
-from collections.abc import Sequence
+import math
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 import sparse_utils
-from sparse_utils import Masks
+from sparse_utils import Masks, Net
 
 MASK_COLOURS = (
     ((24, 26, 32), "pruned"),
@@ -17,30 +19,34 @@ MASK_COLOURS = (
 )
 
 
-def topology_report(static: Masks, masks: Masks, budget: int, reserve: int, width: int) -> dict:
-    """Counts for `topology.json`, per layer. `blind_inputs` (inputs with no active connection out) and `dead_units`
-    (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are those of the
-    `part`, the layer between active neurons. Raises ValueError if a rule did not place what it was given."""
-    layers = {}
-    static_part, part = sparse_utils.active_part(static, width), sparse_utils.active_part(masks, width)
-    for name, mask in masks.items():
-        kept, floor = int(static[name].sum()), sparse_utils.topology_floor(tuple(part[name].shape))
-        layers[name] = {
-            "shape": list(mask.shape),
-            "part": list(part[name].shape),
-            "size": mask.numel(),
-            "static": kept,
-            "floor": floor,
-            "deficit": max(0, floor - kept),
-            "revived": int((mask & ~static[name]).sum()),
-            "active": int(mask.sum()),
-            "blind_inputs": [int((~m.any(0)).sum()) for m in (static_part[name], part[name])],
-            "dead_units": [int((~m.any(1)).sum()) for m in (static_part[name], part[name])],
-        }
-    active, revived = (sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
-    if (active, revived) != (budget, reserve):
-        raise ValueError(f"{active} connections, {revived} of them revived, in place of {budget} and {reserve}")
-    return {"budget": budget, "reserve": reserve, "active_width": width, "layers": layers}
+def topology_report(nets: dict[str, Net]) -> dict:
+    """Counts for `topology.json`, per network and layer. `blind_inputs` (inputs with no active connection out) and
+    `dead_units` (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are
+    counted in the `part` of the layer that is between active neurons. Raises ValueError if a network has not exactly K
+    connections, R of them revived."""
+    report = {}
+    for network, net in nets.items():
+        layers, static_part = {}, sparse_utils.active_part(net.static, net.width)
+        for name, part in sparse_utils.active_part(net.masks, net.width).items():
+            kept, floor = int(net.static[name].sum()), sparse_utils.topology_floor(tuple(part.shape))
+            layers[name] = {
+                "shape": list(net.masks[name].shape),
+                "part": list(part.shape),
+                "size": net.masks[name].numel(),
+                "static": kept,
+                "floor": floor,
+                "deficit": max(0, floor - kept),
+                "revived": int((part & ~static_part[name]).sum()),
+                "active": int(part.sum()),
+                "blind_inputs": [int((~m.any(0)).sum()) for m in (static_part[name], part)],
+                "dead_units": [int((~m.any(1)).sum()) for m in (static_part[name], part)],
+            }
+        found = tuple(sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
+        if found != (net.budget, net.reserve):
+            raise ValueError(f"{network} has (active, revived) {found} in place of {(net.budget, net.reserve)}")
+        about = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width}
+        report[network] = about | {"layers": layers}
+    return report
 
 
 def topology_table(report: dict) -> str:
@@ -59,16 +65,16 @@ def topology_table(report: dict) -> str:
     return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
 
 
-def topology_warnings(network: str, static: Masks, masks: Masks, observation_size: int) -> list[str]:
+def topology_warnings(network: str, net: Net, observation_size: int) -> list[str]:
     """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
     observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
     warnings = []
-    for name, mask in masks.items():
-        if not static[name].any():
+    for name, mask in net.masks.items():
+        if not net.static[name].any():
             after = int(mask.sum())
             warnings.append(f"{network}.{name} keeps no connection after static pruning and has {after} after revival.")
-    first = next(iter(masks))
-    blind_before, blind_after = (~static[first].any(0)).tolist(), (~masks[first].any(0)).tolist()
+    first = next(iter(net.masks))
+    blind_before, blind_after = (~net.static[first].any(0)).tolist(), (~net.masks[first].any(0)).tolist()
     size = len(blind_before)
     for kind, start, stop in (("observation", 0, observation_size), ("action", observation_size, size)):
         before = [i - start for i in range(start, stop) if blind_before[i]]
@@ -81,14 +87,91 @@ def topology_warnings(network: str, static: Masks, masks: Masks, observation_siz
     return warnings
 
 
-def mask_image(static: Tensor, mask: Tensor, part: Sequence[int]) -> np.ndarray:
-    """A layer's mask after static pruning (left) and after revival (right) as uint8 of shape (height, width, 3), about
-    256 pixels square each or larger. Outputs down, inputs across, in MASK_COLOURS; `part`: the active part's shape."""
+def mask_image(net: Net, layer: str) -> np.ndarray:
+    """The mask of a layer, outputs down and inputs across, as uint8 of shape (height, width, 3), each panel about 256
+    pixels square or larger, with a legend below. The left panel is the mask after static pruning and the right one that
+    after revival; a method that revives nothing has one panel."""
+    static, mask = net.static[layer].cpu(), net.masks[layer].cpu()
+    part = sparse_utils.active_part(net.masks, net.width)[layer].shape
     colours = torch.tensor([colour for colour, _ in MASK_COLOURS], dtype=torch.uint8)
     cell = [max(1, 256 // n) for n in mask.shape]
-    before, after = static.cpu().long(), 2 * mask.cpu().long() - static.cpu().long()
-    for kinds in (before, after):
-        kinds[part[0] :], kinds[:, part[1] :] = 3, 3
-    panels = [colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1) for kind in (before, after)]
-    gap = torch.full((panels[0].shape[0], 8, 3), 255, dtype=torch.uint8)
-    return torch.cat([panels[0], gap, panels[1]], 1).numpy()
+    titles, kinds = ["after static pruning"], [static.long()]
+    if net.reserve:
+        titles, kinds = [*titles, "after revival"], [*kinds, 2 * mask.long() - static.long()]
+    panels = []
+    for kind in kinds:
+        kind[part[0] :], kind[:, part[1] :] = 3, 3
+        panels += [torch.full((mask.shape[0] * cell[0], 8, 3), 255, dtype=torch.uint8)] if panels else []
+        panels.append(colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1))
+    image = torch.cat(panels, 1).numpy()
+    return np.concatenate([image, mask_legend(image, titles)])
+
+
+def mask_legend(image: np.ndarray, titles: list[str]) -> np.ndarray:
+    """What the panels of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
+    with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
+    colours = [entry for entry in MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    entries = [*(("white", title) for title in titles), *colours]
+    width, columns = image.shape[1], len(titles)
+    size = width // (14 * columns)
+    row = size * 3 // 2
+    legend = Image.new("RGB", (width, row * math.ceil(len(entries) / columns)), "white")
+    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
+    for i, (colour, text) in enumerate(entries):
+        x, y = i % columns * (width // columns + 4), i // columns * row + row // 2
+        draw.rectangle((x, y - size // 3, x + size * 2 // 3, y + size // 3), colour)
+        draw.text((x + size, y), text, "black", font, "lm")
+    return np.asarray(legend)
+
+
+def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], observation_size: int) -> dict:
+    """What pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and there
+    one image for each layer and its density. Returns the report."""
+    report = topology_report(nets)
+    table = topology_table(report)
+    tqdm.write(f"Topology at step {global_step}:\n{table}")
+    writer.add_text("topology/revival", table, global_step)
+    found = [warning for name, net in nets.items() for warning in topology_warnings(name, net, observation_size)]
+    if found:
+        tqdm.write("\n".join(f"warning: {sentence}" for sentence in found))
+        writer.add_text("topology/warnings", "\n\n".join(found), global_step)
+    for name, net in nets.items():
+        for layer in net.masks:
+            writer.add_image(f"topology/{name}.{layer}", mask_image(net, layer), global_step, dataformats="HWC")
+        log_density(writer, global_step, name, net)
+    return report
+
+
+def log_density(writer: SummaryWriter, global_step: int, name: str, net: Net) -> None:
+    for layer, mask in net.masks.items():
+        writer.add_scalar(f"sparsity/density_{name}.{layer}", float(mask.sum()) / mask.numel(), global_step)
+    writer.add_scalar(f"sparsity/{name}", 1 - net.active / net.size, global_step)
+
+
+def log_rewiring(
+    writer: SummaryWriter,
+    global_step: int,
+    report: dict,
+    nets: dict[str, Net],
+    before: dict[str, Masks],
+    revived: dict[str, Masks],
+) -> None:
+    """What a rewiring of these networks, with masks as they were `before` it, has done: into the report of the last
+    pruning, in place; and to TensorBoard, as fractions of the active connections, how many it replaced and how many of
+    the first, `revived`, are gone."""
+    for name, net in nets.items():
+        layers = report[name]["layers"]
+        for layer, part in sparse_utils.active_part(net.masks, net.width).items():
+            layers[layer]["last_rewiring"] = {
+                "step": global_step,
+                "replaced": int((net.masks[layer] & ~before[name][layer]).sum()),
+                "active": int(part.sum()),
+                "blind_inputs": int((~part.any(0)).sum()),
+                "dead_units": int((~part.any(1)).sum()),
+            }
+        replaced = sum(layer["last_rewiring"]["replaced"] for layer in layers.values())
+        lost = sum(int((revived[name][layer].to(mask.device) & ~mask).sum()) for layer, mask in net.masks.items())
+        if net.active < sum(int(mask.sum()) for mask in before[name].values()):
+            log_density(writer, global_step, name, net)
+        writer.add_scalar(f"sparsity/{name}_rewired", replaced / net.active, global_step)
+        writer.add_scalar(f"sparsity/{name}_distance", lost / report[name]["budget"], global_step)

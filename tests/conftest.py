@@ -13,6 +13,17 @@ import td3_tar
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job starts would ignore it
 SCRIPTS = {"sac": sac_tar, "td3": td3_tar}
+QUICK = {"test_masks.py", "test_agents.py", "test_loop.py"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: the minute of tests for whoever edits a script")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
 
 
 class ProbeEnv(gym.Env):

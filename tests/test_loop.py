@@ -1,176 +1,117 @@
-"""Cyclic learning rates, and how the flags of the training loop are recorded and told apart."""
+"""The loop of both scripts: what is stored, when it prunes, learns, evaluates and logs, and that seeds decide all."""
 
-import functools
-import json
-from fractions import Fraction
+import difflib
+import random
+from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from test_resume import refused
-from test_runs import events, load, same_weights
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lab import compare, record
-from lab import run_folder as rf
-from lab.checks import complete_args
+import lab.run
+import sac_tar
+import td3_tar
+from lab.replay import ReplayBuffer
 
-CYCLES = {"lr_cycles": 3, "total_timesteps": 160}  # of learning_starts 60: steps 60, 94 and 127
-
-
-@pytest.mark.parametrize("start, end, cycles", [(0, 30, 3), (60, 160, 3), (7, 18, 4), (5, 12, 7), (100, 101, 1)])
-def test_the_rate_rises_for_a_fifth_of_each_cycle_and_falls_to_zero(script, start, end, cycles):
-    starts = [script.cycle_start(k, start, end, cycles) for k in range(cycles + 1)]
-    exact = [start + Fraction((end - start) * k, cycles) for k in range(cycles + 1)]
-    assert all(0 <= at - point < 1 for at, point in zip(starts, exact, strict=True))  # the first step that is in it
-    assert starts[-1] == end and len(set(starts)) == cycles + 1
-    for step in range(start, end):
-        k = max(k for k in range(cycles) if starts[k] <= step)
-        done = float((step - exact[k]) / (exact[k + 1] - exact[k]))
-        expected = np.interp(done, [0, 0.2, 1], [0.2, 1, 0])
-        assert script.lr_factor(step, start, end, cycles) == pytest.approx(expected, abs=1e-12)
+NETWORKS = ("actor", "qf1", "qf2", "qf1_target", "qf2_target")
 
 
-def watch(seen):
-    """Record at each update its rates, the counts of Adam's updates so far, and whether the weights are those that the
-    update before it left."""
-    left = {}
-
-    def before(optimizer, *_):
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-        counts = {float(optimizer.state[param]["step"]) if optimizer.state.get(param) else 0.0 for param in params}
-        now = torch.cat([param.detach().flatten() for param in params])
-        unmoved = id(optimizer) not in left or torch.equal(left[id(optimizer)], now)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        seen.setdefault(len(params) == 12, []).append((rates, counts, unmoved))
-
-    def after(optimizer, *_):
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-        left[id(optimizer)] = torch.cat([param.detach().flatten() for param in params])
-
-    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+def scalars(run_dir):
+    """{tag: {step: value}} of everything that was logged."""
+    log = EventAccumulator(str(run_dir)).Reload()
+    return {tag: {e.step: e.value for e in log.Scalars(tag)} for tag in log.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("q_rate", [1e-3, 5e-3])
-def test_every_group_follows_the_cycles_and_adam_starts_anew_in_each_while_the_weights_stay(run, script, q_rate):
-    seen, rates = {}, {"q_lr": q_rate} if script.__name__ == "sac_tar" else {"learning_rate": q_rate}
-    hooks = watch(seen)
-    try:
-        run(**CYCLES, **rates, method="dense", policy_frequency=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    steps = range(61, 160)
-    factors = [script.lr_factor(step, 60, 160, 3) for step in steps]
-    own = [q_rate] if script.__name__ == "td3_tar" else [3e-4, q_rate]  # the actor's, and log_alpha's
-    updates = [step - max(start for start in (61, 94, 127) if start <= step) for step in steps]
-    # the critics' optimizer has 12 parameters
-    for critics, base in ((True, [q_rate]), (False, own)):
-        found = seen[critics]
-        assert [rates for rates, _, _ in found] == [[factor * rate for rate in base] for factor in factors]
-        assert [counts for _, counts, _ in found] == [{float(n)} for n in updates]
-        assert all(unmoved for _, _, unmoved in found)
+def same_weights(*run_dirs):
+    a, b = (torch.load(run_dir / "final.pt", weights_only=True) for run_dir in run_dirs)
+    return all(torch.equal(a[name][key], tensor) for name in NETWORKS for key, tensor in b[name].items())
 
 
-@pytest.mark.parametrize("compute", ["masked", "sparse"])
-@pytest.mark.parametrize("method", ["tar", "rigl"])
-def test_adam_starts_anew_in_the_kernels_and_while_masks_change_too(run, script, compute, method):
-    """Rewired at 95, too, when Adam has nothing of the actor: it was cleared at 94 and the actor learns at 96."""
-    cleared = []
-
-    def before(optimizer, *_):
-        counts = {float(state["step"]) for state in optimizer.state.values() if state}
-        cleared.append(len(optimizer.param_groups) == 1 and not counts)
-
-    hook = register_optimizer_step_pre_hook(before)
-    try:
-        run_dir = run(**CYCLES, method=method, compute=compute, rewire_every=5, policy_frequency=3, sparsity=0.8)
-    finally:
-        hook.remove()
-    assert sum(cleared) == (3 if script.__name__ == "sac_tar" else 6)  # SAC's actor has two groups
-    final = load(run_dir)
-    for name, masks in final["masks"].items():
-        for layer, mask in masks.items():
-            assert not final[name][f"{layer}.weight"][~mask].any()
-
-
-def test_a_rate_given_to_an_optimizer_by_hand_acts_and_is_the_one_that_cycles(run, script, monkeypatch):
-    adam, seen = script.optim.Adam, []
-
-    def by_hand(params, **flags):
-        optimizer = adam(params, **flags)
-        for group in optimizer.param_groups:
-            group["lr"] = 0.02
-        return optimizer
-
-    monkeypatch.setattr(script.optim, "Adam", by_hand)
-    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    try:
-        run_dir = run(**CYCLES)
-    finally:
-        hook.remove()
-    assert max(seen) == pytest.approx(0.02, rel=0.05)
-    for name in ("actor", "critic"):
-        (logged,) = [e.value for e in events(run_dir).Scalars(f"charts/{name}_lr") if e.step == 100]
-        assert logged == pytest.approx(0.02 * script.lr_factor(100, 60, 160, 3))
+def test_each_transition_is_stored_as_it_happened(run, script, monkeypatch):
+    """ProbeEnv: episodes of 7 steps are truncated, every third terminates after 5; observation [episode, step, 0]."""
+    stored, acted, add, act = [], [], ReplayBuffer.add, script.Actor.forward
+    monkeypatch.setattr(ReplayBuffer, "add", lambda rb, *t: stored.append(t) or add(rb, *t))
+    one = lambda actor, x: acted.extend(x.tolist() if len(x) == 1 else []) or act(actor, x)  # noqa: E731
+    monkeypatch.setattr(script.Actor, "forward", one)
+    run(env_id="Probe-v0", total_timesteps=80, learning_starts=60, eval_frequency=1000, seed=3)
+    episode, step = 0, 0
+    for obs, next_obs, _, reward, terminated, truncated in stored:
+        length, terminates = (5, True) if episode % 3 == 2 else (7, False)
+        assert obs.tolist() == [episode, step, 0] and next_obs.tolist() == [episode, step + 1, 0] and reward == 1
+        ends = step + 1 == length
+        assert (terminated, truncated) == (ends and terminates, ends and not terminates)
+        episode, step = (episode + 1, 0) if ends else (episode, step + 1)
+    space, actions = script.make_env("Probe-v0").action_space, [action for _, _, action, *_ in stored]
+    space.seed(3)
+    assert all(np.array_equal(space.sample(), action) for action in actions[:60])  # uniform until --learning-starts
+    assert not np.array_equal(space.sample(), actions[60]) and len(stored) == 80
+    seen = [obs.tolist() for obs, *_ in stored[60:]]  # then the actor's, between those of the two evaluations
+    first = acted.index(seen[0])
+    assert acted[first : first + 20] == seen and first > 0 and len(acted) - first - 20 in (5, 7)
 
 
-def test_without_cycles_the_rate_stays_and_is_not_logged(run):
-    assert not [tag for tag in events(run()).Tags()["scalars"] if tag.endswith("_lr")]
+def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
+    """With --prune-at after --learning-starts; the actor learns in one step of three, SAC's targets in one of two."""
+    monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
+    now, at, sample, sac = [], {"polyak_update": [], "policy_loss": []}, ReplayBuffer.sample, script is sac_tar
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, n, step: now.append(step) or sample(rb, n, step))
+    for name, steps in at.items():
+        past = getattr(script, name)
+        spy = lambda *arguments, past=past, steps=steps: steps.append(now[-1]) or past(*arguments)  # noqa: E731
+        monkeypatch.setattr(script, name, spy)
+    flags = {"env_id": "Probe-v0", "eval_frequency": 20, "eval_episodes": 4, "policy_frequency": 3, "prune_at": 140}
+    found = scalars(run(total_timesteps=250, **flags, **({"target_network_frequency": 2} if sac else {})))
+    assert now == list(range(61, 250))
+    by_three = [step for step in now if step % 3 == 0]
+    assert at["policy_loss"] == ([step for step in by_three for _ in range(3)] if sac else by_three)
+    assert at["polyak_update"] == ([step for step in now if step % 2 == 0] if sac else by_three)
+
+    evaluations = [*range(0, 241, 20), 250]
+    for tag in ("eval/episodic_return", "eval/episodic_length", "flops/training", "flops/inference"):
+        assert list(found[tag]) == evaluations, tag
+    lengths, means = np.tile([7, 7, 5], 100), found["eval/episodic_return"]  # ProbeEnv gives 1 for each step
+    assert means == found["eval/episodic_length"]
+    expected = [lengths[first:][: 4 * len(means)].reshape(-1, 4).mean(1).tolist() for first in range(3)]
+    assert list(means.values()) in expected  # whichever episode is the first
+    assert found["eval/final_return"] == {250: (means[240] + means[250]) / 2}  # the last tenth of training
+    ends = {step: length for step, length in zip(lengths.cumsum() - 1, lengths) if step < 250}
+    assert found["charts/episodic_return"] == found["charts/episodic_length"] == ends
+    for name in ("qf1_loss", "qf_loss", "qf2_values", "actor_loss", *(["alpha", "alpha_loss"] if sac else [])):
+        assert list(found[f"losses/{name}"]) == [100, 200, 249]  # every 100 steps and at the last one
+    assert list(found["charts/SPS"]) == [200, 249]  # since 20 steps after pruning
+    assert [list(found[tag]) for tag in found if tag.startswith("sparsity/")] == [[140]] * 12  # 3 networks, 9 layers
+    inference = found["flops/inference"]
+    assert inference[120] == inference[0] > 9 * inference[140] and found["flops/training"][60] == 0
 
 
-def test_cycles_are_of_all_of_training_which_may_not_grow(run, script, capsys):
-    run_dir = run(lr_cycles=2)
-    capsys.readouterr()
-    given = rf.resumed_args(script.Args, str(run_dir), script.SCRIPT)
-    grown = type(given)(**vars(given) | {"total_timesteps": 300})
-    message = refused(capsys, functools.partial(rf.check_resumed_args, grown, given))
-    assert "--lr-cycles splits --total-timesteps into cycles; start a new run to train longer" in message
+def test_evaluations_are_without_noise_from_the_same_states_and_do_not_disturb_training(run):
+    often, seldom = (run(eval_frequency=frequency) for frequency in (40, 1000))
+    assert same_weights(often, seldom)
+    a, b = (scalars(run_dir)["eval/episodic_return"] for run_dir in (often, seldom))
+    assert list(b) == [0, 160] and a[160] == b[160]
+    assert a[0] == a[40] == b[0] != a[80]  # until the pruning at 60 nothing changes
 
 
-FLAGS = {"n3": {"n_step": 3}, "recent0.25": {"recent_fraction": 0.25, "recent_size": 50}, "cycles2": {"lr_cycles": 2}}
+def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_another(run):
+    first = run(seed=5)
+    random.random(), np.random.random(), torch.randn(3)
+    again, other = run(seed=5), run(seed=6)
+    assert same_weights(first, again) and not same_weights(first, other)
+    assert scalars(first) == scalars(again) != scalars(other)
 
 
-def test_each_flag_acts_is_in_the_folders_name_and_makes_an_arm(run, tmp_path, capsys):
-    plain = run()
-    finals = [load(plain)]
-    for name, flags in FLAGS.items():
-        run_dir = run(**flags)
-        finals.append(load(run_dir))
-        assert f"__{name}__1__" in run_dir.name
-        assert flags.items() <= json.loads((run_dir / "config.json").read_text())["args"].items()
-    for i, final in enumerate(finals):
-        assert not any(same_weights(final, other) for other in finals[:i])
-    assert "__s0.9__1__" in plain.name
-    runs = compare.read_runs(tmp_path / "runs", [])
-    ends = ("", " lr_cycles=2", " n_step=3", " recent_fraction=0.25 recent_size=50")
-    assert set(runs.arm) == {f"tar random+er{end}" for end in ends}
-
-
-def test_all_flags_together_in_one_run(run):
-    flags = CYCLES | {"n_step": 3, "recent_fraction": 0.25, "recent_size": 50, "compute": "sparse", "sparsity": 0.8}
-    (run_dir, again) = (run(**flags) for _ in "ab")
-    assert "__n3__recent0.25__cycles3__1__" in run_dir.name
-    assert same_weights(load(run_dir), load(again))
-
-
-def test_what_a_flag_of_the_loop_does_not_touch_is_no_part_of_a_runs_identity(script):
-    def identity(**flags):
-        args = script.Args(**flags)
-        complete_args(args)
-        return record.identity(vars(args))
-
-    assert identity() == identity(n_step_from=100) == identity(recent_size=5)
-    for flags in ({"n_step": 2}, {"recent_fraction": 0.5}, {"lr_cycles": 1}):
-        assert identity(**flags) != identity()
-    assert identity(n_step=2, n_step_from=9) != identity(n_step=2)
-    assert identity(recent_fraction=0.5, recent_size=5) != identity(recent_fraction=0.5)
-
-
-def test_a_run_from_before_these_flags_is_one_of_their_defaults(script, tmp_path):
-    args = script.Args()
-    complete_args(args)
-    young = ("n_step", "n_step_from", "recent_fraction", "recent_size", "lr_cycles")
-    older = {name: value for name, value in vars(args).items() if name not in young}
-    (tmp_path / "config.json").write_text(json.dumps({"script": script.__name__, "args": older, "segments": []}))
-    assert record.read_config(tmp_path)["args"] == vars(args)
+def test_the_scripts_are_twins():
+    """`diff` shows the two algorithms alone: how a run is seeded, pruned, revived and stored is the same text."""
+    sac, td3 = (Path(script.__file__).read_text() for script in (sac_tar, td3_tar))
+    differing = [line for line in difflib.ndiff(sac.splitlines(), td3.splitlines()) if line[0] in "+-"]
+    assert len(differing) <= 150
+    for first, last in (
+        ("# Sparsity: README", "# Algorithm: the defaults"),
+        ("def train(args", "qf1 = QNetwork(env"),
+        ("with bad_input():\n        for net in", "# a checkpoint holds"),
+        ("done = True\n", "run.evaluate("),
+        ("# BASELINES: set, rigl", "with torch.no_grad():\n                obs_tensor"),
+        ("# TRY NOT TO MODIFY: execute", "data = rb.sample(args.batch_size"),
+    ):
+        a, b = (text[text.index(first) : text.index(last, text.index(first))] for text in (sac, td3))
+        assert a == b

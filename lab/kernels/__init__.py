@@ -4,8 +4,8 @@ A network whose mask is fixed for a while is compiled once and used for thousand
 biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
 agree to rounding.
 
-The scripts use it in a few lines that start with `kernels.`: `choose` before training, `compact` after the masks
-are fixed, `expand` before they change, and `step(optimizer)` for `optimizer.step()`. Whoever undoes these and deletes
+The scripts use it in a few lines that start with `kernels.`: `Adam` in place of torch's, `choose` before training, and
+`with in_torch(nets):` around whatever reads or changes masks, weights or optimizers. Whoever undoes these and deletes
 this folder loses speed and nothing else.
 """
 
@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import shlex
 import statistics
@@ -22,7 +23,7 @@ import subprocess
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,8 +33,47 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from tqdm import tqdm
 
 import sparse_utils
+from sparse_utils import Masks, Net
 
-ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+Times = tuple[float, float]  # milliseconds of a training pass in torch, and in the kernels
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam(fused=True), to the bit, without what torch wraps around `zero_grad` and `step` for profilers and
+    compilers, a tenth of the CPU time of a sparse step. Where anyone has hooked into a step or gives it a closure,
+    torch's own runs."""
+
+    def __init__(self, params: Iterable, **options):
+        super().__init__(params, fused=True, **options)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    def step(self, closure: Callable | None = None) -> float | None:
+        hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+        hooks += self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
+        plain = closure is None and not any(hooks) and not hasattr(self, "found_inf")  # which torch.amp sets
+        if not plain or not all(group["fused"] for group in self.param_groups):  # as of a loaded state that is not
+            theirs = torch.optim.Adam.step  # torch has it run hooks as soon as there is an Adam that is not ours
+            return (theirs if hasattr(theirs, "hooked") else self.profile_hook_step(theirs))(self, closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                tensors = [[] for _ in range(6)]  # parameters, their gradients, three moments, and steps so far
+                self._init_group(group, *tensors)
+                if tensors[0]:
+                    torch._foreach_add_(tensors[-1], 1)
+                    update = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+                    update(
+                        *tensors, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+                        weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
+                        grad_scale=None, found_inf=None,
+                    )  # fmt: skip
+
+    step.hooked = True  # or torch would wrap it
 
 
 class _Layer(ctypes.Structure):
@@ -48,24 +88,35 @@ class _Layer(ctypes.Structure):
 
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
-    """Build kernels.cpp for this processor, once for each version of file, compiler and processor, and load it.
-    Raises OSError, RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    """Build kernels.cpp, once for each version of file, compiler and processor, and load it. Raises OSError,
+    RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
     source = Path(__file__).with_name("kernels.cpp")
-    compile = [*shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise RuntimeError(f"CXX={os.environ['CXX']} is not a command ({error})") from None
+    compile = [*compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
     target = subprocess.check_output([*compile, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
     key = hashlib.sha256(source.read_bytes() + target + repr(compile).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-rl-tar"
-    library = cache / f"{key}.so"
-    if not library.exists():
+
+    def named(file: Path) -> str:  # with a checksum, since to load half a file would kill the process
+        return f"{key}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
+
+    library = next((file for file in sorted(cache.glob(f"{key}-*.so")) if file.name == named(file)), None)
+    if library is None:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built = Path(folder) / "kernels.so"
             command = [*compile, str(source), "-o", str(built)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
                 subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
+            with built.open("rb") as file:
+                os.fsync(file.fileno())
+            library = cache / named(built)
             os.replace(built, library)
     kernels = ctypes.CDLL(str(library))
-    kernels.library = library
+    kernels.times = cache / f"{key}.times"  # a folder, see known_times
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
     kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
@@ -81,7 +132,7 @@ class SparseMLP(nn.Module):
     (batch, n_in), the output (batch, n_out), both float32 on the CPU.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], masks: dict[str, Tensor]):
+    def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
         super().__init__()
         self.masks = {name: mask.clone() for name, mask in masks.items()}
         self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
@@ -132,11 +183,6 @@ class SparseMLP(nn.Module):
             dense[f"{name}.weight"] = flat.new_zeros(mask.shape).masked_scatter(mask, flat[layer.values : layer.bias])
             dense[f"{name}.bias"] = flat[layer.bias : layer.bias + layer.n_out].clone()
         return dense
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """As if the layers were still there: a network's state_dict() is dense however it computes."""
-        for name, tensor in self.expand(self.flat if keep_vars else self.flat.detach()).items():
-            destination[prefix.removesuffix("sparse.") + name] = tensor
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
@@ -198,16 +244,16 @@ def is_mlp(network: nn.Module) -> bool:
     return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and own
 
 
-def time_passes(network: nn.Module, budget: int, width: int, batch_size: int) -> tuple[float, float]:
-    """The median milliseconds of a training pass, forward and backward, of copies of this chain of layers with `budget`
-    connections at random between the first `width` neurons of each hidden layer: masked in torch, and in the kernels.
-    They take turns, and draw nothing that training would."""
+def time_passes(net: Net, batch_size: int) -> Times:
+    """The median milliseconds of a training pass, forward and backward, of copies of a network with K connections at
+    random between its active neurons: masked in torch, and in the kernels. They take turns, and draw nothing that
+    training would."""
     generator = torch.Generator().manual_seed(0)
-    copies = [nn.Sequential(copy.deepcopy(OrderedDict(network.named_children()))) for _ in range(2)]
-    weights = sparse_utils.linear_weights(copies[0])
-    masks = sparse_utils.static_prune(weights, budget, "random", "er", generator, width=width)
-    sparse_utils.mask_gradients(copies[0], masks)
-    compact_network(copies[1], masks)
+    copies = [nn.Sequential(copy.deepcopy(OrderedDict(net.network.named_children()))) for _ in range(2)]
+    row = Net(copies[0], None, None, "static", 0.0, width=net.width)
+    row.masks = sparse_utils.static_prune(row, net.budget, "random", "er", generator)
+    sparse_utils.mask_gradients(row)
+    compact_network(copies[1], row.masks)
     x = torch.randn(batch_size, copies[0][0].in_features, generator=generator)
     times, started = [[], []], time.perf_counter()
     while len(times[0]) < 5 or time.perf_counter() < started + 0.05:
@@ -216,53 +262,39 @@ def time_passes(network: nn.Module, budget: int, width: int, batch_size: int) ->
             before = time.perf_counter()
             layers(x).sum().backward()
             so_far.append(1000 * (time.perf_counter() - before))
-    in_torch, in_kernels = map(statistics.median, times)
-    return in_torch, in_kernels
+    return tuple(map(statistics.median, times))
 
 
-def known_times(network: nn.Module, budget: int, width: int, batch_size: int) -> tuple[float, float]:
+def known_times(net: Net, batch_size: int) -> Times:
     """`time_passes`, once on a machine: the first result is kept in a file beside the kernels, so that runs of the same
     networks make the same choice. Without such a file it is measured each time."""
-    shapes = [list(weight.shape) for weight in sparse_utils.linear_weights(network).values()]
-    what = repr((shapes, budget, width, batch_size, torch.get_num_threads(), torch.__version__))
-    library = load_kernels().library
-    file = library.with_name(f"{library.stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json")
+    shapes = [list(weight.shape) for weight in net.weights.values()]
+    what = repr((shapes, net.budget, net.width, batch_size, torch.get_num_threads(), torch.__version__))
+    file = load_kernels().times / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
-    def read() -> tuple[float, float]:
-        in_torch, in_kernels = map(float, json.loads(file.read_text())["milliseconds"])
-        return in_torch, in_kernels
+    def read() -> Times | None:
+        """None if there is no such file or it is damaged."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
+            by_torch, by_kernels = map(float, json.loads(file.read_text())["milliseconds"])
+            return (by_torch, by_kernels) if 0 < by_torch < math.inf and 0 < by_kernels < math.inf else None
 
-    try:
-        return read()
-    except OSError:
-        pass
-    except (ValueError, TypeError, KeyError):  # damaged
+    times = read()
+    if times is None:
+        times = time_passes(net, batch_size)
         with contextlib.suppress(OSError):
-            file.unlink()
-    times = time_passes(network, budget, width, batch_size)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:
-            json.dump({"of": what, "milliseconds": times}, whole)
-            whole.flush()
-            with contextlib.suppress(FileExistsError):  # another process was first
-                os.link(whole.name, file)
-        return read()
-    return times
+            file.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=file.parent) as whole:
+                json.dump({"of": what, "milliseconds": times}, whole)
+                whole.flush()
+                if read() is None:
+                    file.unlink(missing_ok=True)  # damaged
+                os.link(whole.name, file)  # raises FileExistsError if another process was first: its result counts
+    return read() or times
 
 
-def choose(
-    compute: str,
-    device: torch.device,
-    networks: dict[str, nn.Module],
-    optimizers: dict[str, torch.optim.Optimizer],
-    budgets: dict[str, tuple[int, int]],
-    widths: dict[str, int],
-    batch_size: int,
-    kept: list[str] | None = None,
-) -> tuple[list[str], dict[str, tuple[float, float]]]:
-    """The names of the networks to compute by the kernels, and the `time_passes` of those that were measured; says on
-    the console which they are and why. `budgets` gives the connections of each, and how many of them revival places;
-    `widths`, between how many neurons of each hidden layer.
+def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] | None = None) -> dict[str, Times]:
+    """Set `in_kernels` of each network, and say on the console which networks these are and why. Returns the
+    `time_passes` of those that were measured.
 
     `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, whose training passes
     take less time there; or, if a resumed run had `kept` in the kernels, those. `sparse` does not ask for the time, and
@@ -270,27 +302,11 @@ def choose(
     """
     times = {}
 
-    def decide(name: str) -> tuple[str, str]:
-        network, optimizer = networks[name], optimizers[name]
-        size = sum(weight.numel() for weight in sparse_utils.linear_weights(network).values())
-        in_torch = "dense" if budgets[name][0] == size else "masked"
+    def decide(name: str, net: Net) -> tuple[str, str]:
+        in_torch = "dense" if net.budget == net.size else "masked"
         if compute == "masked":
             return in_torch, "--compute masked asks for it"
-        why_not = None
-        if device.type != "cpu":
-            why_not = f"the kernels are for the CPU and the networks are on {device.type}"
-        elif not is_mlp(network):
-            why_not = "it is not a chain of Linear layers with bias and a ReLU after all but the last"
-        elif type(optimizer) not in ADAMS or optimizer.defaults["amsgrad"]:
-            why_not = "its optimizer is not plain Adam"
-        elif len(groups_of(network.parameters(), optimizer)) != 1:
-            why_not = "its parameters are not all in one group of its optimizer"
-        else:
-            try:
-                load_kernels()
-            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-                why_not = f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
+        why_not = why_not_in_kernels(net)
         if why_not and compute == "sparse":
             raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
         if why_not:
@@ -299,54 +315,67 @@ def choose(
             return "sparse", "--compute sparse asks for it"
         if kept is not None:
             return "sparse" if name in kept else in_torch, "the run was begun so"
-        times[name] = torch_time, kernel_time = known_times(network, budgets[name][0], widths[name], batch_size)
-        comparison = f"{kernel_time / torch_time:.2f} of torch's time ({kernel_time:.2f} of {torch_time:.2f} ms a pass)"
-        if kernel_time < torch_time:
+        times[name] = by_torch, by_kernels = known_times(net, batch_size)
+        comparison = f"{by_kernels / by_torch:.2f} of torch's time ({by_kernels:.2f} of {by_torch:.2f} ms a pass)"
+        if by_kernels < by_torch:
             return "sparse", f"it takes {comparison}"
         return in_torch, f"the kernels would take {comparison}"
 
-    choices = {name: decide(name) for name in networks}
-    for choice in dict.fromkeys(choices.values()):
-        how, why = choice
-        names = ", ".join(name for name in networks if choices[name] == choice)
+    choices = {name: decide(name, net) for name, net in nets.items()}
+    for how, why in dict.fromkeys(choices.values()):
+        names = ", ".join(name for name in nets if choices[name] == (how, why))
         tqdm.write(f"compute: {names} {how}, since {why}")
-    return [name for name, (how, _) in choices.items() if how == "sparse"], times
+    for name, net in nets.items():
+        net.in_kernels = choices[name][0] == "sparse"
+    return times
 
 
-def compact(
-    names: list[str],
-    networks: dict[str, nn.Sequential],
-    targets: dict[str, nn.Sequential],
-    optimizers: dict[str, torch.optim.Optimizer],
-    masks: dict[str, dict[str, Tensor]],
-) -> None:
-    """Replace, in place, the layers of the networks `names` and of their targets by one `SparseMLP` each that computes
-    the same, and their parameters and Adam's moments in the optimizers."""
-    for name in names:
-        compact_network(networks[name], masks[name], optimizers[name])
-        if name in targets:
-            compact_network(targets[name], masks[name])
+def why_not_in_kernels(net: Net) -> str | None:
+    """Why the kernels cannot compute a network here; None if they can."""
+    params, optimizer = list(net.network.parameters()), net.optimizer
+    if params[0].device.type != "cpu":
+        return f"the kernels are for the CPU and the networks are on {params[0].device.type}"
+    if not is_mlp(net.network):
+        return "it is not a chain of Linear layers with bias and a ReLU after all but the last"
+    adams = (Adam, torch.optim.Adam, torch.optim.AdamW)
+    if type(optimizer) not in adams or any(group["amsgrad"] for group in optimizer.param_groups):
+        return "its optimizer is not plain Adam"
+    if len(groups_of(params, optimizer)) != 1:
+        return "its parameters are not all in one group of its optimizer"
+    try:
+        load_kernels()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        return f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
 
 
-def expand(
-    names: list[str],
-    networks: dict[str, nn.Sequential],
-    targets: dict[str, nn.Sequential],
-    optimizers: dict[str, torch.optim.Optimizer],
-) -> None:
-    """Undo `compact` where it was done, to the bit: the layers of before with the values and moments of now, zero where
-    pruned."""
-    for name in (name for name in names if hasattr(networks[name], "sparse")):
-        expand_network(networks[name], optimizers[name])
-        if name in targets:
-            expand_network(targets[name])
+def compact(nets: dict[str, Net]) -> None:
+    """Compute each network that is `in_kernels` and has masks, and its target, by one `SparseMLP` in the place of its
+    layers, whose vector takes the place of their parameters in the optimizer."""
+    for net in (net for net in nets.values() if net.in_kernels and net.masks):
+        for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
+            if network is not None and not hasattr(network, "sparse"):
+                compact_network(network, net.masks, optimizer)
 
 
-def compact_network(
-    network: nn.Sequential,
-    masks: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
+def expand(nets: dict[str, Net]) -> None:
+    """Undo `compact`, to the bit: the layers of before with the values and moments of now, zero where pruned."""
+    for net in nets.values():
+        for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
+            if hasattr(network, "sparse"):
+                expand_network(network, optimizer)
+
+
+@contextlib.contextmanager
+def in_torch(nets: dict[str, Net]) -> Iterator[None]:
+    """Inside the block all networks are ordinary torch modules, whose masks, weights and optimizers may be read and
+    changed; afterwards those that are `in_kernels` are compact again."""
+    expand(nets)
+    yield
+    compact(nets)
+
+
+def compact_network(network: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
     """`compact` for one network."""
     replaced = dict(network.named_children())
     mlp = SparseMLP({name: replaced[name] for name in masks}, masks)
@@ -358,10 +387,9 @@ def compact_network(
     network.add_module("sparse", mlp)
     state = swap(dense, [mlp.flat], optimizer) if optimizer else []
     if state and all(state):
-        pairs = {name: state[2 * i : 2 * i + 2] for i, name in enumerate(masks)}
-        moments = ("exp_avg", "exp_avg_sq")
-        compressed = {m: mlp.compress({name: (w[m], b[m]) for name, (w, b) in pairs.items()}) for m in moments}
-        optimizer.state[mlp.flat] = {"step": state[0]["step"]} | compressed
+        optimizer.state[mlp.flat] = own = {"step": state[0]["step"]}
+        for m in ("exp_avg", "exp_avg_sq"):
+            own[m] = mlp.compress({name: (state[2 * i][m], state[2 * i + 1][m]) for i, name in enumerate(masks)})
 
 
 @torch.no_grad()
@@ -380,35 +408,6 @@ def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | No
         if state:
             own = {key: tensors[name] for key, tensors in moments.items()}
             optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
-
-
-def zero_grad(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.zero_grad()`, without its bookkeeping, which would be 4% of a sparse step."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
-
-
-def step(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()`, to the bit. For Adam(fused=True) without what torch wraps around it for profilers and
-    compilers, 7% of the CPU time of a sparse step (tests/README.md); where anyone has hooked into it, it is called."""
-    hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
-    hooks += optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    plain = type(optimizer) is torch.optim.Adam and not any(hooks)
-    plain = plain and all(group["fused"] and not group["decoupled_weight_decay"] for group in optimizer.param_groups)
-    if not plain or "step" in vars(optimizer):
-        return optimizer.step()  # a scheduler of learning rates puts its own `step` into vars(optimizer)
-    with torch.no_grad():
-        for group in optimizer.param_groups:
-            tensors = [[] for _ in range(6)]  # parameters, their gradients, three moments, and steps so far
-            optimizer._init_group(group, *tensors)
-            if tensors[0]:
-                torch._foreach_add_(tensors[-1], 1)
-                torch._fused_adam_(
-                    *tensors, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-                    weight_decay=group["weight_decay"], amsgrad=group["amsgrad"], maximize=group["maximize"],
-                    grad_scale=None, found_inf=None,
-                )  # fmt: skip
 
 
 def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:

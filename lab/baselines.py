@@ -1,0 +1,526 @@
+"""What other papers do to a sparse agent, called at the places of the scripts that are marked BASELINES.
+
+Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, a density that falls (CHTss, SCULPT), sparsity-aware
+initialization, cyclic learning rates, and the flags of all of these. Without this file, the marked lines and the base
+class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also serve n-step targets (RLx2) and
+recent transitions (after MAST), which lab/replay.py computes.
+"""
+
+import bisect
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import sparse_utils
+from lab import kernels
+from lab.flags import fail, fraction, one_of, positive, require, within_training
+from sparse_utils import Masks, Net, Revival, Rule, active_part, highest, linear_weights
+
+MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
+EARLY_STOP = 0.9  # fraction of the grown connections that were just dropped, above which a layer has settled (CHT)
+
+
+# RULES: Cannistraci-Hebb scores, what is dropped, what grows
+
+
+def ch_scores(mask: Tensor) -> Tensor:
+    """CH2-L3n of each pair of an output and an input that are not connected, 0 elsewhere: float64, of shape (n_out,
+    n_in). The neurons between the two, on paths of three connections, are their local community; the score is the sum
+    over these of (1 + connections within it) / (1 + connections that leave it and the pair) (Muscoloni et al. 2022)."""
+
+    def by_community(m: Tensor) -> Tensor:  # that half of it which shares the kind of the rows
+        common = m @ m.T  # connections of neuron j into the community of i and another neuron that j reads
+        leaving = (m.sum(1) - common - 1).clamp(min=0)
+        return (common + (common > 0)) / (1 + leaving) @ m
+
+    m = mask.double()
+    return (by_community(m) + by_community(m.T).T) * ~mask
+
+
+def ch_places(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """Cannistraci-Hebb scores; a little noise makes ties random."""
+    return ch_scores(mask) + 1e-9 * torch.rand(mask.shape, generator=generator).to(mask.device)
+
+
+def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
+    """As tar, but within a layer not at random: where Cannistraci-Hebb scores are highest [ours]."""
+    return sparse_utils.tar_budgets(masks, reserve)
+
+
+sparse_utils.REVIVALS["tar_ch"] = Revival(tar_ch_budgets, ch_places)
+sparse_utils.UNPRUNED["tiny"] = "Train a dense network so narrow that it has at most K weights"
+
+
+class Layer(NamedTuple):
+    """What a rule of rewiring is given of one layer, each tensor of shape (n_out, n_in)."""
+
+    weight: Tensor
+    gradient: Tensor | None  # of the network's own loss; None unless the rule says `uses_loss`
+    mask: Tensor  # growth: what the drop has left
+    generator: torch.Generator  # on the CPU
+    done: float  # fraction of all rewirings, this one included; 1 at the last
+
+
+def magnitude_worth(layer: Layer) -> Tensor:
+    """|w| (Han et al. 2015)."""
+    return layer.weight.abs()
+
+
+def set_worth(layer: Layer) -> Tensor:
+    """|w|, ranked among the positive and among the negative weights apart, the same fraction of both dropped (Mocanu et
+    al. 2018; Nowak et al. drop the same number)."""
+    weight, mask = layer.weight, layer.mask
+    rank = torch.zeros_like(weight)  # within the weights of one sign, as a fraction of their number
+    for same_sign in (mask & (weight >= 0), mask & (weight < 0)):
+        order = weight[same_sign].abs().argsort(stable=True).argsort()
+        rank[same_sign] = (order + 1) / max(1, len(order))
+    return rank
+
+
+def mest_worth(layer: Layer) -> Tensor:
+    """|w| + |g| (Yuan et al. 2021, with lambda = 1 as in the code of Nowak et al. 2023)."""
+    return layer.weight.abs() + MEST_LAMBDA * layer.gradient.abs()
+
+
+def snip_worth(layer: Layer) -> Tensor:
+    """|w g| (Lee et al. 2019)."""
+    return (layer.weight * layer.gradient).abs()
+
+
+def sensitivity(layer: Layer) -> Tensor:
+    """|g| / |w| (Nowak et al. 2023; 0 / 0 counts as 0)."""
+    return (layer.gradient / layer.weight).abs().nan_to_num(nan=0.0)
+
+
+def reciprocal_sensitivity(layer: Layer) -> Tensor:
+    """|w| / |g| (Nowak et al. 2023; 0 / 0 counts as 0)."""
+    return (layer.weight / layer.gradient).abs().nan_to_num(nan=0.0)
+
+
+def noise(layer: Layer) -> Tensor:
+    """Uniform noise."""
+    return torch.rand(layer.mask.shape, generator=layer.generator).to(layer.mask.device)
+
+
+def sample(odds: Tensor, layer: Layer) -> Tensor:
+    """Scores for a draw without replacement by these odds (Efraimidis and Spirakis 2006); zeros last, at random."""
+    return (odds.double() + 1e-99) / -noise(layer).double().log()
+
+
+def soft_worth(layer: Layer) -> Tensor:
+    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025)."""
+    return sample(layer.weight.abs().double() ** (1 + 2 * layer.done), layer)
+
+
+# what an active connection with weight w and gradient g is worth, the lowest being dropped (Nowak et al. 2023)
+DROPS = {
+    "magnitude": Rule(magnitude_worth),
+    "set": Rule(set_worth),
+    "mest": Rule(mest_worth, uses_loss=True),
+    "snip": Rule(snip_worth, uses_loss=True),
+    "sensitivity": Rule(sensitivity, uses_loss=True),
+    "reciprocal_sensitivity": Rule(reciprocal_sensitivity, uses_loss=True),
+    "random": Rule(noise),
+    "soft": Rule(soft_worth),
+}
+
+
+def set_growth(layer: Layer) -> Tensor:
+    """Prune, then rewire during training: drop connections, grow as many at random (SET as in Graesser et al. 2022)."""
+    return noise(layer)
+
+
+def rigl_growth(layer: Layer) -> Tensor:
+    """The same, but grow where the dense gradient is largest (RigL, Evci et al. 2020)."""
+    return layer.gradient.abs()
+
+
+def cht_growth(layer: Layer) -> Tensor:
+    """The same, but grow where Cannistraci-Hebb scores of the mask are highest (CHT, Zhang et al. 2024)."""
+    return ch_places(layer.mask, layer.generator)
+
+
+def chts_growth(layer: Layer) -> Tensor:
+    """The same, but drop and grow at random, by odds of worth and of that score (CHTs, Zhang et al. 2025)."""
+    return sample(ch_scores(layer.mask), layer)
+
+
+# where connections grow, the highest first
+GROWTHS = {
+    "set": Rule(set_growth),
+    "rigl": Rule(rigl_growth, uses_loss=True),
+    "cht": Rule(cht_growth, by_topology=True),
+    "chts": Rule(chts_growth, drop="soft", by_topology=True),
+}
+
+METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils.UNPRUNED
+
+
+# FLAGS
+
+Method = one_of(
+    METHODS, "How connections are pruned and revived. Every method but dense and tiny trains K connections."
+)
+DropCriterion = one_of(
+    DROPS | {None: "Soft with chts, else magnitude"},
+    "For methods that rewire: the worth of a connection; those of the lowest worth are dropped.",
+)
+
+
+@dataclass
+class Flags:
+    rewire_every: int = 1000  # For methods that rewire: environment steps between rewirings (Graesser et al. 2022).
+    # For methods that rewire: the fraction of a layer's connections that the first rewiring replaces. It falls to 0
+    # along a cosine (Graesser et al. 2022).
+    rewire_fraction: float = 0.5
+    rewire_stop: float = 0.8  # For methods that rewire: the fraction of training after which masks stay as they are.
+    drop_criterion: DropCriterion = None
+    # For methods that rewire: connections that were just dropped may grow again at once (Evci et al. 2020).
+    regrow: bool = True
+    # The weights that training starts from at pruning. dense: as the dense network drew them. sparse: scaled to the
+    # active inputs of each neuron (Evci et al. 2022).
+    init: Literal["dense", "sparse"] = "dense"
+    # The density after the first pruning, if it is to fall to that of --sparsity during training: at the rewirings, or
+    # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
+    density_start: float | None = None
+    # Prune a second time at this environment step, by magnitude, and revive only then (SCULPT). Needs --density-start.
+    final_prune_at: int | None = None
+    # The number of cycles in which all learning rates rise and fall. Adam starts anew in each (SCULPT).
+    lr_cycles: int | None = None
+    # The number of rewards that a critic's target adds up before it bootstraps (RLx2, Tan et al. 2023).
+    n_step: int = 1
+    n_step_from: int = 0  # Use one-step targets before this environment step (RLx2).
+    recent_fraction: float = 0.0  # The fraction of each batch that is drawn from the newest transitions (after MAST).
+    recent_size: int = 20_000  # The number of transitions that count as newest.
+
+
+def usual_drop(methods: set[str]) -> str | None:
+    """The drop criterion of these methods in their sources; None if they have different ones or none."""
+    usual = {GROWTHS[method].drop for method in methods & GROWTHS.keys()}
+    return usual.pop() if len(usual) == 1 else None
+
+
+def unused(args: object) -> set[str]:
+    """The flags of this file that make no difference to a run."""
+    found, methods = set(), {args.method, args.critic_method}
+    if not methods & GROWTHS.keys():
+        found |= {"rewire_every", "rewire_fraction", "rewire_stop", "drop_criterion", "regrow"}
+    if not methods - sparse_utils.UNPRUNED.keys():
+        found |= {"init", "density_start", "final_prune_at"}
+    if args.n_step == 1:
+        found |= {"n_step_from"}
+    if not args.recent_fraction:
+        found |= {"recent_size"}
+    return found
+
+
+def check(args: object) -> None:
+    """End the program with one sentence if a value of these flags cannot work."""
+    rules = positive(args, "rewire_every", "n_step", "recent_size") | fraction(args, "recent_fraction")
+    for name in ("rewire_fraction", "rewire_stop"):
+        rules[name] = (0 <= getattr(args, name) <= 1, "in [0, 1]")
+    require(args, rules | within_training(args, "n_step_from"))
+    check_density(args)
+    growths = {method: GROWTHS[method] for method in (args.method, args.critic_method) if method in GROWTHS}
+    if growths and args.drop_criterion is None:
+        drops = " and ".join(f"{method} by {rule.drop}" for method, rule in growths.items())
+        fail(f"actor and critics would drop by different criteria, {drops}; choose one --drop-criterion")
+    for method in (method for method, rule in growths.items() if rule.by_topology and not args.regrow):
+        fail(f"--method {method} stops in a layer where dropped connections grow again; leave --no-regrow out")
+    if growths and not rewiring_steps(args):
+        after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
+        never = f"every {args.rewire_every} steps after step {after} and before {until:g}, which is never"
+        mend = "lower --rewire-every or --learning-starts, raise --rewire-stop or train longer"
+        fail(f"--method {next(iter(growths))} rewires {never}; {mend}")
+    if growths and args.rewire_fraction == 0 and args.density_start is None:
+        fail(f"--method {next(iter(growths))} with --rewire-fraction 0 rewires nothing; raise it, or use static")
+    if args.init == "sparse" and args.prune_at > args.learning_starts:
+        fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
+    if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
+        fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
+    if args.recent_fraction and args.recent_size >= min(args.buffer_size, args.total_timesteps):
+        fail(f"--recent-size {args.recent_size} is all that the buffer ever holds; choose a smaller one")
+    steps = args.total_timesteps - args.learning_starts
+    if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
+        fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
+
+
+def check_density(args: object) -> None:
+    """End the program with one sentence if --density-start or --final-prune-at cannot work."""
+    methods = {args.method, args.critic_method} - sparse_utils.UNPRUNED.keys()
+    stay = sorted(methods - GROWTHS.keys())
+    if args.density_start is None:
+        if args.final_prune_at is not None:
+            fail("--final-prune-at is the end of a --density-start; set both or neither")
+        return
+    if not 0 < args.density_start < 1:
+        fail(f"--density-start must be above 0 and below 1, got {args.density_start}")
+    if args.final_prune_at is not None and not args.prune_at < args.final_prune_at < args.total_timesteps:
+        fail(f"--final-prune-at must be after --prune-at {args.prune_at} and before the end, got {args.final_prune_at}")
+    if stay and len(stay) < len(methods):
+        fail("--density-start needs actor and critics that both rewire or whose masks both stay")
+    if stay and args.final_prune_at is None:
+        fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
+    if methods and not stay:
+        if args.final_prune_at is not None:
+            fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
+        if not args.save_buffer:
+            fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
+
+
+def check_longer(args: object) -> None:
+    """End the program with one sentence if a run with these flags cannot be made longer when it is resumed."""
+    if args.lr_cycles is not None:
+        fail("--lr-cycles splits --total-timesteps into cycles; start a new run to train longer")
+    if rewired := {args.method, args.critic_method} & GROWTHS.keys():
+        fail(f"--method {min(rewired)} rewires by a schedule over --total-timesteps; start a new run to train longer")
+
+
+# TINY
+
+
+def hidden_size(network: type[nn.Module], env: object, args: object, method: str, sparsity: float) -> int:
+    """Neurons in each hidden layer: --hidden-size, and with `tiny` the most at which `network(env, neurons)`, dense,
+    has no more weights than that of --hidden-size has connections at this sparsity. Raises ValueError if that is 0."""
+    if method != "tiny":
+        return args.hidden_size
+
+    def weights(neurons: int) -> int:
+        return sum(weight.numel() for weight in linear_weights(network(env, neurons)).values())
+
+    with torch.random.fork_rng(devices=[]):  # networks built to be counted must not shift the run's random numbers
+        budget = round((1 - sparsity) * weights(args.hidden_size))
+        neurons = bisect.bisect_right(range(1, args.hidden_size + 1), budget, key=weights)
+    if neurons < 1:
+        raise ValueError("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
+    return neurons
+
+
+# REWIRING
+
+
+def remove_chains(masks: Masks, stopped: list[str]) -> None:
+    """Drop, in place, the connections of hidden neurons that have no active output, or no active input, until there are
+    none (Zhang et al. 2024), but not those of the layers that have `stopped`."""
+    pairs = [(a, b) for a, b in zip(masks, list(masks)[1:]) if masks[a].shape[0] == masks[b].shape[1]]
+    for a, b in reversed(pairs):
+        masks[a] &= masks[b].any(0).unsqueeze(1) | (a in stopped)
+    for a, b in pairs:
+        masks[b] &= masks[a].any(1) | (b in stopped)
+
+
+class Rules(NamedTuple):
+    """How a network is rewired."""
+
+    growth: Rule
+    drop: Rule
+    regrow: bool  # whether what was just dropped may grow again (Evci et al. 2020)
+
+    @property
+    def uses_loss(self) -> bool:
+        return self.growth.uses_loss or self.drop.uses_loss
+
+
+def rewire_layers(
+    layers: dict[str, Layer], counts: dict[str, int], stopped: list[str], fraction: float, rules: Rules
+) -> None:
+    """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
+    of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
+    that were inactive before. Ties go to the lower index. A layer in which CHT has settled comes into `stopped`."""
+    kept = {}
+    for name, layer in layers.items():
+        count = 0 if name in stopped else int(fraction * counts[name])
+        count = count if rules.regrow else min(count, int((~layer.mask).sum()))
+        surplus = int(layer.mask.sum()) - counts[name] + count
+        kept[name] = layer.mask & ~highest(-rules.drop.scores(layer), surplus, layer.mask)
+    if rules.growth.by_topology:
+        remove_chains(kept, stopped)
+    for name, layer in layers.items():
+        count, candidates = counts[name] - int(kept[name].sum()), ~kept[name] if rules.regrow else ~layer.mask
+        scores = rules.growth.scores(layer._replace(mask=kept[name]))
+        after = kept[name] | highest(scores, count, candidates)
+        back, elsewhere = int((layer.mask & after & ~kept[name]).sum()), int((~layer.mask).sum())
+        if rules.growth.by_topology and back > EARLY_STOP * count and elsewhere >= count:
+            stopped.append(name)  # a fuller layer has no choice, so that says nothing [ours]
+        layer.mask.copy_(after)
+
+
+def rewire(
+    net: Net,
+    rules: Rules,
+    loss: Tensor | None,
+    stopped: list[str],
+    fraction: float,
+    done: float,
+    distribution: str,
+    generator: torch.Generator,
+) -> None:
+    """Rewire a network between its active neurons, its masks in place, to net.budget connections. If these are fewer
+    than before, a layer keeps as many as pruning by magnitude and that distribution would leave there. `loss` is the
+    network's own, for rules that read its dense gradient. A dropped weight ends at zero, also in Adam's moments and in
+    the target; a new one starts there."""
+    left = net.masks
+    if net.budget < sum(int(mask.sum()) for mask in net.masks.values()):
+        left = sparse_utils.static_prune(net, net.budget, "magnitude", distribution, generator)
+    counts = {name: int(mask.sum()) for name, mask in left.items()}
+    if sum(counts.values()) != net.budget:
+        raise ValueError(f"distribution {distribution} leaves {sum(counts.values())} of {net.budget} connections")
+    weights = active_part(net.weights, net.width)
+    gradients = dict.fromkeys(weights)
+    if rules.uses_loss:
+        dense = torch.autograd.grad(loss, list(net.weights.values()))
+        gradients = active_part(dict(zip(net.weights, dense, strict=True)), net.width)
+    layers = {
+        name: Layer(weights[name].detach(), gradients[name], mask, generator, done)
+        for name, mask in active_part(net.masks, net.width).items()
+    }
+    # layer by layer, but all at once where chains across layers count
+    for group in [layers] if rules.growth.by_topology else [{name: layer} for name, layer in layers.items()]:
+        rewire_layers(group, counts, stopped, fraction, rules)
+    sparse_utils.zero_pruned(net)
+    net.active = net.budget
+
+
+def rewiring_flops(net: Net, rules: Rules) -> int:
+    """Floating-point operations per sample of a rewiring, for the gradient of the network's own layers alone: 2 per
+    active connection forward and 2 backward to the inputs; for the weights' gradient 2 per weight, active or not, if
+    growth reads it (Evci et al. 2020), 2 per active one if dropping alone does, and nothing at all if neither does."""
+    if rules.growth.uses_loss:
+        return 4 * net.active + 2 * net.size
+    return 6 * net.active if rules.drop.uses_loss else 0
+
+
+def rewiring_steps(args: object) -> range:
+    """The environment steps at which networks are rewired."""
+    after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
+    return range((after // args.rewire_every + 1) * args.rewire_every, math.ceil(until), args.rewire_every)
+
+
+# THE SCHEDULE OF A RUN
+
+
+def decayed(start: int, end: int, done: float) -> int:
+    """Connections when a fraction of the rewirings is done: from `start` to `end` by a sigmoid over [-6, 6], stretched
+    so that both are met (CHTss, Zhang et al. 2025)."""
+    return round(start + (end - start) * (1 + math.tanh(6 * done - 3) / math.tanh(3)) / 2)
+
+
+def first_budget(net: Net, density: float | None) -> tuple[int, int]:
+    """K and R of the first pruning: those of the network, or with --density-start that fraction of its weights and no
+    revival. Raises ValueError unless that is more than K and less than the active neurons can hold."""
+    if density is None or net.method in sparse_utils.UNPRUNED:
+        return net.budget, net.reserve
+    start, most = round(density * net.size), sum(w.numel() for w in active_part(net.weights, net.width).values())
+    if not net.budget < start < most:
+        raise ValueError(
+            f"--density-start {density} is {start} connections of a network; choose one above the {net.budget} of the "
+            f"end and below the {most} that its active neurons can have"
+        )
+    return start, 0
+
+
+@torch.no_grad()
+def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
+    """Multiply, in place, the weights of each neuron by sqrt(n_in / its active inputs), the scale that an
+    initialization by its own fan-in would have given them (Evci et al. 2022, Gradient Flow in Sparse Neural Networks
+    and How Lottery Tickets Win). A neuron without active inputs is left as it is."""
+    for name, weight in linear_weights(network).items():
+        active = masks[name].sum(1, keepdim=True)
+        weight.mul_((weight.shape[1] / active.where(active > 0, weight.shape[1])).sqrt())
+
+
+def cycle_start(k: int, start: int, end: int, cycles: int) -> int:
+    """The first step of cycle k = 0, 1, ... of `cycles` that split the steps from `start` to before `end` evenly."""
+    return start - (start - end) * k // cycles
+
+
+def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
+    """By what SCULPT multiplies the rate at this step: within a cycle the factor rises linearly from 0.2 to 1 over the
+    first fifth, then falls linearly to 0."""
+    done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
+    return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
+
+
+class Schedule:
+    """When networks are pruned and rewired, and what else the flags of this file do at a step. With tar, uniform,
+    static and dense and the default flags, that is one pruning at --prune-at and nothing else."""
+
+    def __init__(self, args: object, nets: dict[str, Net], generator: torch.Generator):
+        self.args, self.nets, self.generator = args, nets, generator
+        self.final = {name: (net.budget, net.reserve) for name, net in nets.items()}
+        self.first = {name: first_budget(net, args.density_start) for name, net in nets.items()}
+        self.prunings = {args.prune_at: args.criterion}
+        if args.final_prune_at is not None:
+            self.prunings[args.final_prune_at] = "magnitude"
+        self.rewirings = rewiring_steps(args)
+        self.dynamic = {name: net for name, net in nets.items() if net.method in GROWTHS}
+        self.rules = {
+            name: Rules(GROWTHS[net.method], DROPS[args.drop_criterion], args.regrow)
+            for name, net in self.dynamic.items()
+        }
+        self.stopped = {name: [] for name in self.dynamic}  # layers that cht and chts rewire no more
+        self.revived = {}  # the masks as revival left them, from which the log measures how far rewiring has come
+        for name, net in nets.items():
+            net.budget, net.reserve = self.first[name]
+
+    def state_dict(self) -> dict:
+        return {"stopped": self.stopped, "revived": self.revived}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.stopped, self.revived = state["stopped"], state["revived"]
+
+    def begin_pruning(self, global_step: int) -> str:
+        """Set K and R of every network for the pruning at this step. Returns the criterion."""
+        if global_step == self.args.final_prune_at:
+            for name, net in self.nets.items():
+                net.budget, net.reserve = self.final[name]
+        return self.prunings[global_step]
+
+    def after_pruning(self, global_step: int) -> None:
+        """Rescale the weights that are left, with --init sparse."""
+        self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
+        if self.args.init == "sparse" and global_step == self.args.prune_at:
+            for net in self.nets.values():
+                for network in (net.network, net.target) if net.method not in sparse_utils.UNPRUNED else ():
+                    if network is not None:
+                        scale_to_active_inputs(network, net.masks)
+
+    def step(self, global_step: int, own_losses: Callable, run: object) -> int:
+        """Set the learning rates of this step and rewire if it is time. `own_losses(batch_size)` gives the loss of each
+        network. Returns the floating-point operations that it took."""
+        if self.args.lr_cycles is not None and global_step >= self.args.learning_starts:
+            self.cycle_learning_rates(global_step, run)
+        if not self.dynamic or global_step not in self.rewirings or global_step <= run.learn_from:
+            return 0
+        until = self.args.rewire_stop * self.args.total_timesteps
+        fraction = self.args.rewire_fraction / 2 * (1 + math.cos(math.pi * global_step / until))
+        done = (self.rewirings.index(global_step) + 1) / len(self.rewirings)
+        before = {name: copy.deepcopy(net.masks) for name, net in self.dynamic.items()}
+        flops = sum(rewiring_flops(net, self.rules[name]) for name, net in self.dynamic.items())
+        with kernels.in_torch(self.dynamic):
+            losses = own_losses(self.args.batch_size) if any(rules.uses_loss for rules in self.rules.values()) else {}
+            for name, net in self.dynamic.items():
+                net.budget = decayed(self.first[name][0], self.final[name][0], done)
+                state = (self.stopped[name], fraction, done, self.args.distribution, self.generator)
+                rewire(net, self.rules[name], losses.get(name), *state)
+        run.log_rewiring(global_step, self.dynamic, before, self.revived)
+        return self.args.batch_size * flops
+
+    def cycle_learning_rates(self, global_step: int, run: object) -> None:
+        """Set the learning rates of this step; where a cycle begins, Adam starts anew and the weights go on."""
+        cycles = (self.args.learning_starts, self.args.total_timesteps, self.args.lr_cycles)
+        starts = [cycle_start(k, *cycles) for k in range(self.args.lr_cycles)]
+        optimizers = {net.optimizer: "actor" if name == "actor" else "critic" for name, net in self.nets.items()}
+        for optimizer, name in optimizers.items():
+            if global_step in starts:
+                optimizer.state.clear()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_factor(global_step, *cycles) * group.setdefault("initial_lr", group["lr"])
+            if global_step % 100 == 0:
+                run.log(global_step, {f"charts/{name}_lr": optimizer.param_groups[0]["lr"]})

@@ -1,0 +1,248 @@
+"""Any environment, made fit for training: what goes in and out of it is checked, a policy can be evaluated in it, and
+what it holds between episodes can be saved and put back."""
+
+import copy
+import difflib
+import math
+import os
+import random
+import sys
+import warnings
+import zlib
+from collections import deque
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from lab.flags import fail
+
+EVALUATION_LIMIT = 10_000  # steps after which an evaluation episode of an environment without a time limit is cut
+STOP_SIGNALS = []  # SIGINT or SIGTERM, once received
+
+# MAKING ONE
+
+
+class NewWorld(gym.Wrapper):
+    """A new Box2D world for each episode. BipedalWalker keeps one for life, and its past shows in the last bits; with a
+    new one an episode is a function of the generator and the actions, so that a resumed run goes on with the same."""
+
+    def reset(self, **kwargs):
+        self.unwrapped._destroy()
+        self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
+        return super().reset(**kwargs)
+
+
+class Guard(gym.Wrapper):
+    """Stands between the agent and any environment. Observations are copies, so that an environment may change its own
+    array. Actions are copies of the space's own type and inside its bounds, which rounding may have left by one float32
+    step. Numbers that are not finite end the program and are named."""
+
+    global_step = 0  # for messages; the run sets it
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.checked(obs), info
+
+    def step(self, action):
+        space = self.action_space
+        if not np.isfinite(action).all():
+            fail(f"the action at step {self.global_step} is {action}: training diverged", code=1)
+        obs, reward, *ends, info = self.env.step(np.clip(np.asarray(action, space.dtype), space.low, space.high))
+        value = np.asarray(reward, float)
+        if value.size != 1 or not np.isfinite(value).all():
+            fail(f"the reward at step {self.global_step} is {reward}; it must be one finite number", code=1)
+        return self.checked(obs), value.item(), *map(bool, ends), info
+
+    def checked(self, obs) -> np.ndarray:
+        obs, shape = np.array(obs), self.observation_space.shape
+        if obs.shape != shape:
+            fail(f"the observation at step {self.global_step} has shape {obs.shape} and its space {shape}", code=1)
+        if not (np.abs(obs) <= np.finfo(np.float32).max).all():
+            fail(f"the observation at step {self.global_step} is {obs}; all its numbers must be finite", code=1)
+        return obs
+
+
+def make_env(env_id: str, video: bool = False) -> gym.Env:
+    """The environment; `<module>:<id>` imports the module that registers it first."""
+    # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # on resuming
+    try:
+        env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
+        if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
+            env = NewWorld(env)
+        env = Guard(env)
+    except gym.error.UnregisteredEnv as error:
+        close = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
+    except Exception as error:  # a package of environments may be broken in any way
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        where = "`pip install -r requirements.txt` brings MuJoCo's and Box2D's, PYTHONPATH says where yours is"
+        fail(f"cannot make {env_id} ({why}); {where}")
+    actions, observations = env.action_space, env.observation_space
+    if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
+        fail(f"{env_id} has the observation space {observations}; this script needs a 1-D Box")
+    if not (isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"):
+        fail(f"{env_id} has the action space {actions}; this script needs a bounded 1-D Box of floating-point numbers")
+    with np.errstate(over="ignore", invalid="ignore"):
+        widths = actions.high.astype(np.float32) - actions.low.astype(np.float32)
+    if not (np.isfinite(widths) & (widths > 0)).all():
+        fail(f"{env_id} has the action space {actions}; this script needs one whose ranges are positive and finite")
+    return env
+
+
+def make_eval_env(env_id: str, video: bool) -> gym.Env:
+    """An environment for evaluations. Ends the program with one sentence if its first reset or frame shows that it does
+    not work here."""
+    if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    env = make_env(env_id, video)
+    env.reset(seed=0)
+    if not isinstance(env.unwrapped.np_random, np.random.Generator):
+        fail(
+            f"{env_id} has a np_random that is no numpy.random.Generator; let its reset() call super().reset(seed=seed)"
+        )
+    if video:
+        try:
+            import moviepy  # noqa: F401 - RecordVideo misses it only when it writes
+
+            env.render()
+        except Exception as error:  # every backend has errors of its own
+            needs = "it needs `pip install moviepy`, and without a screen EGL (Debian: libegl1)"
+            fail(f"--capture-video cannot film here ({type(error).__name__}: {error}); {needs}")
+    for layer in layers(env):
+        if hasattr(layer, "update_running_mean"):
+            layer.update_running_mean = False  # the statistics are those of training
+    return env
+
+
+def has_time_limit(env: gym.Env) -> bool:
+    """Whether there is a TimeLimit wrapper, or an environment that counts its steps by the same name."""
+    return env.has_wrapper_attr("_max_episode_steps")
+
+
+@torch.no_grad()
+def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: str = ""):
+    """Lists of the returns and lengths of noise-free episodes. Reseeded, so that every evaluation starts from the same
+    states (if only resets draw random numbers). With `video`, the first episode is filmed under that name. Without a
+    time limit episodes are cut after EVALUATION_LIMIT steps, and a signal ends them all: then the result is None."""
+    returns, lengths = [0.0] * episodes, [0] * episodes
+    limit = math.inf if has_time_limit(env) else EVALUATION_LIMIT
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        if video and episode == 0:
+            env.start_recording(video)
+        done = False
+        while not done:
+            action = policy(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))[0]
+            obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
+            returns[episode] += reward
+            lengths[episode] += 1
+            done = terminated or truncated or lengths[episode] >= limit
+            if STOP_SIGNALS and limit < math.inf:
+                return None
+        if video and episode == 0:
+            env.stop_recording()
+    return returns, lengths
+
+
+# WHAT IT HOLDS BETWEEN EPISODES: random generators, the statistics of layers that normalize, and other state
+
+
+def layers(env: gym.Env) -> list[gym.Env]:
+    """The environment and its wrappers, the innermost first."""
+    return [*layers(env.env), env] if isinstance(env, gym.Wrapper) else [env]
+
+
+def attributes(env: gym.Env) -> dict[str, object]:
+    """The layers of an environment, their attributes and their spaces, by layer and name."""
+    found = {}
+    for depth, layer in enumerate(layers(env)):
+        held = {"": layer, **vars(layer), "actions": layer.action_space, "observations": layer.observation_space}
+        found |= {f"{depth}.{type(layer).__name__}.{name}": value for name, value in held.items()}
+    return found
+
+
+def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
+    """Every random generator that training may draw from: the global ones and the environments' own."""
+    found = {"python": random, "numpy": np.random, "torch": torch.default_generator}
+    if torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+    kinds = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
+    for which, one in (("training", env), ("evaluation", eval_env)):
+        for name, part in attributes(one).items():
+            part = part.np_random if isinstance(part, gym.Space) else part
+            if isinstance(part, kinds):
+                found[f"{which} {name}"] = part
+    return found
+
+
+def random_state(generator: object) -> object:
+    if hasattr(generator, "getstate"):  # Python's
+        return generator.getstate()
+    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
+
+
+def set_random_state(generator: object, state: object) -> None:
+    if hasattr(generator, "setstate"):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(torch.as_tensor(state))
+    elif hasattr(generator, "set_state"):  # NumPy's global one, and RandomState
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def statistics(env: gym.Env) -> dict[str, dict]:
+    """The running means and variances by which layers of an environment normalize, by layer and name."""
+    found = {}
+    for name, part in attributes(env).items():
+        for kept in ({"mean", "var", "count"}, {"discounted_reward"}):  # RunningMeanStd; NormalizeReward itself
+            if kept <= getattr(part, "__dict__", {}).keys():
+                found[name] = {key: copy.deepcopy(vars(part)[key]) for key in sorted(kept)}
+    return found
+
+
+def set_statistics(env: gym.Env, saved: dict[str, dict]) -> None:
+    parts = attributes(env)
+    for name in saved.keys() & parts.keys():
+        vars(parts[name]).update(as_arrays(saved[name]))
+
+
+def as_arrays(packed: object) -> object:
+    """What a checkpoint holds as tensors, as NumPy's arrays again."""
+    if isinstance(packed, dict):
+        return {name: as_arrays(value) for name, value in packed.items()}
+    if isinstance(packed, tuple):
+        return tuple(map(as_arrays, packed))
+    return packed.numpy() if isinstance(packed, torch.Tensor) else packed
+
+
+def state_of(env: gym.Env, eval_env: gym.Env) -> dict[str, dict]:
+    """Of what outlives the end of an episode, all that `restore` can put back."""
+    random_states = {name: random_state(generator) for name, generator in generators(env, eval_env).items()}
+    return {"random": random_states, "statistics": statistics(env)}
+
+
+def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
+    """Put a `state_of` back into environments that have been reset, and so have the generators that it is of."""
+    for name, generator in generators(env, eval_env).items():
+        if name in saved["random"]:
+            set_random_state(generator, as_arrays(saved["random"][name]))
+    set_statistics(env, saved["statistics"])
+
+
+def fingerprint(env: gym.Env) -> dict[str, int]:
+    """Checksums of the numbers, arrays and collections that layers other than Gymnasium's and ours hold, by which it
+    shows whether a resumed environment has the state of before."""
+    simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
+    found = {}
+    for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
+        for name, value in vars(layer).items():
+            if isinstance(value, simple) and " at 0x" not in repr(value):  # of the address of an object
+                content = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+                found[f"{type(layer).__name__}.{name}"] = zlib.crc32(content)
+    return found

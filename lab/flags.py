@@ -1,0 +1,90 @@
+"""The flags that every run has, the types of flags that take the name of a rule, and how bad input ends the program."""
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, NoReturn
+
+import tyro
+from tqdm import tqdm
+
+import sparse_utils
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the program with one sentence."""
+    tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own, so that it does not run into a progress bar
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """End the program with the sentence of a ValueError that is raised inside the block."""
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error))
+
+
+def first_sentence(rule: object) -> str:
+    """The help of a rule: a text, or the first sentence of the docstring of its function."""
+    function = getattr(rule, "scores", None) or getattr(rule, "counts", None) or rule
+    text = rule if isinstance(rule, str) else (function.__doc__ or "no description")
+    return re.split(r"(?<! al)\.( |$)", " ".join(text.split()))[0]
+
+
+def one_of(rules: dict, help: str) -> type:
+    """The type of a flag that takes a name of this dictionary, with `help` and the rules' own sentences as its help."""
+    names = "; ".join(f"{name}: {first_sentence(rule)}" for name, rule in rules.items())
+    return Annotated[Literal[tuple(rules)], tyro.conf.arg(help=f"{help} {names}.")]
+
+
+Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
+Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
+
+
+@dataclass
+class RunFlags:
+    runs_dir: str = "runs"  # The folder in which this run makes a folder of its own.
+    device: Literal["cpu", "cuda"] = "cpu"  # Where the networks and the replay buffer are kept.
+    torch_threads: int = 1  # Threads of torch on the CPU. One run per core uses a machine best.
+    # How networks are computed after pruning. masked: by torch, as dense layers with zeros in them. sparse: by C++
+    # kernels, from the active connections alone. auto: by the one that is faster on this machine.
+    compute: Literal["auto", "masked", "sparse"] = "auto"
+    eval_frequency: int = 5000  # Environment steps between evaluations; there is one at step 0 and one at the end too.
+    eval_episodes: int = 10  # Noise-free episodes of each evaluation, on an environment of its own.
+    capture_video: bool = False  # Film the first episode of each evaluation as an mp4 in the run folder.
+    checkpoint_frequency: int = 10_000  # Environment steps after which the next end of an episode writes a checkpoint.
+    # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it goes on learning.
+    save_buffer: bool = True
+    resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
+    # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.
+    evaluate: str | None = None
+
+
+def require(args: object, rules: dict[str, tuple[bool, str]]) -> None:
+    """End the program with one sentence if a rule, given as (whether it holds, what must hold), is broken."""
+    for name, (holds, what) in rules.items():
+        if not holds:
+            fail(f"--{name.replace('_', '-')} must be {what}, got {getattr(args, name)}")
+
+
+def positive(args: object, *names: str) -> dict[str, tuple[bool, str]]:
+    return {n: (0 < getattr(args, n) < math.inf, "positive and finite") for n in names if hasattr(args, n)}
+
+
+def at_least_0(args: object, *names: str) -> dict[str, tuple[bool, str]]:
+    return {n: (0 <= getattr(args, n) < math.inf, "at least 0 and finite") for n in names if hasattr(args, n)}
+
+
+def fraction(args: object, *names: str) -> dict[str, tuple[bool, str]]:
+    return {n: (0 <= getattr(args, n) < 1, "at least 0 and below 1") for n in names if hasattr(args, n)}
+
+
+def within_training(args: object, *names: str) -> dict[str, tuple[bool, str]]:
+    end = args.total_timesteps
+    what = f"at least 0 and below the end of training, --total-timesteps {end}"
+    return {n: (0 <= getattr(args, n) < end, what) for n in names if hasattr(args, n)}

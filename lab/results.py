@@ -1,0 +1,128 @@
+"""What runs have measured: read from event files or from a published grid, published, written as event files.
+
+A published grid is a folder with `runs.json`, which has the script, flags, segments (see lab/record.py), first moment
+and topology.json of each run by the name of its folder, and with `evaluations.csv`: mean return and length of the
+episodes, seconds since the first moment, and floating-point operations of training so far.
+"""
+
+import json
+from collections import namedtuple
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from lab import record
+
+TAGS = {"return": "eval/episodic_return", "length": "eval/episodic_length", "flops": "flops/training"}
+COLUMNS = ["step", "return", "length", "seconds", "flops"]
+# a finished run: its folder, what `configs` in lab/record.py gives of it, and a table with COLUMNS
+Result = namedtuple("Result", ["path", "config", "evaluations"])
+
+
+def results_in(folder: Path, unfinished: list[str]) -> Iterator[Result]:
+    """The finished runs in a folder of runs or a published grid. The names of the others go into `unfinished`."""
+    published = dict(iter(read_evaluations(folder).groupby("run"))) if (folder / "runs.json").exists() else {}
+    for path, config in record.configs(folder):
+        if config["published"]:
+            result = Result(path, config, published[path.name].drop(columns="run"))
+        else:
+            result = read_run(path, config) if (path / "final.pt").exists() else None
+        if result and (result.evaluations.step > 0.9 * config["args"]["total_timesteps"]).any():
+            yield result
+        else:
+            unfinished.append(path.name)
+
+
+def read_evaluations(grid: Path) -> pd.DataFrame:
+    table = pd.read_csv(grid / "evaluations.csv", dtype=dict.fromkeys(TAGS, np.float32))
+    return table.astype(dict.fromkeys(TAGS, float))
+
+
+def read_run(path: Path, config: dict) -> Result:
+    """The result of a run from its event files and topology.json."""
+    log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    tags = {name: tag for name, tag in TAGS.items() if tag in log.Tags()["scalars"]}
+    began = round(log.FirstEventTimestamp(), 3) if tags else 0.0
+    rows = [(name, p.step, p.value, p.wall_time - began) for name, tag in tags.items() for p in log.Scalars(tag)]
+    points = pd.DataFrame(rows, columns=["name", "step", "value", "seconds"]).round({"seconds": 3})
+    again = points.groupby(["name", "step"]).cumcount()  # a step that was evaluated twice is in the table twice
+    by_step = points.set_index(["name", "step", again])
+    value, seconds = (by_step[name].unstack("name").reindex(columns=list(TAGS)) for name in ("value", "seconds"))
+    table = value.assign(seconds=seconds["return"]).dropna(subset="return")
+    table = table.rename_axis(["step", "again"]).reset_index()[COLUMNS]
+    topology = json.loads(report.read_text()) if (report := path / "topology.json").exists() else {}
+    return Result(path, config | {"began": began, "topology": topology}, table)
+
+
+def publish(results: Iterable[Result], grid: Path) -> None:
+    """Add runs to a published grid, or begin one. Of a run that is there already, the new result counts. Numbers are
+    written as the shortest text that reads back as the same float32."""
+    file = grid / "runs.json"
+    runs = json.loads(file.read_text()) if file.exists() else {}
+    tables = [read_evaluations(grid)] if runs else []
+    for path, config, evaluations in results:
+        tables = [table[table.run != path.name] for table in tables] + [evaluations.assign(run=path.name)]
+        runs[path.name] = {name: config[name] for name in ("script", "args", "segments", "began", "topology")}
+        runs[path.name]["args"] = dict(sorted(record.identity(config["args"]).items()))
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
+    grid.mkdir(parents=True, exist_ok=True)
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    table = pd.concat(tables).sort_values(["run", "step"], kind="stable")
+    for name in TAGS:
+        table[name] = ["" if np.isnan(x) else str(np.float32(x)).removesuffix(".0") for x in table[name]]
+    table[["run", *COLUMNS]].to_csv(grid / "evaluations.csv", index=False)
+
+
+def write_events(result: Result, folder: Path, settings: dict, first: dict, final: float) -> None:
+    """An event file of a run: its evaluations, final return and, for TensorBoard's HParams tab, its flags."""
+    began, rows = result.config["began"], result.evaluations.rename(columns=TAGS).to_dict("records")
+    metrics = ["eval/final_return", TAGS["return"], TAGS["flops"]]
+    events = [Event(wall_time=began, file_version="brain.Event:2")]
+    events += [Event(wall_time=began, summary=part) for part in record.hyperparameters(settings, first, metrics)]
+    rows[-1]["eval/final_return"] = final
+    for row in rows:
+        time, step = began + row.pop("seconds"), row.pop("step")
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.items() if not np.isnan(value)]
+        events.append(Event(wall_time=time, step=step, summary=Summary(value=values)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"events.out.tfevents.{int(began)}").open("wb") as file:
+        for event in events:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Of each network and layer the masks after static pruning and after revival; empty if nothing was revived."""
+    saved = torch.load(run / "masks.pt", weights_only=True) if (run / "masks.pt").exists() else {}
+    masks = {
+        network: {layer: (kinds["static"][layer].numpy(), mask.numpy()) for layer, mask in kinds["masks"].items()}
+        for network, kinds in saved.items()
+    }
+    revived = any((after & ~before).any() for layers in masks.values() for before, after in layers.values())
+    return masks if revived else {}
+
+
+def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
+    """Seconds at each evaluation, by step. An interval within which the run was resumed, or that is over five times as
+    long as the median of the two before and the two after it, counts as the run's median one."""
+    steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
+    median = np.median(intervals) if len(intervals) else 0.0
+    padded = np.pad(intervals, 2, constant_values=median)
+    paused = intervals > 5 * np.median([padded[k : k + len(intervals)] for k in (0, 1, 3, 4)], axis=0)
+    for step in resumed_at:  # a run resumed at a step of evaluation evaluates there anew
+        paused |= (steps[:-1] < step) & (step <= steps[1:])
+    return pd.Series(seconds.iloc[0] + np.cumsum([0, *np.where(paused, median, intervals)]), steps)
+
+
+def curve_of(result: Result) -> pd.DataFrame:
+    """return, minutes and 1e12 FLOPs at each evaluation, by step; the last evaluation of a step counts."""
+    table = result.evaluations.drop_duplicates("step", keep="last").set_index("step").sort_index()
+    resumed_at = [segment["from_step"] for segment in result.config["segments"][1:]]
+    minutes = without_pauses(table.seconds, resumed_at) / 60
+    return pd.DataFrame({"return": table["return"], "minutes": minutes, "1e12 FLOPs": table.flops / 1e12})

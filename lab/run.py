@@ -1,0 +1,640 @@
+"""One run: its environment, its folder, its log, its evaluations and checkpoints, and how it is resumed."""
+
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import NoReturn
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from gymnasium.wrappers import RecordVideo
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import sparse_utils
+from lab import baselines, environment, kernels, topology
+from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, has_time_limit, make_eval_env, play
+from lab.flags import bad_input, fail
+from lab.record import code_hash, hyperparameters, identity, read_config, settle, unused
+from lab.replay import ReplayBuffer
+from sparse_utils import Masks, Net
+
+CHECKPOINT_FORMAT = 5  # raised whenever a checkpoint of before can no longer be resumed
+REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; so many are copied in memory
+SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
+# flags that may change when a run is resumed, and that its folder is therefore not named after
+MAY_CHANGE = {
+    "resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video",
+}  # fmt: skip
+# flags that stand elsewhere in that name, or in no name
+IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
+VERSIONED = (torch, gym, mujoco, np)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+# FILES
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """The file is there as a whole or not at all, whenever the process or the machine dies."""
+    path.parent.mkdir(exist_ok=True)
+    part = Path(f"{path}.tmp")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a failing write does not name its file
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def write_tensors(path: Path, content: object) -> None:
+    file = io.BytesIO()  # torch hides what the system says of a file that it cannot write
+    torch.save(content, file)
+    write_whole(path, file.getvalue())
+
+
+@contextlib.contextmanager
+def machine_in_a_sentence() -> Iterator[None]:
+    """End the program with one sentence where files cannot be written or memory does not suffice."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        fail(f"{error}; the last checkpoint is whole: make room, or it writable, then go on with --resume", code=1)
+    except (MemoryError, RuntimeError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
+            raise
+        fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size")
+
+
+def read_tensors(path: Path) -> object:
+    """What `write_tensors` has written, checked against the file's checksums, on the CPU. Runs no code from the file;
+    ends the program with one sentence if it is missing or damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"there is no {path}; check the path")
+    except (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
+    except pickle.UnpicklingError:
+        fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
+
+
+def claim(run_dir: Path) -> None:
+    """Keep every other process out of a run folder for as long as this one lives; end the program with one sentence if
+    another one has it. Where the system or the file system has no such locks, nothing is kept out."""
+    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl  # Windows has none
+
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process is running {run_dir}; let it end or stop it first")
+    except (ImportError, OSError):
+        os.close(lock)
+
+
+# WHAT MADE A RUN
+
+
+def git_commit(folder: Path) -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.check_output(command, cwd=folder, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1] if found else platform.machine()
+
+
+# CHECKPOINTS
+
+
+def pack(part: object) -> object:
+    """What a checkpoint keeps of a part of the agent, on the CPU, in types that torch.load takes as data."""
+    if hasattr(part, "state_dict"):
+        part = part.state_dict()
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    if isinstance(part, (np.ndarray, np.generic)):
+        return torch.from_numpy(np.array(part))
+    if isinstance(part, Tensor):
+        return part.detach().cpu()
+    if isinstance(part, dict):
+        return {name: pack(value) for name, value in part.items()}
+    return type(part)(pack(value) for value in part) if type(part) in (list, tuple) else part
+
+
+def unpack(part: object, saved: object) -> object:
+    """Put back, in place where it can be, what `pack` kept of a part. Returns the part."""
+    if hasattr(part, "load_state_dict"):
+        part.load_state_dict(saved)
+    elif isinstance(part, torch.Generator):
+        part.set_state(saved)
+    elif isinstance(part, Tensor):
+        part.data.copy_(saved)
+    elif isinstance(part, dict):
+        part.update({name: unpack(part.get(name), value) for name, value in saved.items()})
+    else:
+        return saved
+    return part
+
+
+def check_parts(state: dict) -> None:
+    """Raises ValueError if an optimizer, or a parameter that one trains, would be in no checkpoint."""
+    parts = list(state.values())
+    params = [param for part in parts if isinstance(part, nn.Module) for param in part.parameters()]
+    optimizers = {part for part in parts if isinstance(part, torch.optim.Optimizer)}
+    optimizers |= {net.optimizer for net in state["nets"].values()}
+    trained = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+    if {id(part) for part in (*optimizers, *trained)} - {id(part) for part in (*parts, *params)}:
+        raise ValueError(
+            "an optimizer, or a parameter that it trains, is in no part of the dictionary `state`, so a resumed run "
+            "would lose it; add it, or its module, there"
+        )
+
+
+def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
+    """The files replay/<start>-<stop>.pt with transitions start to stop, in order."""
+    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in run_dir.glob("replay/[0-9]*-[0-9]*.pt")}
+    return dict(sorted(ranges.items(), key=lambda item: item[1]))
+
+
+def write_replay(run_dir: Path, rb: ReplayBuffer) -> None:
+    """Write the transitions that are new since the last checkpoint into files of their own."""
+    rows, added = rb.rows, rb.added
+    start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
+    while start < added:
+        first = start % len(rows)
+        stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
+        piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
+        write_tensors(run_dir / "replay" / f"{start}-{stop}.pt", piece)
+        start = stop
+
+
+def read_replay(run_dir: Path, rb: ReplayBuffer, added: int) -> None:
+    """Read the first `added` transitions of a run back, as far as the buffer holds them."""
+    read = max(0, added - len(rb.rows))
+    for path, (start, stop) in replay_files(run_dir).items():
+        if stop <= added and start <= read < stop:
+            rb.rows[torch.arange(start, stop) % len(rb.rows)] = read_tensors(path).to(rb.rows.device)
+            read = stop
+    if read < added:
+        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")
+    rb.added = added
+
+
+def load_state(path: Path, script: Path) -> dict:
+    """The dictionary in a final.pt or checkpoint.pt, checked as above, and to be one of this script."""
+    state = read_tensors(path)
+    if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
+        fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
+    if state["script"] != script.stem:
+        fail(f"{path} is of {state['script']}.py; use that script instead of {script.name}")
+    return state
+
+
+def resumed_args(arguments: type, run_dir: str, script: Path) -> object:
+    """The arguments of the run in this folder, of the script's dataclass."""
+    try:
+        return arguments(**read_config(Path(run_dir))["args"] | {"resume": run_dir})
+    except (OSError, ValueError, KeyError) as error:
+        fail(f"cannot read the config.json of {run_dir} ({error}); --resume takes a whole run folder")
+    except TypeError as error:
+        fail(f"the flags of {run_dir} are not those of this {script.name} ({error}); use the one that began it")
+
+
+def check_resumed_args(given: object, saved: object) -> None:
+    """End the program with one sentence if the settled arguments `given` with --resume, in which what the user left out
+    is as `saved`, contradict the run."""
+    for name, value in asdict(given).items():
+        before = getattr(saved, name)
+        if name not in MAY_CHANGE and value != before:
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
+    if given.total_timesteps < saved.total_timesteps:
+        fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
+    if given.total_timesteps > saved.total_timesteps and isinstance(saved, baselines.Flags):
+        baselines.check_longer(saved)
+
+
+def cut_to_active_width(state: dict, nets: dict[str, Net]) -> dict:
+    """The content of final.pt with networks and masks cut to their active widths: in a chain of Linear and ReLU the
+    neurons outside have no connections, so the outputs stay the same. Other networks are left whole."""
+    for name, net in nets.items():
+        if net.width is None or {type(child).__name__ for child in net.network.children()} - {"Linear", "ReLU"}:
+            continue
+        part = {layer: m.clone() for layer, m in sparse_utils.active_part(state["masks"][name], net.width).items()}
+        state["masks"][name] = part
+        for network in (state[key] for key in (name, f"{name}_target") if key in state):
+            for layer, mask in part.items():
+                for key in {f"{layer}.weight", f"{layer}.bias"} & network.keys():
+                    network[key] = network[key][tuple(map(slice, mask.shape[: network[key].dim()]))].clone()
+    return state
+
+
+# THE RUN
+
+
+class Run:
+    """One run of a script. Its folder holds config.json, TensorBoard's event files, checkpoint.pt with replay/, and at
+    the end final.pt.
+
+    `state` is a dictionary of everything of the agent that a checkpoint has to hold: modules, optimizers, generators,
+    tensors, the rows in state["nets"], and any object with state_dict() and load_state_dict(). With --resume the
+    constructor puts a checkpoint back into it, in place. Ends the program with one sentence if something cannot work;
+    nothing is written before everything was checked."""
+
+    def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
+        self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
+        self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
+        self.eval_env = make_eval_env(args.env_id, args.capture_video)
+        self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
+        self.checkpoint, self.returns, sps_seconds, segments, kept = None, {}, 0.0, [], None
+        if args.resume is not None:
+            self.folder = Path(args.resume)
+            claim(self.folder)
+            self.checkpoint, config = load_state(self.folder / "checkpoint.pt", script), read_config(self.folder)
+            self.restore(self.checkpoint)
+            self.returns, sps_seconds = self.checkpoint["returns"], self.checkpoint["sps_seconds"]
+            # the parts of the run that are in the checkpoint; in one of step 0 that is none, but for its settings
+            segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
+            past = (segments or config["segments"])[-1]
+            kept = past["in_kernels"] if args.compute == config["args"]["compute"] else None
+            args.resume = None  # from here on it is that run
+        with bad_input():
+            check_parts(state)
+            milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept=kept)
+        kernels.compact(self.nets)
+        now = {
+            "from_step": self.start_step,
+            "code": code_hash(script, args.env_id),
+            "git_commit": git_commit(script.resolve().parent),
+            "processor": processor(),
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "in_kernels": [name for name, net in self.nets.items() if net.in_kernels],
+            "milliseconds": milliseconds,
+            "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in VERSIONED},
+        }
+        if self.checkpoint is None:
+            self.folder = self.make_folder()
+            claim(self.folder)
+        else:
+            self.rewind(self.checkpoint["log_sizes"])
+            for what in ("code", "processor", "device", "in_kernels", "versions"):
+                if past.get(what) != now[what]:
+                    was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
+                    tqdm.write(f"warning: the run's {what} {was}")
+        config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
+        write_json(self.folder / "config.json", config)
+        self.writer = SummaryWriter(self.folder)
+        if self.checkpoint is None:
+            self.log_args()
+        if args.capture_video:
+            self.eval_env = RecordVideo(self.eval_env, self.folder / "videos", lambda episode: False)
+        if not self.limited:
+            tqdm.write(
+                f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
+                f"themselves, and evaluation episodes are cut after {EVALUATION_LIMIT} steps; "
+                "gymnasium.register(..., max_episode_steps=...) sets one"
+            )
+        wait = 0.5 if sys.stderr.isatty() else 60
+        shown = {"initial": self.start_step, "unit": " steps", "mininterval": wait, "dynamic_ncols": True}
+        self.bar = tqdm(range(self.start_step, args.total_timesteps + 1), "", args.total_timesteps, **shown)
+        self.sps_from = max(args.learning_starts, args.prune_at) + SPS_BURN_IN
+        self.clock = time.perf_counter() - sps_seconds
+
+    # the folder
+
+    def make_folder(self) -> Path:
+        """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/. Method and
+        sparsity are <actor's>+<critics'> where these differ. The base is <criterion>-<distribution>, left out where
+        nothing is pruned. All other flags that are not at their defaults stand before the seed, except those that a
+        resumed run may change."""
+        args, parts = vars(self.args), [self.args.env_id, self.args.exp_name]
+        methods, sparsities = (dict.fromkeys([args[name], args[f"critic_{name}"]]) for name in ("method", "sparsity"))
+        parts.append("+".join(methods))
+        if methods.keys() - sparse_utils.UNPRUNED.keys():
+            parts.append(f"{args['criterion']}-{args['distribution']}")  # TensorBoard breaks long names at a hyphen
+        parts.append("s" + "+".join(map(str, sparsities)))
+        usual = {flag.name: flag.default for flag in fields(self.args)} | {"prune_at": args["learning_starts"]}
+        usual["drop_criterion"] = baselines.usual_drop({*methods})
+        left_out = IN_NAME | MAY_CHANGE | {"seed", "runs_dir"}
+        parts += [f"{name}-{value}" for name, value in args.items() if value != usual[name] and name not in left_out]
+        for unix_time in itertools.count(int(time.time())):  # its twin may have started in the same second
+            name = "__".join([*parts, str(self.args.seed)])[:200] + f"__{unix_time}"  # file systems take 255 bytes
+            folder = Path(self.args.runs_dir) / re.sub("[/:]", "-", name)
+            try:
+                folder.mkdir(parents=True)
+                return folder
+            except FileExistsError:
+                continue
+            except OSError as error:
+                fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+
+    # checkpoints
+
+    def steps(self) -> Iterator[int]:
+        """The steps from `start_step` to --total-timesteps, both included, with a progress bar."""
+        for step in self.bar:
+            self.env.set_wrapper_attr("global_step", step)
+            if step == self.sps_from:
+                self.clock = time.perf_counter()
+            if STOP_SIGNALS and not self.limited:
+                self.stop(step)
+            yield step
+
+    def reset(self, global_step: int) -> np.ndarray:
+        """Reset the environment and return its observation. Between episodes the state of an environment is that of
+        its random generators and statistics, so this is where a checkpoint is written: if --checkpoint-frequency steps
+        have passed, at the end, or after Ctrl-C or kill, which then ends the program. Warns if a resumed run goes on
+        from another state than the one that was saved."""
+        saved, self.checkpoint = self.checkpoint, None
+        if saved:  # this is the reset with which a resumed run begins
+            self.env.reset(seed=self.args.seed)
+            environment.restore(self.env, self.eval_env, saved)
+        begun = environment.state_of(self.env, self.eval_env)
+        obs, _ = self.env.reset(seed=self.args.seed if global_step == 0 else None)
+        begun["fingerprint"] = environment.fingerprint(self.env) | {"the observation": obs.tolist()}
+        if saved:
+            before, now = saved["fingerprint"], begun["fingerprint"]
+            if other := [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]:
+                tqdm.write(
+                    f"warning: the environment begins its episode at step {global_step} with another value of "
+                    f"{', '.join(other)} than before the interruption. Checkpoints hold its random generators and "
+                    "running statistics and no other state that outlives a reset, so this may be another run."
+                )
+        due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
+        if due or STOP_SIGNALS:
+            self.save(global_step, pack(begun))
+        if STOP_SIGNALS:
+            self.stop(global_step)
+        return obs
+
+    def save(self, global_step: int, begun: dict) -> None:
+        """Write a checkpoint as a whole, unless a weight is not finite: then end the program, the last one kept."""
+        self.writer.flush()
+        with kernels.in_torch(self.nets):
+            self.check_weights(global_step)
+            checkpoint = {name: pack(part) for name, part in self.state.items()}
+        checkpoint |= self.about(global_step) | begun | {"returns": self.returns, "added": self.rb.added}
+        checkpoint["sps_seconds"] = time.perf_counter() - self.clock
+        if with_buffer := self.has_buffer(global_step):
+            write_replay(self.folder, self.rb)
+        logs = list(self.folder.glob("*tfevents*"))
+        for path in logs:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in logs}
+        write_tensors(self.folder / "checkpoint.pt", checkpoint)
+        for path, (_, stop) in replay_files(self.folder).items():
+            if not with_buffer or stop <= self.rb.added - len(self.rb.rows):
+                path.unlink()
+        self.saved_at = global_step
+
+    def has_buffer(self, global_step: int) -> bool:
+        """Whether the checkpoint of this step holds the replay buffer, which pruning may need."""
+        return self.args.save_buffer or global_step <= self.args.prune_at
+
+    def about(self, global_step: int) -> dict:
+        about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": asdict(self.args)}
+        return about | {"global_step": global_step, "statistics": pack(environment.statistics(self.env))}
+
+    def check_weights(self, global_step: int) -> None:
+        for name, part in self.state.items():
+            params = part.parameters() if isinstance(part, nn.Module) else ()  # of which what is not trained may be
+            if not all(param.isfinite().all() for param in params if param.requires_grad):  # infinite: log 0, of alpha
+                self.diverged(f"a weight of {name} is not finite at step {global_step}")
+
+    def diverged(self, what: str) -> NoReturn:
+        self.writer.close()
+        fail(f"{what}: training diverged; the log and the last finite checkpoint are in {self.folder}", code=1)
+
+    def stop(self, global_step: int) -> NoReturn:
+        """End the program as a signal asks, with the command that goes on from the last checkpoint."""
+        self.writer.close()
+        command = f"python {self.script.name} --resume {shlex.quote(str(self.folder))}"
+        since = "" if self.saved_at == global_step else f" from the last checkpoint, of step {self.saved_at},"
+        tqdm.write(f"stopped at step {global_step}; go on{since} with: {command}")
+        sys.exit(128 + STOP_SIGNALS[0])
+
+    def restore(self, checkpoint: dict) -> None:
+        """Put a checkpoint's agent and replay buffer back. No file is changed."""
+        self.start_step = self.saved_at = checkpoint["global_step"]
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
+            fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
+        if lost := sorted({*self.state, "random", "fingerprint", "added", "log_sizes"} - checkpoint.keys()):
+            fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
+        if self.has_buffer(self.start_step):
+            read_replay(self.folder, self.rb, checkpoint["added"])
+        else:  # collect anew before learning goes on
+            self.learn_from += self.start_step
+        try:
+            for name, part in self.state.items():
+                self.state[name] = unpack(part, checkpoint[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
+        if all(net.masks for net in self.nets.values()):
+            sparse_utils.fix_masks(self.nets)
+
+    def rewind(self, log_sizes: dict[str, int]) -> None:
+        """Bring the folder back to its checkpoint: what came later is cut off. Warns if a log is lost."""
+        logs = {path.name: path for path in self.folder.glob("*tfevents*")}
+        for name, size in log_sizes.items():
+            if name not in logs or logs[name].stat().st_size < size:
+                print(f"warning: {name} has lost some of what was logged before the checkpoint")
+            else:
+                os.truncate(logs[name], size)
+        late = [path for path, (_, stop) in replay_files(self.folder).items() if stop > self.rb.added]
+        for path in (*(logs[name] for name in logs.keys() - log_sizes.keys()), *late, self.folder / "final.pt"):
+            path.unlink(missing_ok=True)  # final.pt comes anew at the end
+
+    # the log
+
+    def log(self, global_step: int, scalars: dict[str, Tensor | float]) -> None:
+        """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if one of them is
+        NaN or infinite."""
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self.diverged(f"{name} is {value} at step {global_step}")
+            self.writer.add_scalar(name, value, global_step)
+        if "charts/episodic_return" in values:
+            self.bar.set_postfix({"return": f"{values['charts/episodic_return']:.1f}"}, refresh=False)
+
+    def log_args(self) -> None:
+        """All flags as a table, and those that act on the result for TensorBoard's HParams tab."""
+        given = asdict(self.args)
+        rows = "\n".join(f"|{key}|{value}|" for key, value in given.items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        settings = identity(given) | dict.fromkeys(unused(self.args))
+        for flag in fields(self.args):  # a flag whose default is no number may be a word in another run
+            if settings.get(flag.name) is not None and not isinstance(flag.default, (int, float)):
+                settings[flag.name] = str(settings[flag.name])
+        first = {
+            "base": "+".join(filter(None, (settings["criterion"], settings["distribution"]))),
+            "env_id": given["env_id"],
+            "method": "+".join(dict.fromkeys([given["method"], given["critic_method"]])),
+            "seed": given["seed"],
+            "sparsity": max(given["sparsity"], given["critic_sparsity"]),
+        }
+        metrics = ["eval/final_return", "eval/episodic_return", "charts/SPS", "flops/training"]
+        for summary in hyperparameters(settings, first, metrics):
+            self.writer.file_writer.add_summary(summary)
+
+    def speed(self, global_step: int) -> dict[str, float]:
+        """Steps per second of training, evaluations not counted, once learning and pruning have begun."""
+        if global_step <= self.sps_from:
+            return {}
+        return {"charts/SPS": (global_step - self.sps_from) / (time.perf_counter() - self.clock)}
+
+    def log_topology(self, global_step: int) -> None:
+        """What pruning and revival did to each network: topology.json, masks.pt, and what topology.py makes of them."""
+        report = topology.log_pruning(self.writer, global_step, self.nets, self.env.observation_space.shape[0])
+        write_json(self.folder / "topology.json", report)
+        masks = {name: {"static": pack(net.static), "masks": pack(net.masks)} for name, net in self.nets.items()}
+        write_tensors(self.folder / "masks.pt", masks)
+
+    def log_rewiring(self, global_step: int, nets: dict[str, Net], before: dict[str, Masks], revived: dict[str, Masks]):
+        """What a rewiring of these networks, with masks as they were `before` it, has done."""
+        report = json.loads((self.folder / "topology.json").read_text())
+        topology.log_rewiring(self.writer, global_step, report, nets, before, revived)
+        write_json(self.folder / "topology.json", report)
+
+    def evaluate(self, global_step: int, policy: Callable, training_flops: int, inference_flops: int) -> None:
+        """Log noise-free episodes on an environment of their own if --eval-frequency steps have passed or at the end.
+        `policy` maps observations of shape (batch, observation size) to actions. The time does not count in charts/SPS.
+        """
+        if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
+            return
+        began = time.perf_counter()
+        self.eval_env.set_wrapper_attr("global_step", global_step)
+        environment.set_statistics(self.eval_env, environment.statistics(self.env))
+        video = f"step-{global_step}" if self.args.capture_video else ""
+        played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
+        if played is None:
+            self.stop(global_step)
+        self.returns[global_step], length = map(float, map(np.mean, played))
+        scalars = {"eval/episodic_return": self.returns[global_step], "eval/episodic_length": length}
+        self.log(global_step, scalars | {"flops/training": training_flops, "flops/inference": inference_flops})
+        self.clock += time.perf_counter() - began
+
+    def finish(self) -> Path:
+        """Write final.pt and eval/final_return, close everything and return the run folder."""
+        end = self.args.total_timesteps
+        # as compare.py takes it: the mean of the evaluations in the last tenth of training
+        final_return = np.mean([value for step, value in self.returns.items() if step > 0.9 * end])
+        self.writer.add_scalar("eval/final_return", final_return, end)
+        self.writer.close()
+        with kernels.in_torch(self.nets):
+            self.check_weights(end)
+            final = {name: pack(part) for name, part in self.state.items() if isinstance(part, nn.Module)}
+            final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
+            final = cut_to_active_width(final | self.about(end), self.nets)
+        write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
+        self.env.close()
+        self.eval_env.close()
+        print(f"final return {final_return:.1f}; saved {self.folder / 'final.pt'}")
+        return self.folder
+
+
+# THE COMMAND LINE
+
+
+def evaluate_saved(args: object, script: Path, make_actor: Callable, act: Callable) -> None:
+    """--evaluate: print the returns of a saved policy, of a .pt file or of a run folder's final.pt or else its
+    checkpoint.pt, from the start states of its run's own evaluations. The script's `act` takes what its
+    `make_actor(env, hidden_size)` made, and observations."""
+    settle(args)
+    torch.set_num_threads(args.torch_threads)
+    path = Path(args.evaluate)
+    if path.is_dir():
+        path /= "final.pt" if (path / "final.pt").exists() else "checkpoint.pt"
+    saved = load_state(path, script)
+    env = make_eval_env(saved["args"]["env_id"], args.capture_video)
+    environment.set_statistics(env, saved.get("statistics", {}))
+    if args.capture_video:
+        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
+    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
+    actor = make_actor(env, hidden_size)
+    try:
+        actor.load_state_dict(saved["actor"])
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        fail(f"the saved networks are not those of this script ({why}); use the one that saved them")
+    video = f"evaluate-{path.stem}" if args.capture_video else ""
+    policy, seed = functools.partial(act, actor), saved["args"]["seed"] + 2**31
+    returns, _ = play(env, policy, args.eval_episodes, seed, torch.device("cpu"), video)
+    env.close()
+    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
+    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")
+
+
+def on_signal(number: int, _: object) -> None:
+    """The first signal ends the run at the end of the episode, with a checkpoint; the second one at once."""
+    if STOP_SIGNALS:
+        tqdm.write("stopped at once; go on from the last checkpoint with --resume and the run folder")
+        os._exit(128 + number)
+    STOP_SIGNALS.append(number)
+
+
+def main(arguments: type, train: Callable, make_actor: Callable, act: Callable) -> None:
+    """Read the command line of a script and train; or run a saved policy with --evaluate. With --resume, flags that are
+    not given are those of the run."""
+    module = sys.modules[train.__module__]
+    script = Path(module.__file__)
+    args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
+    if args.evaluate is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once and without a traceback
+        return evaluate_saved(args, script, make_actor, act)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if args.resume is not None:
+        saved = resumed_args(arguments, args.resume, script)
+        args = tyro.cli(arguments, default=saved)
+        settle(args)
+        check_resumed_args(args, saved)
+    with machine_in_a_sentence():
+        train(args)

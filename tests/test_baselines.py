@@ -1,0 +1,423 @@
+"""What other papers do to a sparse agent: by hand, against slow computations, and in whole runs of both scripts."""
+# ruff: noqa: F401, F811 (fixtures of test_masks.py)
+
+import copy
+import itertools
+import json
+import math
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_masks import copied, counts, flops_of, generator, inside, mlp, row, same, sizes, stored, train, watch
+
+import lab.run
+import sparse_utils as su
+import td3_tar
+from lab import baselines, kernels
+
+SEED = st.integers(0, 10**6)
+
+
+def random_mask(seed, shape, density):
+    return torch.rand(shape, generator=generator(seed)) < density
+
+
+def layer(mask, weight=None, gradient=None, done=0.5, seed=0):
+    weight = torch.zeros(mask.shape) if weight is None else weight
+    return baselines.Layer(weight, gradient, mask, generator(seed), done)
+
+
+def rules_of(method, drop="magnitude", regrow=True):
+    growth = baselines.GROWTHS[method] if isinstance(method, str) else su.Rule(method, by_topology=True)
+    return baselines.Rules(growth, baselines.DROPS[drop], regrow)
+
+
+# WHAT IS DROPPED AND WHAT GROWS
+
+
+def published_rule(w, g, mask, count, drop, regrow):
+    """RigL (Evci et al. 2020, algorithm 1) for the weights and gradients of one layer, with the drop criteria of Nowak
+    et al. 2023 but the random ones: the indices of the active ones afterwards."""
+    signs, rank = [[i for i in np.nonzero(mask)[0] if (w[i] >= 0) == sign] for sign in (True, False)], {}
+    for of_one in signs:
+        rank |= {i: (n + 1) / len(of_one) for n, i in enumerate(sorted(of_one, key=lambda i: abs(w[i])))}
+    w, g = abs(w), abs(g)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worth = {"magnitude": w, "mest": w + g, "snip": w * g}
+        worth |= {"sensitivity": np.nan_to_num(g / w), "reciprocal_sensitivity": np.nan_to_num(w / g)}
+    worth |= {"set": np.array([rank.get(i, 0) for i in range(len(w))])}
+    active, count = np.nonzero(mask)[0], count if regrow else min(count, int((~mask).sum()))
+    kept = active[np.argsort(worth[drop][active], kind="stable")[count:]]
+    candidates = np.setdiff1d(np.arange(len(w)), kept if regrow else active)
+    return {*kept, *candidates[np.argsort(-g[candidates], kind="stable")[:count]]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEED, st.sampled_from([*baselines.DROPS][:6]), st.booleans(), st.sampled_from([None, 6]), st.floats(0, 1))
+def test_a_rewiring_of_rigl_is_the_published_rule(seed, drop, regrow, width, fraction):
+    """In masks, by the dense gradient; in weights, target and moments what stays keeps all and the rest is zero."""
+    network, x = mlp(4, 9, 9, 2, seed=seed), torch.randn(20, 4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    net = su.Net(network, copy.deepcopy(network), optimizer, "rigl", 0.7, width=width)
+    su.plan(net, 0, width)
+    net.masks, x[:, 0] = su.static_prune(net, net.budget, "random", "er", generator(seed)), 0
+    su.fix_masks({"net": net})
+    network[0].weight.data[::2, 0] = 0  # with a gradient of zero: sensitivities are 0 / 0
+    for _ in range(2):
+        optimizer.zero_grad()
+        (network(x) - 1).square().mean().backward()
+        optimizer.step()
+    dense = torch.autograd.grad((network(x) - 1).square().mean(), list(net.weights.values()))
+    gradients = su.active_part(dict(zip(net.weights, dense, strict=True)), width)
+    old, weights = copied(net.masks), copied(su.active_part(net.weights, width))
+    before = {name: [t.detach().clone() for t in stored(net, name)] for name in old}
+    loss = (network(x) - 1).square().mean()
+    baselines.rewire(net, rules_of("rigl", drop, regrow), loss, [], fraction, 0.5, "er", generator())
+    assert counts(net.masks) == counts(old) and net.active == net.budget and same(net.masks, inside(net.masks, width))
+    for name, mask in su.active_part(old, width).items():
+        tensors = (t.detach().numpy().flatten() for t in (weights[name], gradients[name], mask))
+        expected = published_rule(*tensors, int(fraction * int(mask.sum())), drop, regrow)
+        assert {*su.active_part(net.masks, width)[name].flatten().nonzero().flatten().tolist()} == expected
+        for a, b in zip(stored(net, name), before[name], strict=True):
+            assert torch.equal(a, b * (old[name] & net.masks[name]))
+
+
+def path_by_path(mask):
+    """CH2-L3n from its definition, on lists: the neurons on paths output - input - output - input of connections."""
+    outputs, inputs = range(len(mask)), range(len(mask[0]))
+    scores = torch.zeros(len(mask), len(mask[0]))
+    near = {("in", i): {("out", o) for o in outputs if mask[o][i]} for i in inputs}
+    near |= {("out", o): {("in", i) for i in inputs if mask[o][i]} for o in outputs}
+    for u, v in itertools.product(outputs, inputs):
+        paths = [(i, o) for i in inputs for o in outputs if mask[u][i] and mask[o][i] and mask[o][v] and not mask[u][v]]
+        community = {("in", i) for i, _ in paths} | {("out", o) for _, o in paths}
+        for one in community:
+            leaving = near[one] - community - {("out", u), ("in", v)}
+            scores[u, v] += (1 + len(near[one] & community)) / (1 + len(leaving))
+    return scores
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEED, st.integers(1, 7), st.integers(1, 7), st.floats(0, 1))
+def test_cannistraci_hebb_scores_are_those_of_the_paths_of_length_three(seed, n_out, n_in, density):
+    mask = random_mask(seed, (n_out, n_in), density)
+    torch.testing.assert_close(baselines.ch_scores(mask).float(), path_by_path(mask.tolist()))
+
+
+def test_cht_and_tar_ch_take_the_highest_scores():
+    mask = random_mask(5, (12, 9), 0.3)
+    net = row({"fc": mask.float()}, "tar_ch", reserve=15, static={"fc": mask})
+    scores = path_by_path(mask.tolist())
+    grown = su.highest(baselines.GROWTHS["cht"].scores(layer(mask)), 15, ~mask)
+    for added in (grown, su.revive(net, su.revival_counts(net), generator())["fc"] & ~mask):
+        assert int(added.sum()) == 15 and scores[added].min() >= scores[~mask & ~added].max() - 1e-6
+    assert baselines.tar_ch_budgets({"fc": mask}, 15) == su.tar_budgets({"fc": mask}, 15)
+
+
+def test_chance_has_the_odds_that_are_published():
+    """Within five standard deviations of 2000 draws."""
+
+    def often(rule, count, among, **of):
+        """How often each connection is among the highest; `mask` is what the rule sees."""
+        drawn = (rule(layer(**{"mask": among} | of, seed=seed)) for seed in range(2000))
+        found = sum(su.highest(scores, count, among).float() for scores in drawn) / 2000
+        return pytest.approx(found.flatten().tolist(), abs=0.056)
+
+    mask, all_of_five = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0], [1, 0, 0, 0]]).bool(), torch.ones(1, 5).bool()
+    scores, odds, three = path_by_path(mask.tolist()), torch.tensor([1.0, 0.0, 3.0, 6.0, 0.0]), all_of_five[:, :3]
+    assert often(baselines.set_growth, 2, ~mask) == (~mask * 2 / 7).flatten().tolist()
+    assert often(baselines.noise, 2, mask) == (mask * 2 / 5).flatten().tolist()
+    assert often(baselines.chts_growth, 1, ~mask, mask=mask) == (scores / scores.sum()).flatten().tolist()
+    assert often(baselines.cht_growth, 1, all_of_five, mask=~all_of_five) == [0.2] * 5  # all scores tie
+    assert often(lambda of: baselines.sample(odds.view(1, 5), of), 1, all_of_five) == [0.1, 0, 0.3, 0.6, 0]
+    assert often(lambda of: baselines.sample(odds.view(1, 5), of), 4, all_of_five) == [1, 0.5, 1, 1, 0.5]
+    for done, temperature in ((0.0, 1), (0.5, 2), (1.0, 3)):
+        found = often(baselines.soft_worth, 1, three, weight=torch.tensor([[-2.0, 1.0, 0.0]]), done=done)
+        assert found == [2**temperature / (2**temperature + 1), 1 / (2**temperature + 1), 0]
+
+
+# CHAINS AND THE EARLY STOP OF CHT
+
+
+def one_by_one(masks, stopped):
+    """Takes away connections of one dead hidden neuron at a time until there is none."""
+    masks, again = copied(masks), True
+    while again:
+        again = False
+        for a, b in zip(masks, list(masks)[1:]):
+            for neuron in range(masks[a].shape[0]):
+                into, out_of = masks[a][neuron], masks[b][:, neuron]
+                if into.any() and not out_of.any() and a not in stopped:
+                    into[:], again = False, True
+                if out_of.any() and not into.any() and b not in stopped:
+                    out_of[:], again = False, True
+    return masks
+
+
+@given(SEED, st.lists(st.integers(1, 8), min_size=3, max_size=6), st.floats(0, 0.5), st.sets(st.integers(0, 1)))
+def test_chain_removal_takes_all_that_leads_nowhere_and_nothing_else(seed, neurons, density, stopped):
+    masks = {i: random_mask(seed + i, shape, density) for i, shape in enumerate(zip(neurons[1:], neurons))}
+    expected = one_by_one(masks, stopped)
+    baselines.remove_chains(masks, stopped)
+    assert same(masks, expected)
+
+
+@pytest.mark.parametrize("active, back, settled", [(20, 9, False), (20, 10, True), (66, 33, True), (68, 34, False)])
+def test_a_layer_stops_when_more_than_nine_tenths_grow_back_although_there_is_room_elsewhere(active, back, settled):
+    """Of 100 places; half of the active ones is dropped, the first ones. A layer that has stopped is left as it is."""
+    index, grows, stopped = torch.arange(100).view(10, 10), torch.zeros(100), []
+    mask, of = index < active, {"fc": active}
+    grows[:back], grows[active : active + active // 2 - back] = 2, 1
+    rules = rules_of(lambda _: grows.view(10, 10))
+    baselines.rewire_layers({"fc": layer(mask, index + 1.0)}, of, stopped, 0.5, rules)
+    assert stopped == ["fc"] * settled and int(mask.flatten()[: active // 2].sum()) == back
+    before, grows[:] = mask.clone(), torch.arange(100)
+    baselines.rewire_layers({"fc": layer(mask, index + 1.0)}, of, stopped, 0.5, rules)
+    assert torch.equal(mask, before) == settled and int(mask.sum()) == active
+
+
+# REWIRING IN RUNS
+
+REWIRINGS = [
+    ({"method": "set", "rewire_stop": 0.7}, [80]),  # not at the step where it stops
+    ({"method": "rigl", "regrow": False, "prune_at": 80, "drop_criterion": "mest"}, [120]),  # nor at that of pruning
+    ({"method": "cht", "prune_at": 20}, [80, 120]),  # learning comes first
+    ({"method": "chts", "active_width": 14, "compute": "sparse"}, [80, 120]),
+    ({"method": "static", "critic_method": "rigl", "critic_sparsity": 0.7, "compute": "sparse"}, [80, 120]),
+]
+
+
+@pytest.mark.parametrize("flags, steps", REWIRINGS, ids=[str(flags) for flags, _ in REWIRINGS])
+def test_counts_steps_and_fractions_of_rewirings_in_a_run(train, script, watch, flags, steps):
+    flags = {"sparsity": 0.8, "rewire_every": 40, "rewire_fraction": 0.8, "rewire_stop": 0.9} | flags
+    order, method = [], flags.get("critic_method", flags["method"])
+    watch(baselines, lambda *_: (yield order.append("rewire")), "rewire")
+    watch(lab.run, lambda *_: (yield order.append("play")), "play")
+    seen = train(total_timesteps=171, eval_frequency=40, policy_frequency=1, **flags)
+    rewired = [name for name, net in seen.nets.items() if net.method == method]
+    assert list(seen.rewirings) == steps and seen.kernels == {flags.get("compute") == "sparse"}
+    report = json.loads((seen.folder / "topology.json").read_text())
+    for step, rewiring in seen.rewirings.items():
+        fraction = 0.4 * (1 + math.cos(math.pi * step / (171 * flags["rewire_stop"])))
+        for name, masks in rewiring.masks.items():
+            assert counts(masks) == counts(rewiring.before[name]) and same(masks, inside(masks, seen.nets[name].width))
+            new = {key: int((mask & ~rewiring.before[name][key]).sum()) for key, mask in masks.items()}
+            assert any(new.values()) == (name in rewired)
+            for key, mask in masks.items() if name in rewired else ():
+                count = int(fraction * int(mask.sum()))
+                assert new[key] <= count or method in ("cht", "chts")  # which move chains too
+                assert flags.get("regrow", True) or new[key] == min(count, int((~mask).sum()))
+                last = report[name]["layers"][key]["last_rewiring"]
+                assert step != steps[-1] or (last["step"], last["replaced"]) == (step, new[key])
+    assert all(same(seen.masks[name], net.masks) for name, net in seen.nets.items())  # no change after the stop
+    own = {"rigl": lambda active, size: 4 * active + 2 * size}.get(method, lambda active, size: 0)
+    assert len(rewired) < 3 or seen.state["progress"]["training_flops"] == flops_of(script, seen, 1, own)
+    # an evaluation at a step of a rewiring comes before it
+    both = [["play"] + ["rewire"] * len(rewired) * (step in steps) for step in (0, 40, 80, 120, 160, 171)]
+    assert order == [*itertools.chain(*both)]
+
+
+def test_layers_that_have_stopped_are_rewired_no_more(train, monkeypatch):
+    monkeypatch.setattr(baselines, "EARLY_STOP", -1.0)
+    seen = train(method="cht", rewire_every=20, sparsity=0.95)
+    assert list(seen.rewirings) == [80]
+    assert seen.state["schedule"].stopped == {name: ["fc1", "fc2", "fc3"] for name in ("actor", "qf1", "qf2")}
+
+
+# A DENSITY THAT FALLS
+
+
+def published_density(start, end, t, last):
+    """As the authors of CHTss write it: t counts prunings, the slope is 6 by the middle."""
+    now, last_one, first_one = (1 / (1 + math.exp(-x)) for x in (6 / (last / 2) * (t - last / 2), 6, -6))
+    return start + (end - start) * ((now - 0.5) / (last_one - first_one) + 0.5)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 400))
+def test_the_density_follows_the_published_sigmoid_and_ends_exactly(start, end, last):
+    values = [baselines.decayed(start, end, t / last) for t in range(last + 1)]
+    assert (values[0], values[-1]) == (start, end) and values == sorted(values, reverse=start > end)
+    assert all(abs(v - published_density(start, end, t, last)) < 0.51 for t, v in enumerate(values))
+
+
+DECAYS = [
+    {"method": "rigl", "distribution": "global", "criterion": "magnitude"},
+    {"method": "chts", "active_width": 20, "density_start": 0.4, "compute": "sparse"},
+    {"method": "dense", "critic_method": "set", "regrow": False, "distribution": "uniform"},
+]
+
+
+@pytest.mark.parametrize("flags", DECAYS, ids=str)
+def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(train, script, flags):
+    flags = {"density_start": 0.5, "sparsity": 0.85, "rewire_every": 20, "rewire_stop": 0.9} | flags
+    seen = train(total_timesteps=165, **flags)
+    assert list(seen.rewirings) == [80, 100, 120, 140]
+    for name in (name for name, net in seen.nets.items() if net.method != "dense"):
+        size = seen.nets[name].size
+        start, end = round(flags["density_start"] * size), round(0.15 * size)
+        assert sum(counts(seen.prunings[60].masks[name])) == start and sum(counts(seen.masks[name])) == end
+        for i, rewiring in enumerate(seen.rewirings.values(), 1):
+            after, before = counts(rewiring.masks[name]), counts(rewiring.before[name])
+            assert sum(after) == round(published_density(start, end, i, 4))
+            assert all(a <= b for a, b in zip(after, before, strict=True))
+    if flags["method"] == "rigl":
+        rewiring = flops_of(script, seen, 2, lambda active, size: 4 * active + 2 * size)
+        assert seen.state["progress"]["training_flops"] == rewiring
+
+
+def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
+    """Ranked together, the layer of small weights loses more; a distribution that gives too much is refused."""
+    net = row({"fc1": torch.arange(1.0, 13).view(3, 4), "fc2": torch.arange(7.0, 10).view(1, 3)}, "set", budget=8)
+    net.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in net.weights.items()}
+    baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "global", generator())
+    assert counts(net.masks) == [6, 2] and net.active == 8  # 12 to 7, and 9 and 8
+    net.budget = 5
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er leaves 2 of 5"):
+        patch.setitem(su.DISTRIBUTIONS, "er", lambda scores, keep: [0, keep])
+        baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "er", generator())
+
+
+SCULPTS = [
+    {"method": "tar", "reserve": 0.2, "distribution": "global", "lr_cycles": 2},
+    {"method": "tar_ch", "critic_method": "uniform", "active_width": 20, "init": "sparse", "compute": "sparse"},
+]
+
+
+@pytest.mark.parametrize("flags", SCULPTS, ids=str)
+def test_sculpt_prunes_twice_by_magnitude_and_revives_at_the_second_time(train, flags):
+    seen = train(density_start=0.6, final_prune_at=100, sparsity=0.85, **flags)
+    assert list(seen.prunings) == [60, 100] and not seen.rewirings
+    for name, first in seen.prunings[60].masks.items():
+        last, static = seen.prunings[100].masks[name], seen.prunings[100].static[name]
+        k = round(0.15 * sum(sizes(first)))
+        reserve = round(flags.get("reserve", 0.1) * k)
+        assert sum(counts(first)) == round(0.6 * sum(sizes(first))) and same(first, seen.prunings[60].static[name])
+        assert sum(counts(last)) == k and sum(counts(static)) == k - reserve and same(seen.nets[name].masks, last)
+        assert not any((mask & ~first[key]).any() or (mask & ~last[key]).any() for key, mask in static.items())
+        weights = {key: seen.prunings[100].before[name][f"{key}.weight"].abs() for key in first}
+        groups = [first] if flags.get("distribution") == "global" else [{key: first[key]} for key in first]
+        for group in groups:
+            kept = torch.cat([weights[key][static[key]] for key in group])
+            gone = torch.cat([weights[key][first[key] & ~static[key]] for key in group])
+            assert not len(gone) or not len(kept) or kept.min() >= gone.max()
+        for key, mask in last.items():  # trained weights are not scaled
+            after = seen.prunings[100].after[name][f"{key}.weight"]
+            assert torch.equal(after, seen.prunings[100].before[name][f"{key}.weight"] * mask)
+
+
+# CYCLES OF THE LEARNING RATE
+
+
+@given(st.integers(0, 100), st.integers(1, 120), st.data())
+def test_the_rate_rises_for_a_fifth_of_each_cycle_and_falls_to_zero(start, steps, data):
+    cycles, end = data.draw(st.integers(1, steps)), start + steps
+    exact = [start + Fraction(steps * k, cycles) for k in range(cycles + 1)]
+    starts = [baselines.cycle_start(k, start, end, cycles) for k in range(cycles)]
+    assert starts == [math.ceil(point) for point in exact[:-1]]
+    for step in range(start, end):
+        k = max(k for k in range(cycles) if starts[k] <= step)
+        done = float((step - exact[k]) / (exact[k + 1] - exact[k]))
+        expected = np.interp(done, [0, 0.2, 1], [0.2, 1, 0])
+        assert baselines.lr_factor(step, start, end, cycles) == pytest.approx(expected, abs=1e-12)
+
+
+CYCLED = [{"method": "dense"}, {"method": "rigl", "rewire_every": 5, "compute": "sparse"}]
+
+
+@pytest.mark.parametrize("flags", CYCLED, ids=str)
+def test_all_rates_follow_the_cycles_and_adam_starts_anew_in_each(train, watch, script, flags):
+    """Of steps 60 to 159; cycles start at 60, 94 and 127. Each group has its own rate, which cycles."""
+    seen, rates = {}, {"learning_rate": 5e-4} if script is td3_tar else {"policy_lr": 5e-4, "q_lr": 2e-3}
+
+    def step(optimizer):
+        yield
+        state = {int(own["step"]) for own in optimizer.state.values() if own}
+        seen.setdefault(id(optimizer), []).append(([group["lr"] for group in optimizer.param_groups], state))
+
+    watch(kernels.Adam, step)
+    nets = train(total_timesteps=160, lr_cycles=3, policy_frequency=1, **rates, **flags).nets
+    for name, base in {"qf1": [[*rates.values()][-1]], "actor": [*rates.values()]}.items():
+        for now, (found, updates) in zip(range(61, 160), seen[id(nets[name].optimizer)], strict=True):
+            assert found == [baselines.lr_factor(now, 60, 160, 3) * rate for rate in base]
+            assert updates == {now - max(start for start in (60, 93, 126) if start < now)}
+
+
+# TINY AND SPARSE INITIALIZATION
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 300), st.integers(1, 30), st.integers(1, 3), st.floats(0, 0.999))
+def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, hidden, n_out, depth, sparsity):
+    def network(_, neurons):
+        ends = [n_in, *[neurons] * depth, n_out]
+        return nn.Sequential(*(nn.Linear(*pair, device="meta") for pair in itertools.pairwise(ends)))
+
+    def weights(neurons):
+        return n_in * neurons + (depth - 1) * neurons**2 + neurons * n_out
+
+    args, budget = SimpleNamespace(hidden_size=hidden), round((1 - sparsity) * weights(hidden))
+    if budget < weights(1):
+        with pytest.raises(ValueError, match="no connections for even one hidden neuron"):
+            baselines.hidden_size(network, None, args, "tiny", sparsity)
+    else:
+        width = baselines.hidden_size(network, None, args, "tiny", sparsity)
+        assert weights(width) <= budget < weights(width + 1) or width == hidden
+    assert baselines.hidden_size(network, None, args, "tar", sparsity) == hidden
+
+
+def test_tiny_runs_dense_within_the_budget(train):
+    before, args = torch.get_rng_state(), SimpleNamespace(hidden_size=8)
+    assert baselines.hidden_size(lambda _, neurons: nn.Linear(3, neurons), None, args, "tiny", 0.5) == 4
+    assert torch.equal(torch.get_rng_state(), before)  # although networks are made to be counted
+    tiny, static = (train(method=method, sparsity=0.8, init="sparse") for method in ("tiny", "static"))
+    for name, masks in tiny.masks.items():
+        budget = sum(counts(static.masks[name]))
+        assert all(mask.all() for mask in masks.values()) and 0.8 * budget < sum(sizes(masks)) <= budget
+    for name, state in static.prunings[60].before.items():  # online networks and targets, scaled alike
+        for key, weight in state.items():
+            mask = static.masks[name.removesuffix("_target")].get(key.removesuffix(".weight"))
+            factor = 1 if mask is None else (mask.shape[1] / mask.sum(1, keepdim=True).clamp(min=1)).sqrt() * mask
+            torch.testing.assert_close(static.prunings[60].after[name][key], weight * factor)
+
+
+# THE REPLAY BUFFER
+
+
+def test_a_run_samples_by_its_flags(train):
+    """Targets of one reward until step 99, then of three; test_agents.py has them by hand."""
+    seen = train(n_step=3, n_step_from=100, gamma=0.5)
+    discounts = {step: set(batch.discounts.flatten().tolist()) for _, step, batch in seen.batches}
+    assert all(found == {0.5} if step < 100 else found >= {0.125} for step, found in discounts.items())
+
+
+# FLAGS
+
+DECAY = {"density_start": 0.5, "sparsity": 0.85, "total_timesteps": 230, "rewire_every": 20}
+TWICE = {"density_start": 0.6, "final_prune_at": 120, "sparsity": 0.85, "total_timesteps": 200}
+REFUSED = [
+    ({"method": "rigl", "density_start": 1.0}, "must be above 0 and below 1, got 1.0"),
+    ({"method": "rigl", **DECAY, "density_start": 0.1}, "choose one above the"),
+    ({"method": "rigl", **DECAY, "density_start": 0.9, "active_width": 12}, "that its active neurons can have"),
+    ({"method": "static", "density_start": 0.5}, "needs --final-prune-at where masks stay, as with --method static"),
+    ({"method": "tar", **TWICE, "final_prune_at": 60}, "must be after --prune-at 60 and before the end, got 60"),
+    ({"method": "rigl", **TWICE}, "is for masks that stay"),
+    ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
+    ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),
+    ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
+    ({"method": "rigl", "critic_method": "chts", "rewire_every": 20}, "rigl by magnitude and chts by soft; choose one"),
+    ({"method": "cht", "regrow": False}, "--method cht stops in a layer where dropped connections grow again"),
+    ({"method": "tar", "init": "sparse", "prune_at": 90}, "--init sparse does not rescale trained weights"),
+]
+
+
+def test_what_makes_no_sense_is_refused_in_a_sentence(run, capsys, tmp_path):
+    for flags, sentence in REFUSED:
+        with pytest.raises(SystemExit) as stop:
+            run(**flags)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err and not list(tmp_path.iterdir())

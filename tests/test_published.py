@@ -1,0 +1,146 @@
+"""What the pages say in numbers is what the published grids give, and the comparisons beside them are of these runs."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import sparse_utils
+from lab import compare, figures, results
+
+PROJECT = Path(__file__).parent.parent
+GRIDS = sorted(path.parent.name for path in PROJECT.glob("runs/*/runs.json") if path.parent.name in
+               ("evidence", "parity", "published", "variants", "width"))  # fmt: skip
+# each page with the grid from which its numbers are
+PAGES = {"runs/README.md": "evidence"} | {f"runs/{grid}/README.md": grid for grid in ("evidence", "published")}
+FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=sparse", "--no-regrow": "regrow=False"}
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """The runs of each grid by algorithm and sparsity in %, as its comparison has them on a page."""
+    grids = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "draw_sparsities", lambda *args: None)
+        patch.setattr(
+            compare,
+            "write_page",
+            lambda group, notes, against, styles, path: pages.__setitem__(path.name, group),
+        )
+        for grid in GRIDS:
+            pages = grids[grid] = {}
+            runs, notes, _ = compare.read(PROJECT / "runs" / grid, compare.Args(Path()))
+            compare.compare(runs, notes, None, PROJECT / "runs" / grid / "comparison")
+    return grids
+
+
+def shown(values):
+    """A mean and its interval as the pages write them; that of one run has none."""
+    mean, *ends = (str(round(value)) for value in values if value == value)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
+def arm_named(cell, base="random+er"):
+    """The arm of a table's cell, such as `tar --active-width auto`, by its name in the comparison."""
+    method, flags = re.match(r"`(\w+) ?(.*?)`", cell).groups()
+    return " ".join(filter(None, [method, base * (method not in sparse_utils.UNPRUNED), FLAGS.get(flags, flags)]))
+
+
+def tables(page):
+    """Each as its names and rows of cells."""
+    for table in re.findall(r"(?:^\|.*\n)+", (PROJECT / page).read_text(), re.M):
+        names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+        yield names, rows
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
+    """Its columns are an algorithm and a sparsity each, or base masks of one of these."""
+    found = 0
+    for names, rows in tables(page):
+        env_id = re.search(r"\w+-v\d", names[0])
+        whole = re.fullmatch(r"(\w+), \S+, (\d+)%", names[0])
+        for name, *values in rows if env_id else ():
+            for column, value in zip(names[1:], values, strict=True):
+                algo, sparsity = (whole or re.fullmatch(r"(\w+), (\d+)%", column)).groups()
+                group = grids[PAGES[page]][f"{algo.lower()}_tar_s{int(sparsity) / 100}"]
+                arm = arm_named(name, column.strip("`")) if whole else arm_named(name)
+                final = compare.finals_of(group).get((env_id[0], arm))
+                if value:
+                    assert value == shown(compare.t_interval(final.to_numpy())), (name, column)
+                    found += 1
+                else:  # an empty cell was not run, or has no base mask
+                    assert final is None or arm in ("dense", "tiny"), (name, column)
+    assert found >= 10
+
+
+def test_every_mean_in_the_table_of_the_front_page_is_that_of_its_runs(grids):
+    """Its columns are base masks and sparsities, those at 95% of the grid with several base masks."""
+    ((names, rows),) = ((names, rows) for names, rows in tables("README.md") if "HalfCheetah-v4" in names[0])
+    bases, pages, found = {"SNIP": "snip+global", "random": "random+er"}, {"95": "published", "98": "evidence"}, 0
+    for name, *values in rows:
+        for column, value in zip(names[1:], values, strict=True):
+            base, sparsity, flags = re.fullmatch(r"(\w+), (\d+)%(?:, `(.*)`)?", column).groups("")
+            arm = arm_named(f"`{name.split('`')[1]} {flags}`", bases[base])
+            group = grids[pages[sparsity]][f"td3_tar_s{int(sparsity) / 100}"]
+            final = compare.finals_of(group).get(("HalfCheetah-v4", arm))
+            assert value == ("" if final is None else str(round(final.mean()))), (name, column)
+            found += bool(value)
+    assert found > 10
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page):
+    """A mean, or a difference of two arms paired by seed, in one environment."""
+    known = set()
+    for group in grids[PAGES[page]].values():
+        finals = compare.finals_of(group)
+        known |= {shown(compare.t_interval(final.to_numpy())) for final in finals.values()}
+        for one, other in itertools.permutations(finals, 2):
+            if one[0] == other[0]:
+                difference = (finals[one] - finals[other]).dropna().to_numpy()
+                known.add(shown(compare.t_interval(difference)))
+    said = re.findall(r"-?\d+\s\[-?\d+,\s-?\d+\]", (PROJECT / page).read_text())
+    assert said and not [interval for interval in said if " ".join(interval.split()) not in known]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_comparison_of_a_grid_is_of_its_runs(grids, grid):
+    folder = PROJECT / "runs" / grid / "comparison"
+    for name, group in grids[grid].items():
+        chosen = compare.references(group, None)
+        for end, table in (("returns", compare.returns_table(group, chosen)), ("wins", compare.wins_table(group))):
+            path = folder / f"{name}_{end}.csv"
+            if len(table):
+                kinds = {"seeds": str} if "seeds" in table else {}
+                pd.testing.assert_frame_equal(pd.read_csv(path, dtype=kinds), table, check_dtype=False)
+            assert path.exists() == bool(len(table))
+        page = (folder / f"{name}.md").read_text()
+        assert compare.markdown(compare.returns_table(group, chosen)) in page
+        for link in re.findall(r"\]\(([\w./]+)\)", page):
+            assert (folder / link).exists()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_run_has_what_made_it_and_all_of_its_evaluations(grid):
+    folder, unfinished = PROJECT / "runs" / grid, []
+    runs = json.loads((folder / "runs.json").read_text())
+    found = {result.path.name: result for result in results.results_in(folder, unfinished)}
+    assert found.keys() == runs.keys() and not unfinished
+    for result in found.values():
+        args, last = result.config["args"], result.config["args"]["total_timesteps"]
+        assert list(result.evaluations.step) == [*range(0, last, args["eval_frequency"]), last]
+        assert all(segment["git_commit"] and segment["processor"] for segment in result.config["segments"])
+        assert result.config["topology"].keys() == {"actor", "qf1", "qf2"}
+
+
+def test_the_results_are_a_handful_of_files_and_short_pages():
+    files = [path for grid in GRIDS for path in (PROJECT / "runs" / grid).rglob("*") if path.is_file()]
+    assert len(files) + 1 <= 150 and len(GRIDS) == 5
+    for page in PROJECT.glob("runs/**/README.md"):
+        assert len(page.read_text().split()) <= (500 if page.parent.name in GRIDS else 450)
+        for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), link

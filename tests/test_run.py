@@ -1,0 +1,435 @@
+"""What a run leaves behind: its folder, its log, the hash of its code. Bad input leaves one sentence alone."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+from torch.utils.tensorboard import SummaryWriter
+
+import lab.run
+import sac_tar
+import td3_tar
+from lab import record, topology
+from lab.replay import ReplayBuffer
+
+PROJECT = Path(sac_tar.__file__).parent
+gym.register("Short-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=10)
+
+
+def load(path):
+    return torch.load(path / "final.pt" if path.is_dir() else path, weights_only=True)
+
+
+def events(run_dir):
+    return EventAccumulator(str(run_dir), size_guidance={"images": 0, "tensors": 0, "scalars": 0}).Reload()
+
+
+def scalars(run_dir):
+    """Everything logged but the speed, as tag -> [(step, value)]."""
+    log = events(run_dir)
+    return {t: [(e.step, e.value) for e in log.Scalars(t)] for t in log.Tags()["scalars"] if t != "charts/SPS"}
+
+
+def refused(capsys, call, *arguments, code=2, **flags):
+    """The sentence with which a call ends the program."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments, **flags)
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == code
+    return message
+
+
+def main(script, monkeypatch, *flags):
+    """The script's command line in this process."""
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    monkeypatch.setattr(lab.run.signal, "signal", lambda *_: None)
+    act = script.Actor.get_mean_action if script is sac_tar else script.Actor.forward
+    lab.run.main(script.Args, script.train, script.Actor, act)
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch):
+    monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
+    run_dir = run(criterion="snip", distribution="global", total_timesteps=310)
+    files = {"config.json", "checkpoint.pt", "final.pt", "masks.pt", "topology.json", ".lock"}
+    assert {path.name for path in run_dir.iterdir() if "tfevents" not in path.name} == files
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["script"] == script.__name__ and config["args"]["prune_at"] == 60
+    (part,) = config["segments"]
+    assert part["code"] == record.code_hash(Path(script.__file__)) and part["device"] == "cpu" and part["processor"]
+    assert part["from_step"] == 0 and part["in_kernels"] == [] and "git_commit" in part
+    assert part["versions"].keys() == {"python", "torch", "gymnasium", "mujoco", "numpy"} and all(
+        part["versions"].values()
+    )
+    final, report = load(run_dir), json.loads((run_dir / "topology.json").read_text())
+    assert final["args"] == config["args"] and final["global_step"] == 310 and final["script"] == script.__name__
+    saved, log = torch.load(run_dir / "masks.pt", weights_only=True), events(run_dir)
+    names = [f"{name}.{layer}" for name in report for layer in report[name]["layers"]]
+    losses = {"qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss", "actor_loss"}
+    losses |= {"alpha", "alpha_loss"} if script is sac_tar else set()
+    expected = {f"losses/{loss}" for loss in losses} | {f"sparsity/density_{name}" for name in names}
+    expected |= {f"sparsity/{name}" for name in report} | {"flops/inference", "flops/training", "charts/SPS"}
+    expected |= {"charts/episodic_return", "charts/episodic_length", "eval/episodic_return", "eval/episodic_length"}
+    assert set(log.Tags()["scalars"]) == expected | {"eval/final_return"}
+    assert set(log.Tags()["images"]) == {f"topology/{name}" for name in names}
+    logged = scalars(run_dir)
+    assert all(math.isfinite(value) for points in logged.values() for _, value in points)
+    assert [step for step, _ in logged["eval/episodic_return"]] == [0, 100, 200, 300, 310]
+    assert [step for step, _ in logged["losses/qf_loss"]] == [100, 200, 300, 309]
+    late = [value for step, value in logged["eval/episodic_return"] if step > 279]
+    assert logged["eval/final_return"] == [(310, pytest.approx(np.mean(late)))]
+    for name, network in report.items():
+        masks, size = final["masks"][name], sum(row["size"] for row in network["layers"].values())
+        assert logged[f"sparsity/{name}"] == [(60, pytest.approx(1 - network["budget"] / size))]
+        for layer, row in network["layers"].items():
+            assert torch.equal(saved[name]["masks"][layer], masks[layer])
+            assert row["static"] == int(saved[name]["static"][layer].sum()) and row["active"] == int(masks[layer].sum())
+            density = pytest.approx(row["active"] / row["size"])
+            assert logged[f"sparsity/density_{name}.{layer}"] == [(60, density)]
+            assert not final[name][f"{layer}.weight"][~masks[layer]].any()
+    texts = {tag: log.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in log.Tags()["tensors"]}
+    assert "|hidden_size|24|" in texts["hyperparameters/text_summary"]
+    assert texts["topology/revival/text_summary"] == topology.topology_table(report)
+
+
+def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys):
+    run_dir = run(method="static", criterion="magnitude", distribution="global", sparsity=0.97, prune_at=70)
+    sentence, out = "qf1.fc3 keeps no connection after static pruning and has 0 after revival.", capsys.readouterr().out
+    assert f"warning: {sentence}" in out and "Topology at step 70:" in out and " qf2.fc3 |" in out
+    assert sentence.encode() in events(run_dir).Tensors("topology/warnings/text_summary")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize(
+    "given, opens_with, reserve, active_width",
+    [
+        ({"seed": 3}, ["random+er", "A-v1", "tar", 3, 0.9], 0.1, None),
+        ({"method": "dense"}, ["", "A-v1", "dense", 1, 0.0], None, None),
+        ({"critic_method": "dense"}, ["random+er", "A-v1", "tar+dense", 1, 0.9], 0.1, None),
+        ({"sparsity": 0.5, "critic_sparsity": 0.8}, ["random+er", "A-v1", "tar", 1, 0.8], 0.1, None),
+        ({"method": "static", "active_width": 24}, ["random+er", "A-v1", "static", 1, 0.9], None, "24"),
+        ({"active_width": "auto"}, ["random+er", "A-v1", "tar", 1, 0.9], 0.1, "auto"),
+    ],
+)
+def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, given, opens_with, reserve, active_width):
+    """TensorBoard opens with five columns, sorted as here, and cannot sort a column of numbers and strings."""
+    args = sac_tar.Args(env_id="A-v1", **given)
+    record.settle(args)
+    with SummaryWriter(tmp_path) as writer:
+        lab.run.Run.log_args(SimpleNamespace(args=args, writer=writer))
+    contents = {tag: about.plugin_data.content for tag, about in events(tmp_path).summary_metadata.items()}
+    infos = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG]).hparam_infos
+    columns = sorted(infos, key=lambda info: (not info.differs, info.name))
+    start = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.hparams.items()}
+    assert [info.name for info in columns[:5]] == ["base", "env_id", "method", "seed", "sparsity"]
+    assert [shown[info.name] for info in columns[:5]] == opens_with
+    assert (shown.get("reserve"), shown.get("active_width")) == (reserve, active_width)
+    # the same columns in every run, since TensorBoard takes those of any one run
+    assert {info.name for info in columns} == {"base"} | vars(args).keys() - record.NOT_OF_THE_RESULT
+
+
+@pytest.mark.parametrize("n_in", [3, 376])
+def test_the_legend_is_as_wide_as_the_mask_and_names_the_colours_in_it(n_in):
+    (pruned, _), (kept, _), (revived, _), _ = topology.MASK_COLOURS
+    image = np.full((64, max(256, n_in), 3), kept, np.uint8)
+    for colours, titles in (([kept], ["one"]), ([pruned, kept, revived], ["one", "two"])):
+        image[:, : len(colours)] = colours
+        legend = topology.mask_legend(image, titles)
+        assert legend.shape[1:] == image.shape[1:] and legend.dtype == np.uint8
+        for colour, _ in topology.MASK_COLOURS:
+            assert (legend == colour).all(-1).any() == (colour in colours)
+
+
+# the folder
+
+
+def folder_of(tmp_path, script, **flags):
+    args = script.Args(**{"env_id": "A-v1", "runs_dir": str(tmp_path), "total_timesteps": 10**6} | flags)
+    record.settle(args)
+    return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
+
+
+def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_change(script, tmp_path):
+    at_work = {"method": "rigl", "n_step": 2, "recent_fraction": 0.5}  # so that flags of these make a difference
+    plain = folder_of(tmp_path, script, **at_work)
+    assert plain == f"A-v1__{script.__name__}__rigl__random-er__s0.9__n_step-2__recent_fraction-0.5__1"
+    others = {
+        "env_id": "B-v1", "exp_name": "mine", "method": "set", "critic_method": "tar", "criterion": "snip",
+        "distribution": "global", "active_width": "auto", "drop_criterion": "random", "init": "sparse",
+        "density_start": 0.5, "final_prune_at": None,  # None: a flag of another method
+         "lr_cycles": 3, "prune_at": 600, "gamma": 0.9, "tau": 0.5,
+        "rewire_fraction": 0.4, "rewire_stop": 0.5, "recent_fraction": 0.4, "sparsity": 0.5, "critic_sparsity": 0.8,
+        "reserve": None, "alpha": None,
+    }  # fmt: skip
+    names, kept = {plain}, lab.run.MAY_CHANGE | {"runs_dir", "evaluate"}
+    for flag in (flag for flag in dataclasses.fields(script.Args) if flag.name not in kept):
+        default = at_work.get(flag.name, flag.default)
+        other = others.get(flag.name, not default if isinstance(default, bool) else (default or 1) * 2)
+        name = folder_of(tmp_path, script, **at_work | {flag.name: other}) if other is not None else flag.name
+        assert name not in names, flag.name
+        names.add(name)
+    tar = {folder_of(tmp_path, script), folder_of(tmp_path, script, reserve=0.2)}
+    assert len(tar) == 2 and f"A-v1__{script.__name__}__tar__random-er__s0.9__1" in tar
+    assert folder_of(tmp_path, script, critic_method="dense").endswith("__tar+dense__random-er__s0.9+0.0__1")
+    assert folder_of(tmp_path, script, method="dense", sparsity=0.5) == f"A-v1__{script.__name__}__dense__s0.0__1"
+    assert folder_of(tmp_path, script, env_id="mine:a/B-v0").startswith("mine-a-B-v0__")
+    assert len(folder_of(tmp_path, script, exp_name="x" * 300)) == 200
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.run.time, "time", lambda: 1234.5)
+    names = [folder_of(tmp_path, sac_tar), folder_of(tmp_path, sac_tar)]
+    assert names[0] == names[1] and {p.name.split("__")[-1] for p in tmp_path.iterdir()} == {"1234", "1235"}
+
+
+# the code
+
+
+def copy_project(folder):
+    for path in [*PROJECT.glob("*.py"), *PROJECT.glob("lab/**/*.py"), *PROJECT.glob("lab/**/*.cpp")]:
+        (folder / path.relative_to(PROJECT)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path.relative_to(PROJECT)).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_an_edit_of_any_file_that_acts_is_other_code_and_a_comment_is_not(tmp_path):
+    main_file = copy_project(tmp_path) / "sac_tar.py"
+    acting = [
+        "sac_tar",
+        "sparse_utils",
+        *(f"lab/{name}" for name in ("run", "environment", "flags", "replay", "baselines")),
+    ]
+    acting += ["lab/record", "lab/kernels/__init__"]
+    idle, before = [f"lab/{name}" for name in ("topology", "sweep", "compare", "figures")], record.code_hash(main_file)
+    for name in (*acting, *idle):
+        path = tmp_path / f"{name}.py"
+        path.write_text(re.sub(r'\A"""[^"]*"""', '"""Other words."""  # and a comment', path.read_text()))
+        if name in idle:
+            path.write_text(path.read_text() + "\nedited = 1\n")
+    kernel = tmp_path / "lab/kernels/kernels.cpp"
+    kernel.write_text(f"// why\n/* and\nhow */{kernel.read_text()}")
+    assert record.code_hash(main_file) == before == record.code_hash(Path(sac_tar.__file__))
+    seen = {before}
+    for path in (*(tmp_path / f"{name}.py" for name in acting), kernel):
+        path.write_text(path.read_text() + "\nedited = 1\n")
+        seen.add(record.code_hash(main_file))
+    assert len(seen) == 2 + len(acting)
+
+
+def test_what_the_environment_and_the_files_beside_a_script_import_is_code_too(tmp_path):
+    """A script in a folder of its own, with the project on PYTHONPATH."""
+    script = tmp_path / "my_sac.py"
+    script.write_text("import my_nets\n" + Path(sac_tar.__file__).read_text())
+    hashed = functools.partial(record.code_hash, script, "my_envs:Mine-v0")
+    seen = [hashed()]
+    for path, text in {
+        "my_nets.py": b"import my_losses", "my_losses.py": b"import my_nets", "my_envs.py": b"import my_world.physics",
+        "my_world/__init__.py": b"from .sky import g", "my_world/sky.py": b"g = 9.81",
+        "my_world/physics.py": b"from . import ground\nregister('Mine-v0', 'my_point:Mine')",
+        "my_world/ground.py": b"\xef\xbb\xbffriction = 1",  # begins with a byte order mark
+        "my_point.py": b"# coding: latin-1\nname = '\xe4'", "my_masks.py": b"",
+    }.items():  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(text)
+        seen.append(hashed())
+    assert len(set(seen)) == len(seen) - 1 and seen[-1] == seen[-2] != record.code_hash(script, "Hopper-v4")
+    copy_project(tmp_path / "project")
+    other = tmp_path / "project" / "sparse_utils.py"
+    other.write_text(other.read_text() + "\nedited = 1\n")
+    at_home = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from lab.record import *; print(code_hash(Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", at_home]
+    a, b = (subprocess.check_output([*command, str(p), str(script)]) for p in (PROJECT, tmp_path / "project"))
+    assert a != b
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ({"sparsity": 1.0}, "--sparsity must be at least 0 and below 1, got 1.0"),
+        ({"sparsity": float("nan")}, "--sparsity must be at least 0 and below 1"),
+        ({"critic_sparsity": -0.5}, "--critic-sparsity must be at least 0 and below 1, got -0.5"),
+        ({"sparsity": 0.9999999}, "--sparsity 0.9999999 keeps none of"),
+        ({"reserve": 1.0}, "--reserve must be at least 0 and below 1"),
+        ({"env_id": "Hoper-v4"}, "unknown --env-id Hoper-v4"),
+        ({"env_id": "Hoper-v4"}, "close names: Hopper-v4"),
+        ({"env_id": "NeedsPackageProbe-v0"}, "rare_physics is not installed); `pip install"),
+        ({"env_id": "no_such_module:Foo-v0"}, "cannot make no_such_module:Foo-v0"),
+        ({"env_id": "BrokenProbe-v0"}, "cannot make BrokenProbe-v0 (AttributeError: module has no attribute 'bool8')"),
+        ({"prune_at": 160}, "--prune-at must be at least 0 and below the end of training, --total-timesteps 160, got"),
+        ({"learning_starts": 160}, "--learning-starts must be at least 0 and below the end of training"),
+        ({"total_timesteps": 0}, "--total-timesteps must be positive"),
+        ({"hidden_size": 0}, "--hidden-size must be positive"),
+        ({"batch_size": -1}, "--batch-size must be positive"),
+        ({"buffer_size": 0}, "--buffer-size must be positive"),
+        ({"policy_frequency": 0}, "--policy-frequency must be positive"),
+        ({"eval_frequency": 0}, "--eval-frequency must be positive"),
+        ({"eval_episodes": 0}, "--eval-episodes must be positive"),
+        ({"torch_threads": 0}, "--torch-threads must be positive"),
+        ({"checkpoint_frequency": 0}, "--checkpoint-frequency must be positive"),
+        ({"gamma": 1.1}, "--gamma must be in [0, 1]"),
+        ({"tau": 0.0}, "--tau must be above 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"criterion": "snip", "prune_at": 0}, "--criterion snip needs replay data"),
+        ({"active_width": 25}, "--active-width must be from 1 to --hidden-size 24, got 25"),
+        ({"active_width": 6}, "--active-width 6 cannot hold"),
+        ({"method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
+        ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs 400000 GB of memory; lower it"),
+        ({"capture_video": True, "env_id": "NoFrames-v0"}, "--capture-video cannot film here"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_no_folder(run, tmp_path, capsys, flags, sentence):
+    assert sentence in refused(capsys, run, **flags)
+    assert not (tmp_path / "runs").exists()
+
+
+class NoFrames(gym.Env):
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+
+gym.register("NoFrames-v0", NoFrames, max_episode_steps=5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_a_device(run, capsys):
+    assert "--device cuda needs a CUDA device" in refused(capsys, run, device="cuda")
+
+
+def test_a_runs_dir_that_cannot_be_made(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run folder" in refused(capsys, run, runs_dir=str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ("--sparsity 1.5", "error: --sparsity must be at least 0 and below 1, got 1.5"),
+        ("--learning-starts 5e3", "5e3"),
+        ("--method best", "best"),
+        ("--env-id Pendulum-v1 --hidden-size 10000000", "error: not enough memory ("),
+        ("--env-id Pendulum-v1 --hidden-size 100000000000", "error: not enough memory ("),
+    ],
+)
+def test_the_command_line_refuses_what_cannot_work(script, tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(script, monkeypatch, *flags.split())
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and sentence in output.out + output.err and not list(tmp_path.iterdir())
+
+
+def test_every_flag_is_explained(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        main(script, monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in text for name in vars(script.Args()))
+
+
+# divergence
+
+
+def test_a_loss_that_diverges_is_named_and_what_was_logged_is_on_the_disk(run, script, tmp_path, capsys):
+    rates = {"q_lr": 1e30} if script is sac_tar else {"learning_rate": 1e30}
+    message = refused(capsys, run, total_timesteps=1000, code=1, env_id="Short-v0", **rates)
+    assert " at step " in message and "training diverged" in message
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert scalars(run_dir)["eval/episodic_return"] and not (run_dir / "final.pt").exists()
+
+
+@pytest.mark.parametrize("call, step", [(40, 100), (99, 159)])  # the last: between two logged steps, at the end
+def test_a_value_that_is_infinite_is_named(run, script, monkeypatch, tmp_path, capsys, call, step):
+    critic_losses, calls = script.critic_losses, []
+
+    def overflow(*args):
+        calls.append(1)
+        *losses, qf1_values, qf2_values = critic_losses(*args)
+        return *losses, qf1_values, qf2_values * (math.inf if len(calls) == call else 1)
+
+    monkeypatch.setattr(script, "critic_losses", overflow)
+    message = refused(capsys, run, code=1)
+    assert re.search(rf"losses/qf2_values is -?(inf|nan) at step {step}", message)
+    assert not list((tmp_path / "runs").glob("*/final.pt"))
+
+
+def test_weights_that_are_not_finite_replace_no_checkpoint(run, script, monkeypatch, tmp_path, capsys):
+    """Which no logged value shows: between two logged steps a critic gets a weight of NaN."""
+    add = ReplayBuffer.add
+
+    def spoil(rb, *transition):
+        add(rb, *transition)
+        if rb.added == 75:
+            next(p for p in trained if p.dim() == 2).data[0, 0] = math.nan
+
+    trained, network = [], script.QNetwork.__init__
+    monkeypatch.setattr(
+        script.QNetwork, "__init__", lambda net, *a: network(net, *a) or trained.extend(net.parameters())
+    )
+    monkeypatch.setattr(ReplayBuffer, "add", spoil)
+    message = refused(capsys, run, code=1, env_id="Short-v0", checkpoint_frequency=10, sparsity=0.0)
+    assert "of qf1 is not finite at step 80" in message or "the action at step" in message
+    (path,) = (tmp_path / "runs").glob("*/checkpoint.pt")
+    saved = load(path)
+    assert saved["global_step"] == 70 and all(t.isfinite().all() for t in saved["qf1"].values())
+
+
+def test_a_checkpoint_may_hold_what_is_infinite_and_not_trained(run, script):
+    if script is sac_tar:  # the logarithm of an alpha of 0
+        assert load(run(autotune=False, alpha=0.0, total_timesteps=70))["entropy"]["log_alpha"].item() == -math.inf
+
+
+def test_a_full_disk_and_a_folder_of_somebody_else(tmp_path):
+    """Files may not grow beyond a size, as on a full disk. The other process has no assertions and no docstrings."""
+    flags = "--env-id Pendulum-v1 --total-timesteps 1000 --learning-starts 500 --hidden-size 16 --batch-size 16"
+    flags += " --eval-episodes 1 --checkpoint-frequency 200 --compute masked --runs-dir"
+
+    def begin(script, before="", options=""):
+        command = f"{before} exec {sys.executable} {options} {script.__file__} {flags} {tmp_path / script.__name__}"
+        return subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    processes = [begin(sac_tar, "ulimit -f 60;"), begin(td3_tar, options="-OO")]
+    (_, full), (good, _) = (process.communicate() for process in processes)
+    assert [process.returncode for process in processes] == [1, 0] and "saved" in good.splitlines()[-1]
+    error = [line for line in full.splitlines() if line.startswith("error: ")][-1]
+    assert "File too large" in error and "make room" in error and "go on with --resume" in error
+    full, good = (next((tmp_path / script.__name__).iterdir()) for script in SCRIPTS.values())
+    assert load(full / "checkpoint.pt")["global_step"] == 400 and not list(full.rglob("*.tmp"))
+    scalars(full)
+    for path in (good, *good.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    command = [sys.executable, td3_tar.__file__, "--resume", str(good), "--total-timesteps", "1100"]
+    if os.geteuid() == 0:  # root may write everywhere
+        command = ["setpriv", "--reuid=65534", "--clear-groups", "--bounding-set=-all", *command]
+        for path in (tmp_path, *tmp_path.parents[:2]):
+            path.chmod(0o755)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("Permission denied")) == (1, 1), result.stderr[-2000:]
+    assert result.stderr.startswith("error: ")
