@@ -48,7 +48,8 @@ class Net:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of this row; networks and optimizers are saved by themselves."""
-        return {"masks": self.masks, "budget": self.budget, "reserve": self.reserve, "in_kernels": self.in_kernels}
+        names = ("static", "masks", "budget", "reserve", "in_kernels")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back, in place, what `state_dict` gave."""

@@ -509,7 +509,8 @@ class Schedule:
                 net.budget = decayed(self.first[name][0], self.final[name][0], done)
                 state = (self.stopped[name], fraction, done, self.args.distribution, self.generator)
                 rewire(net, self.rules[name], losses.get(name), *state)
-        run.log_rewiring(global_step, self.dynamic, before, self.revived)
+        last = global_step == self.rewirings[-1]
+        run.log_rewiring(global_step, self.dynamic, before, self.revived, last)
         return self.args.batch_size * flops
 
     def cycle_learning_rates(self, global_step: int, run: object) -> None:

@@ -48,7 +48,7 @@ class Guard(gym.Wrapper):
     def step(self, action):
         space = self.action_space
         if not np.isfinite(action).all():
-            fail(f"the action at step {self.global_step} is {action}: training diverged", code=1)
+            fail(f"the action at step {self.global_step} is {np.asarray(action).tolist()}: training diverged", code=1)
         obs, reward, *ends, info = self.env.step(np.clip(np.asarray(action, space.dtype), space.low, space.high))
         value = np.asarray(reward, float)
         if value.size != 1 or not np.isfinite(value).all():
@@ -60,7 +60,7 @@ class Guard(gym.Wrapper):
         if obs.shape != shape:
             fail(f"the observation at step {self.global_step} has shape {obs.shape} and its space {shape}", code=1)
         if not (np.abs(obs) <= np.finfo(np.float32).max).all():
-            fail(f"the observation at step {self.global_step} is {obs}; all its numbers must be finite", code=1)
+            fail(f"the observation at step {self.global_step} is {obs.tolist()}; all its numbers must be finite", code=1)
         return obs
 
 
@@ -161,7 +161,7 @@ def attributes(env: gym.Env) -> dict[str, object]:
     found = {}
     for depth, layer in enumerate(layers(env)):
         held = {"": layer, **vars(layer), "actions": layer.action_space, "observations": layer.observation_space}
-        found |= {f"{depth}.{type(layer).__name__}.{name}": value for name, value in held.items()}
+        found |= {f"{depth}.{type(layer).__name__}.{name}": part for name, part in held.items() if name != "env"}
     return found
 
 

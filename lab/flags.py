@@ -58,7 +58,7 @@ class RunFlags:
     eval_episodes: int = 10  # Noise-free episodes of each evaluation, on an environment of its own.
     capture_video: bool = False  # Film the first episode of each evaluation as an mp4 in the run folder.
     checkpoint_frequency: int = 10_000  # Environment steps after which the next end of an episode writes a checkpoint.
-    # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it goes on learning.
+    # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True
     resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
     # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.

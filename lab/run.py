@@ -40,7 +40,7 @@ from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, has_time_limit, make
 from lab.flags import bad_input, fail
 from lab.record import code_hash, hyperparameters, identity, read_config, settle, unused
 from lab.replay import ReplayBuffer
-from sparse_utils import Masks, Net
+from sparse_utils import Net
 
 CHECKPOINT_FORMAT = 5  # raised whenever a checkpoint of before can no longer be resumed
 REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; so many are copied in memory
@@ -537,10 +537,10 @@ class Run:
         masks = {name: {"static": pack(net.static), "masks": pack(net.masks)} for name, net in self.nets.items()}
         write_tensors(self.folder / "masks.pt", masks)
 
-    def log_rewiring(self, global_step: int, nets: dict[str, Net], before: dict[str, Masks], revived: dict[str, Masks]):
-        """What a rewiring of these networks, with masks as they were `before` it, has done."""
+    def log_rewiring(self, global_step: int, *rewired: object) -> None:
+        """What a rewiring has done; topology.py has a function of this name and says what it is given."""
         report = json.loads((self.folder / "topology.json").read_text())
-        topology.log_rewiring(self.writer, global_step, report, nets, before, revived)
+        topology.log_rewiring(self.writer, global_step, report, *rewired)
         write_json(self.folder / "topology.json", report)
 
     def evaluate(self, global_step: int, policy: Callable, training_flops: int, inference_flops: int) -> None:

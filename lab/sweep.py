@@ -298,7 +298,8 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
 
 def start_ray(args: Args) -> ModuleType:
     """Ray, started on this machine or connected to a cluster."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # no statistics are sent; and scripts are not killed with their task, but end themselves, with a checkpoint
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_kill_child_processes_on_worker_exit="0")
     os.environ.setdefault("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets must stay below 108 characters
     here = {"num_cpus": args.cores or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # of the tasks and their scripts
@@ -369,13 +370,12 @@ def main() -> int:
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     args, flags = tyro.cli(Args, description=__doc__.splitlines()[0], args=words[:end]), words[end + 1 :]
-    names, cores = {Path(name).stem for name in args.script}, args.cores
     rules = {
-        "script": (len(names) == len(args.script), "files of different names, by which runs are known"),
+        "script": (len({Path(name).stem for name in args.script}) == len(args.script), "files of different names"),
         "base": (all(base.count("+") == 1 for base in args.base), "<criterion>+<distribution>, such as random+er"),
         "first_seed": (1 <= args.first_seed <= args.seeds, f"from 1 to --seeds {args.seeds}"),
         "retries": (args.retries >= 0, "at least 0"),
-        "cores": (cores is None or (cores >= 1 and not args.ray_address), "at least 1, and not with --ray-address"),
+        "cores": (args.cores is None or (args.cores > 0 and not args.ray_address), "above 0, without --ray-address"),
     }
     for name in ("like", "published"):
         holds = getattr(args, name) is None or any(configs(Path(getattr(args, name))))

@@ -87,30 +87,33 @@ def topology_warnings(network: str, net: Net, observation_size: int) -> list[str
     return warnings
 
 
-def mask_image(net: Net, layer: str) -> np.ndarray:
+def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
     """The mask of a layer, outputs down and inputs across, as uint8 of shape (height, width, 3), each panel about 256
     pixels square or larger, with a legend below. The left panel is the mask after static pruning and the right one that
-    after revival; a method that revives nothing has one panel."""
+    of now: after revival or after the last rewiring. A method that has revived nothing has one panel."""
     static, mask = net.static[layer].cpu(), net.masks[layer].cpu()
     part = sparse_utils.active_part(net.masks, net.width)[layer].shape
     colours = torch.tensor([colour for colour, _ in MASK_COLOURS], dtype=torch.uint8)
     cell = [max(1, 256 // n) for n in mask.shape]
     titles, kinds = ["after static pruning"], [static.long()]
-    if net.reserve:
-        titles, kinds = [*titles, "after revival"], [*kinds, 2 * mask.long() - static.long()]
+    if net.reserve or rewired:
+        titles.append("after the last rewiring" if rewired else "after revival")
+        kinds.append(mask * (2 - static.long()))
     panels = []
     for kind in kinds:
         kind[part[0] :], kind[:, part[1] :] = 3, 3
         panels += [torch.full((mask.shape[0] * cell[0], 8, 3), 255, dtype=torch.uint8)] if panels else []
         panels.append(colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1))
     image = torch.cat(panels, 1).numpy()
-    return np.concatenate([image, mask_legend(image, titles)])
+    return np.concatenate([image, mask_legend(image, titles, "grown" if rewired else "revived")])
 
 
-def mask_legend(image: np.ndarray, titles: list[str]) -> np.ndarray:
+def mask_legend(image: np.ndarray, titles: list[str], added: str) -> np.ndarray:
     """What the panels of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
     with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
-    colours = [entry for entry in MASK_COLOURS if (image == entry[0]).all(-1).any()]
+    colours = [
+        (rgb, added if text == "revived" else text) for rgb, text in MASK_COLOURS if (image == rgb).all(-1).any()
+    ]
     entries = [*(("white", title) for title in titles), *colours]
     width, columns = image.shape[1], len(titles)
     size = width // (14 * columns)
@@ -155,11 +158,15 @@ def log_rewiring(
     nets: dict[str, Net],
     before: dict[str, Masks],
     revived: dict[str, Masks],
+    last: bool,
 ) -> None:
     """What a rewiring of these networks, with masks as they were `before` it, has done: into the report of the last
     pruning, in place; and to TensorBoard, as fractions of the active connections, how many it replaced and how many of
-    the first, `revived`, are gone."""
+    the first, `revived`, are gone. The last rewiring draws the masks too."""
     for name, net in nets.items():
+        for layer in net.masks if last else ():
+            image = mask_image(net, layer, rewired=True)
+            writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
         layers = report[name]["layers"]
         for layer, part in sparse_utils.active_part(net.masks, net.width).items():
             layers[layer]["last_rewiring"] = {

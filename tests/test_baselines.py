@@ -20,6 +20,7 @@ import lab.run
 import sparse_utils as su
 import td3_tar
 from lab import baselines, kernels
+from lab.replay import ReplayBuffer
 
 SEED = st.integers(0, 10**6)
 
@@ -273,12 +274,13 @@ def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(t
 
 def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
     """Ranked together, the layer of small weights loses more; a distribution that gives too much is refused."""
-    net = row({"fc1": torch.arange(1.0, 13).view(3, 4), "fc2": torch.arange(7.0, 10).view(1, 3)}, "set", budget=8)
+    net = row({"fc1": torch.arange(1.0, 13).view(3, 4), "fc2": torch.arange(7.5, 10).view(1, 3)}, "set")
     net.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in net.weights.items()}
-    baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "global", generator())
-    assert counts(net.masks) == [6, 2] and net.active == 8  # 12 to 7, and 9 and 8
-    net.budget = 5
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er leaves 2 of 5"):
+    for net.budget, left in ((12, [9, 3]), (9, [6, 3]), (6, [4, 2]), (5, [4, 1])):
+        baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "global", generator())
+        assert counts(net.masks) == left and net.active == net.budget
+    net.budget = 3
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er leaves 1 of 3"):
         patch.setitem(su.DISTRIBUTIONS, "er", lambda scores, keep: [0, keep])
         baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "er", generator())
 
@@ -389,10 +391,61 @@ def test_tiny_runs_dense_within_the_budget(train):
 # THE REPLAY BUFFER
 
 
+def transitions(n):
+    """Of episodes that last a few steps and then terminate, are truncated, or both. Observations count steps."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        yield np.array([i]), np.array([i + 0.5]), np.array([-i]), rng.normal(), *(rng.random(2) < 0.12)
+
+
+def buffer_of(**flags):
+    space = SimpleNamespace(shape=(1,))
+    env = SimpleNamespace(observation_space=space, action_space=space)
+    rb = ReplayBuffer(SimpleNamespace(gamma=0.9, **flags), env, torch.device("cpu"))
+    rb.rows.fill_(math.nan)  # what was never added shows
+    return rb
+
+
+def slow_target(held, i, n):
+    """Reward, next observation and discount of the n-step target of transition i of the list `held`."""
+    total, k = 0.0, 0
+    while True:
+        _, (next_obs,), _, reward, terminated, truncated = held[i + k]
+        total, k = total + 0.9**k * reward, k + 1
+        if terminated or truncated or k == n or i + k == len(held):
+            return total, next_obs, 0.0 if terminated else 0.9**k
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 7), st.sampled_from([1, 5, 39, 40, 41, 63, 200]), st.booleans())
+def test_n_step_targets_against_a_slow_computation(n, added, late):
+    """In a buffer of 40, before it is full and after it was overrun; and before --n-step-from."""
+    rb, held = buffer_of(buffer_size=40, n_step=n, n_step_from=100), [*transitions(added)]
+    for transition in held:
+        rb.add(*transition)
+    held, batch = held[-40:], rb.sample(400, 99 + late)
+    drawn = (batch.observations.long() - (added - len(held))).flatten().tolist()
+    assert set(drawn) == set(range(len(held))) and torch.equal(batch.actions, -batch.observations)
+    expected = torch.tensor([slow_target(held, i, n if late else 1) for i in drawn]).float()
+    found = torch.cat([batch.rewards, batch.next_observations, batch.discounts], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_fraction_of_a_batch_is_of_the_newest_transitions():
+    rb = buffer_of(buffer_size=1000, recent_fraction=0.25, recent_size=50)
+    for transition in transitions(2500):
+        rb.add(*transition)
+        if rb.added in (20, 700, 1000, 1020, 2500):
+            numbers, first = rb.sample(4000, 0).observations[:, 0], max(0, rb.added - 1000)
+            assert set(numbers[:1000].tolist()) == set(range(max(0, rb.added - 50), rb.added))
+            assert len(numbers[1000:].unique()) > 0.9 * (rb.added - first) and numbers.min() >= first
+
+
 def test_a_run_samples_by_its_flags(train):
-    """Targets of one reward until step 99, then of three; test_agents.py has them by hand."""
+    """Targets of one reward until step 99, then of three."""
     seen = train(n_step=3, n_step_from=100, gamma=0.5)
     discounts = {step: set(batch.discounts.flatten().tolist()) for _, step, batch in seen.batches}
+    assert [*discounts] == [*range(61, 130)]
     assert all(found == {0.5} if step < 100 else found >= {0.125} for step, found in discounts.items())
 
 

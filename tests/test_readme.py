@@ -27,8 +27,8 @@ from lab import baselines, compare, record, sweep
 
 PROJECT = Path(__file__).parent.parent
 README, LAB = ((PROJECT / folder / "README.md").read_text() for folder in (".", "lab"))
-FOUND = [*PROJECT.glob("*.md"), *PROJECT.glob("[!.]*/**/README.md"), *PROJECT.glob("[!.]*/**/NOTES.md")]
-PAGES = {path.relative_to(PROJECT).as_posix(): path.read_text() for path in FOUND}
+WHERE = ("*.md", "lab/**/README.md", "runs/**/README.md", "runs/**/NOTES.md")
+PAGES = {path.relative_to(PROJECT).as_posix(): path.read_text() for at in WHERE for path in PROJECT.glob(at)}
 COMMANDS = {"sac_tar.py": sac_tar, "td3_tar.py": td3_tar, "lab/sweep.py": sweep, "lab/compare.py": compare}
 
 
@@ -59,7 +59,7 @@ def test_no_placeholder_is_left_every_table_holds_together_and_every_link_leads_
 def test_every_flag_rule_and_file_that_is_named_exists_and_none_is_left_out():
     known = {field.name for module in COMMANDS.values() for field in fields(module.Args)}
     said = {flag.removeprefix("no-").replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", README + LAB)}
-    assert said - known == {"help", "extra_index_url", "logdir", "head", "port", "address"}  # of pip, tensorboard, ray
+    assert said - known == {"help", "logdir", "head", "port", "address"}  # of tensorboard and Ray
     assert {field.name for field in fields(baselines.Flags)} <= said
     table = README.split("| `--method` |")[1].split("\n\n")[0]
     first_cells = "".join(row.split("|")[1] for row in table.splitlines() if row.startswith("| `"))

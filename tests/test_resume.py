@@ -1,6 +1,7 @@
-"""Interrupted runs go on as if nothing had happened; what cannot be resumed or read is refused; evaluation of a policy."""
+"""Interrupted runs go on as if nothing had happened; files that cannot be used are refused; saved policies are run."""
 
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -8,9 +9,9 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
 def quick(monkeypatch):
     """Two things that have tests of their own take most of the time of a short run."""
     monkeypatch.setattr(lab.run, "code_hash", functools.cache(record.code_hash))
-    monkeypatch.setattr(topology, "mask_image", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     yield
     STOP_SIGNALS.clear()
 
@@ -41,6 +42,8 @@ def quick(monkeypatch):
 def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -114,7 +117,7 @@ CASES = {
     "sculpt in the kernels": (sac_tar, (35, 115, 165), SCULPT | {"compute": "sparse"}),
     "a falling density": (sac_tar, (135,), DECAY | {"method": "chts", "rewire_every": 20, "compute": "sparse"}),
     "a full buffer": (td3_tar, (143,), {"buffer_size": 40, "n_step": 3, "recent_fraction": 0.3, "recent_size": 20}),
-    "other critics": (sac_tar, (100,), {"method": "dense", "critic_method": "tar", "critic_sparsity": 0.8, "init": "sparse"}),
+    "other critics": (sac_tar, (100,), {"method": "dense", "critic_method": "tar", "init": "sparse"}),
     "odd frequencies": (sac_tar, (98,), {"policy_frequency": 3, "target_network_frequency": 2, "autotune": False}),
 }  # fmt: skip
 
@@ -180,7 +183,8 @@ def stop_after(script, monkeypatch):
 def test_training_may_grow_after_its_end_and_after_a_death(run, script, tmp_path):
     flags = {"env_id": "Short-v0", "checkpoint_frequency": 30, "compute": "sparse", "eval_frequency": 60}
     undisturbed = run(**flags, total_timesteps=250, runs_dir=str(tmp_path / "a"))
-    run_dir = run(**flags, total_timesteps=175, runs_dir=str(tmp_path / "b"))
+    assert child(functools.partial(run, **flags, total_timesteps=175, runs_dir=str(tmp_path / "b"))) == 0
+    (run_dir,) = (tmp_path / "b").iterdir()
     assert (run_dir / "final.pt").exists()
     work = functools.partial(again, script, run_dir, total_timesteps=250)
     assert child(functools.partial(dies, ReplayBuffer, "add", 65, work)) == -9
@@ -251,9 +255,9 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
     again(script, run_dir)
     out = capsys.readouterr().out
     assert f"warning: {log.name} has lost some of what was logged" in out
-    assert "warning: the run's code was" in out and "'mujoco': '9.9'} from step 150 on" in out
+    assert "warning: the run's code was" in out and "'mujoco': '9.9'" in out and "from step 160 on" in out
     parts = record.read_config(run_dir)["segments"]
-    assert [part["from_step"] for part in parts] == [0, 150] and parts[1]["versions"]["mujoco"] == "9.9"
+    assert [part["from_step"] for part in parts] == [0, 160] and parts[1]["versions"]["mujoco"] == "9.9"
 
 
 def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatch):
@@ -263,11 +267,10 @@ def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatc
     rb.rows[:] = torch.arange(2500.0).reshape(250, 10)
     for rb.added in (100, 240, 260, 600):
         lab.run.write_replay(tmp_path, rb)
-    names = [path.name for path in lab.run.replay_files(tmp_path)]
-    assert names == ["0-64.pt", "64-100.pt", "100-164.pt", "164-228.pt", "228-240.pt", "240-250.pt", "250-260.pt"] + [
-        "350-414.pt", "414-478.pt", "478-500.pt", "500-564.pt", "564-600.pt"
-    ]  # fmt: skip
-    assert all((tmp_path / "replay" / name).stat().st_size < 64 * 40 + 2000 for name in names)
+    names = [path.stem for path in lab.run.replay_files(tmp_path)]
+    assert names[:7] == ["0-64", "64-100", "100-164", "164-228", "228-240", "240-250", "250-260"]
+    assert names[7:] == ["350-414", "414-478", "478-500", "500-564", "564-600"]  # 260 to 350 are overwritten
+    assert all((tmp_path / "replay" / f"{name}.pt").stat().st_size < 64 * 40 + 2000 for name in names)
     other = ReplayBuffer(args, env, torch.device("cpu"))
     lab.run.read_replay(tmp_path, other, 600)
     assert torch.equal(other.rows, rb.rows) and other.added == 600
@@ -277,42 +280,45 @@ def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatc
 
 
 def test_signals_and_locks_of_processes(tmp_path):
-    """SIGINT and SIGTERM end at the end of an episode, with a checkpoint and the command that goes on from there. While
-    a process has a folder, no other one gets it."""
-    flags = "--total-timesteps 100000 --learning-starts 100 --hidden-size 16 --batch-size 16 --eval-episodes 1"
+    """A signal ends a run at the end of its episode, with a checkpoint and the command that goes on from there. A second
+    one ends it at once. While a process has a folder, no other one gets it."""
+    flags = "--env-id Pendulum-v1 --total-timesteps 100000 --learning-starts 100 --hidden-size 16 --batch-size 16 "
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = {}
+    for script in (SAC, TD3):
+        command = f"{flags} --eval-episodes 1 --runs-dir {tmp_path / script.stem}".split()
+        processes[script] = subprocess.Popen([sys.executable, script, *command], **pipes)
 
-    def whole_story(script, number, code):
-        runs = tmp_path / script.stem
-        command = [sys.executable, str(script), "--env-id", "Pendulum-v1", *flags.split(), "--runs-dir", str(runs)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, **pipes)
-        while not list(runs.glob("*/masks.pt")) and process.poll() is None:
+    def wait_for(pattern, process, count=1):
+        while len(found := list(tmp_path.glob(pattern))) < count:
+            assert process.poll() is None, process.communicate()
             time.sleep(0.05)
-        (run_dir,) = runs.iterdir()
-        resume = [sys.executable, str(script), "--resume", str(run_dir)]
-        second = subprocess.run(resume, capture_output=True, text=True)
-        assert second.returncode == 2 and second.stderr.startswith(f"error: another process is running {run_dir}; let")
-        process.send_signal(number)
-        out, err = process.communicate()
-        assert process.returncode == code, err
-        step, line = load(run_dir / "checkpoint.pt")["global_step"], out.splitlines()[-1]
-        assert step > 100 and step % 200 == 0
-        assert line == f"stopped at step {step}; go on with: python {script.name} --resume {run_dir}"
-        resumed = [sys.executable, *line.split("python ")[1].split(), "--compute", "masked"]
-        process = subprocess.Popen(resumed, cwd=script.parent, **pipes)
-        while len(list(run_dir.glob("*tfevents*"))) < 2 and process.poll() is None:
-            time.sleep(0.05)
-        process.terminate()
-        process.terminate()
-        process.communicate()
-        assert process.returncode == 143 and load(run_dir / "checkpoint.pt")["global_step"] >= step
+        return found[0].parent
 
-    with ThreadPoolExecutor(2) as pool:
-        stories = [
-            pool.submit(whole_story, SAC, signal.SIGINT, 130),
-            pool.submit(whole_story, TD3, signal.SIGTERM, 143),
-        ]
-    assert [story.result() for story in stories] == [None, None]
+    run_dir, process = wait_for("td3_tar/*/masks.pt", processes[TD3]), processes[TD3]
+    step = load(run_dir / "checkpoint.pt")["global_step"]
+    process.send_signal(signal.SIGSTOP)  # so that both come within one step
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130 and "stopped at once; go on" in process.stdout.read()
+
+    run_dir, process = wait_for("sac_tar/*/masks.pt", processes[SAC]), processes[SAC]
+    second = subprocess.run([sys.executable, SAC, "--resume", run_dir], capture_output=True, text=True)
+    assert second.returncode == 2 and second.stderr.startswith(f"error: another process is running {run_dir}; let")
+    process.terminate()
+    out, err = process.communicate()
+    assert process.returncode == 143, err
+    step, line = load(run_dir / "checkpoint.pt")["global_step"], out.splitlines()[-1]
+    assert step > 100 and step % 200 == 0
+    assert line == f"stopped at step {step}; go on with: python sac_tar.py --resume {run_dir}"
+    resumed = [sys.executable, *line.split("python ")[1].split(), "--compute", "masked"]
+    process = subprocess.Popen(resumed, cwd=SAC.parent, **pipes)
+    wait_for("sac_tar/*/*tfevents*", process, count=2)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143 and load(run_dir / "checkpoint.pt")["global_step"] >= step
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +341,7 @@ def finished(tmp_path_factory):
         ("--env-id Hopper-v4", "--env-id Hopper-v4 contradicts the run, which has Short-v0"),
         ("--no-save-buffer", "--save-buffer False contradicts the run, which has True"),
         ("--total-timesteps 80", "--total-timesteps may grow but not shrink; the run has 90"),
-        ("--method rigl --rewire-every 20", "--method rigl contradicts the run, which has tar"),
+        ("--method rigl --rewire-every 20", "contradicts the run, which has"),
     ],
 )
 def test_flags_that_contradict_the_run_are_refused_by_name(finished, script, monkeypatch, capsys, flags, sentence):
@@ -346,7 +352,7 @@ def test_flags_that_contradict_the_run_are_refused_by_name(finished, script, mon
 
 
 def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, script, monkeypatch, capsys):
-    run_dir = run(method="static", critic_method="rigl", rewire_every=50, total_timesteps=120)
+    run_dir = run(method="static", critic_method="rigl", rewire_every=20, total_timesteps=120)
     message = refused(capsys, main, script, monkeypatch, "--resume", run_dir, "--total-timesteps", 300)
     assert "--method rigl rewires by a schedule over --total-timesteps" in message
 
@@ -354,12 +360,8 @@ def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, scrip
 def test_the_command_that_began_a_run_may_be_repeated_with_resume(run, script, monkeypatch):
     """Also flags that make no difference to it, which the run does not record as given."""
     flags = {"method": "dense", "sparsity": 0.5, "criterion": "snip", "reserve": 0.3, "total_timesteps": 70}
-    run_dir, trained = run(**flags), []
-    monkeypatch.setattr(script, "train", trained.append)
+    run_dir = run(**flags)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    with pytest.raises(TypeError):  # what takes the place of train has no module with a script
-        main(script, monkeypatch, "--resume", run_dir, *given)
-    monkeypatch.undo()
     main(script, monkeypatch, "--resume", run_dir, *given)
     assert load(run_dir)["global_step"] == 70
 
@@ -426,7 +428,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     for bad, sentence in [
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
-        (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}}, "is not one of this script"),
+        (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
         (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 5; use the"),
     ]:
         torch.save(bad, file)
@@ -449,43 +451,35 @@ def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, script, capsys
     again(script, run_dir)
 
 
-def test_what_a_user_adds_to_the_agent_is_restored_if_it_is_in_state(monkeypatch, tmp_path):
-    """A normalizer and its counter in a copy of the script, two lines more; and an optimizer that is not in `state`."""
-    source = SAC.read_text()
-    at, step = "    run = Run(", "        next_obs, reward,"
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_a_user_adds_to_the_agent_is_restored_if_it_is_in_state(run, tmp_path):
+    """A normalizer and a counter in a copy of the script; and one more optimizer, or parameter, that is forgotten."""
+    source, at, step = SAC.read_text(), "    run = Run(", "        next_obs, reward,"
     assert at in source and step in source
-    for name in ("sparse_utils.py", "lab"):
-        (tmp_path / name).symlink_to(SAC.parent / name)
-    script, flags = tmp_path / "my_sac.py", "--env-id Pendulum-v1 --learning-starts 50 --hidden-size 16 --batch-size 16"
-    command = [
-        sys.executable,
-        str(script),
-        *flags.split(),
-        "--eval-episodes",
-        "1",
-        "--runs-dir",
-        str(tmp_path / "mine"),
-    ]
-    forgotten = (
-        "    torch_module = nn.Linear(2, 2)\n    q_optimizer.add_param_group({'params': torch_module.parameters()})\n"
-    )
-    script.write_text(source.replace(at, forgotten + at))
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "is in no part of the dictionary `state`" in result.stderr
     mine = "    state |= {'normalizer': nn.BatchNorm1d(3), 'seen': {'steps': 0}}\n"
-    script.write_text(
-        source.replace(at, mine + at).replace(
-            step, "        state['normalizer'].running_mean += 1\n        state['seen']['steps'] += 1\n" + step
-        )
-    )
-    subprocess.run([*command, "--total-timesteps", "200"], check=True, capture_output=True)
-    (run_dir,) = (tmp_path / "mine").iterdir()
-    assert load(run_dir / "checkpoint.pt")["seen"] == {"steps": 200}
-    more = [sys.executable, str(script), "--resume", str(run_dir), "--total-timesteps", "400"]
-    subprocess.run(more, check=True, capture_output=True)
+    source = source.replace(at, mine + at)
+    count = "        state['normalizer'].running_mean += 1\n        state['seen']['steps'] += 1\n"
+    (tmp_path / "my_sac.py").write_text(source.replace(step, count + step))
+    spec = importlib.util.spec_from_file_location("my_sac", tmp_path / "my_sac.py")
+    mine = importlib.util.module_from_spec(spec)
+    sys.modules["my_sac"] = mine
+    spec.loader.exec_module(mine)
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=70))["args"]
+    run_dir = mine.train(mine.Args(**small | {"exp_name": "my_sac"}))
+    assert load(run_dir / "checkpoint.pt")["seen"] == {"steps": 70} and "__my_sac__tar__" in run_dir.name
+    again(mine, run_dir, total_timesteps=90)
     checkpoint = load(run_dir / "checkpoint.pt")
-    assert checkpoint["seen"] == {"steps": 400} and checkpoint["normalizer"]["running_mean"].tolist() == [400] * 3
-    assert len(record.codes(record.read_config(run_dir))) == 1 and run_dir.name.startswith("Pendulum-v1__my_sac__tar__")
+    assert checkpoint["seen"] == {"steps": 90} and checkpoint["normalizer"]["running_mean"].tolist() == [90] * 3
+
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters())
+    state = {"layer": layer, "optimizer": optimizer, "nets": {"layer": SimpleNamespace(optimizer=optimizer)}}
+    lab.run.check_parts(state)
+    for lost in ("layer", "optimizer"):
+        with pytest.raises(ValueError, match="in no part of the dictionary `state`"):
+            lab.run.check_parts({name: part for name, part in state.items() if name != lost})
+    with pytest.raises(ValueError, match="in no part of the dictionary `state`"):
+        lab.run.check_parts(state | {"second": torch.optim.SGD(other.parameters())})
 
 
 # evaluate and watch

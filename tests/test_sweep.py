@@ -61,8 +61,7 @@ if __name__ == "__main__":
         time.sleep(args["pause"]); step += 1
         if step == args["crash_at"] and "resume" not in flags:
             os.kill(os.getpid(), print("step", step, "and then the power failed", end="\\r", flush=True) or 9)
-        if step % 2 == 0:
-            (folder / "checkpoint.pt").write_text(str(step))
+        if step % 2 == 0: (folder / "checkpoint.pt").write_text(str(step))
     print("end", file=journal); sys.exit(143) if stops else (folder / "final.pt").touch()
 """
 
@@ -162,7 +161,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
 @pytest.mark.parametrize("row", """
 --base random | --base must be <criterion>+<distribution>
 --seeds 3 --first-seed 4 | --first-seed must be from 1 to --seeds 3, got 4
---ray-address auto --cores 2 | --cores must be at least 1, and not with --ray-address
+--ray-address auto --cores 2 | --cores must be above 0, without --ray-address
 --script sac_tar.py ./fake.py mine/fake.py | --script must be files of different names
 --script open.py | missing 1 required positional argument: 'env_id'
 --vary reserve=0.1, | --vary is <name>=<value>,<value>
@@ -254,7 +253,8 @@ def test_a_script_with_copies_of_its_own_is_another_run(cli):
     assert one("my_sac.py").code != one().code
     Path("lab/baselines.py").write_text(Path("lab/baselines.py").read_text().replace("int = 1000", "int = 77"))
     sweep.load.cache_clear()
-    assert [one(name, method=("set",)).args["rewire_every"] for name in ("my_sac.py", "sac_tar.py")] == [77, 1000]
+    both = [one(name, vary=("rewire_every=5",)) for name in ("my_sac.py", "sac_tar.py")]
+    assert [run.args["rewire_every"] for run in both] == [77, 1000]  # tar does not rewire, so it is at the default
     assert before == {name: sys.modules.get(name) for name in before} and not sweep.modules_of(Path.cwd())
 
 
@@ -335,11 +335,11 @@ def test_a_run_that_outlives_its_killed_task_is_waited_for_and_then_resumed(cli)
 
 def test_a_real_sweep_with_ray_is_stopped_goes_on_and_ends(cli):
     """fake.py ends, then td3_tar.py is stopped: by SIGTERM where SIGINT is ignored, as in a shell's background."""
-    words = "--script fake.py td3_tar.py --env-id Pendulum-v1 --method tar --seeds 1 --total-timesteps 1000 --cores 1"
+    words = "--script fake.py td3_tar.py --env-id Pendulum-v1 --method tar --seeds 1 --total-timesteps 3000 --cores 1"
     words += " -- --learning-starts 300 --hidden-size 16 --eval-episodes 1"
     command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, str(ROOT / "lab/sweep.py"), *words.split()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = Path("runs/sweep_logs", f"{one('td3_tar.py', words.split(' -- ')[1], total_timesteps=1000).name}.log")
+    log = Path("runs/sweep_logs", f"{one('td3_tar.py', words.split(' -- ')[1], total_timesteps=3000).name}.log")
     while process.poll() is None and not (log.exists() and "Topology at step 300" in log.read_text()):
         time.sleep(0.05)
     process.terminate()

@@ -1,0 +1,417 @@
+"""Environments of all kinds: what goes in and out of them, which ones are refused, and how a run in them is resumed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.registration import WrapperSpec
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
+from test_resume import again, assert_same_run, child, dies, quick, rows_of  # noqa: F401 - quick is a fixture
+from test_run import load, main, refused, scalars
+
+import lab.environment
+import lab.run
+import sac_tar
+from lab import record
+from lab.environment import STOP_SIGNALS, fingerprint, make_env, restore, state_of
+from lab.replay import ReplayBuffer
+
+F = np.float32
+gym.register("ShortBox2D-v0", "gymnasium.envs.box2d:BipedalWalker", max_episode_steps=40)
+
+
+def box(low, high, shape=None, dtype=F):
+    low, high = (np.full(shape or np.shape(end), end, dtype) for end in (low, high))
+    return gym.spaces.Box(low, high, dtype=dtype)
+
+
+class Plain(gym.Env):
+    """A point on a line, pushed by the action."""
+
+    observation_space, action_space = box(-np.inf, np.inf, (2,)), box([-1], [1])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.begin(), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        self.x = 0.9 * self.x + float(action[0]) + 0.1 * self.draw()
+        return self.observe(), self.reward(), False, False, {}
+
+    def begin(self):
+        return self.np_random.normal()
+
+    def draw(self):
+        return 0.0
+
+    def observe(self):
+        return np.array([self.x, self.t / 10], F)
+
+    def reward(self):
+        return -abs(self.x)
+
+
+@pytest.fixture
+def register():
+    """Register an environment of this class, and wrappers around it, until the test ends."""
+
+    def register(kind, *wrappers, limit=10):
+        specs = [WrapperSpec(w.__name__, f"{w.__module__}:{w.__name__}", {}) for w in wrappers]
+        gym.register(f"{kind.__name__}-v0", kind, max_episode_steps=limit, additional_wrappers=tuple(specs))
+        names.add(f"{kind.__name__}-v0")
+        return f"{kind.__name__}-v0"
+
+    names = set()
+    yield register
+    for name in names:
+        del gym.registry[name]
+
+
+# arrays and actions
+
+
+class Shares(Plain):
+    """Returns one array that it changes in place, changes its action in place, and says what it was given."""
+
+    action_space, shared, given = box([-1], [1], dtype=np.float64), np.zeros(2, F), []
+
+    def step(self, action):
+        self.given.append(action.copy())
+        result = super().step(action)
+        action *= 10
+        return result
+
+    def observe(self):
+        self.shared[:] = super().observe()
+        return self.shared
+
+
+def test_an_environment_may_change_its_arrays_in_place(run, register):
+    Shares.given.clear()
+    rows, _ = rows_of(run(env_id=register(Shares)))
+    obs, next_obs, actions = rows[:, :2], rows[:, 2:4], rows[:, 4]
+    assert ((next_obs - obs)[:, 1] - 0.1).abs().max() < 1e-6 and (obs[1:] == next_obs[:-1]).all(1).sum() == 144
+    assert {action.dtype for action in Shares.given} == {np.dtype(np.float64)}
+    given = torch.tensor(np.array(Shares.given), dtype=torch.float32)[:, 0]  # first ten of an evaluation
+    assert torch.equal(given[10:110], actions[:100])
+
+
+class Strict(Plain):
+    """Bounds that a saturated tanh leaves by a float32 step, at one end in each dimension."""
+
+    action_space, given = box([-0.1, -1.0], [0.9, 0.2]), []
+
+    def step(self, action):
+        assert self.action_space.contains(action), action.tolist()
+        self.given.append(action)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("end", [1.0, -1.0])
+def test_actions_are_inside_the_space_and_stored_as_they_were_chosen(run, script, register, monkeypatch, end):
+    monkeypatch.setattr(torch, "tanh", lambda x: torch.full_like(x, end))
+    Strict.given.clear()
+    noise = {} if script is sac_tar else {"exploration_noise": 0.0}
+    rows, _ = rows_of(
+        run(env_id=register(Strict), total_timesteps=40, learning_starts=20, policy_frequency=99, **noise)
+    )
+    space = Strict.action_space
+    bound, chosen = (
+        (space.high, space.low)[end < 0],
+        (space.high - space.low) / 2 * F(end) + (space.high + space.low) / 2,
+    )
+    assert (Strict.given[0] == bound).any() and np.allclose(Strict.given[0], bound, atol=1e-6)  # of an evaluation
+    assert (bound != chosen).any() and not space.contains(chosen)
+    assert np.array_equal(rows[-1, 4:6], chosen if script is sac_tar else np.clip(chosen, space.low, space.high))
+
+
+# what is refused
+
+LARGEST, WRONG = np.finfo(F).max, np.zeros((2, 1), F)
+
+
+def with_old_generator(env, seed=None, options=None):
+    env.np_random, env.x, env.t = np.random.RandomState(seed), 0.0, 0
+    return env.observe(), {}
+
+
+@pytest.mark.parametrize(
+    "attributes, sentence, code",
+    [
+        ({"action_space": gym.spaces.Discrete(2)}, "has the action space Discrete(2)", 2),
+        ({"action_space": box([-np.inf], [1])}, "whose ranges are positive and finite", 2),
+        ({"action_space": box([-3], [3], dtype=np.int32)}, "needs a bounded 1-D Box of floating-point numbers", 2),
+        ({"action_space": box([-LARGEST], [LARGEST])}, "whose ranges are positive and finite", 2),
+        ({"action_space": box([-1, 0], [1, 0])}, "[1. 0.], (2,), float32); this script needs one whose ranges", 2),
+        ({"observation_space": box(0, 1, (2, 2, 3))}, "(2, 2, 3), float32); this script needs a 1-D Box", 2),
+        ({"reset": with_old_generator}, "a np_random that is no numpy.random.Generator; let its reset() call", 2),
+        ({"observe": lambda env: WRONG}, "the observation at step 0 has shape (2, 1) and its space (2,)", 1),
+    ],
+)  # fmt: skip
+def test_an_environment_that_cannot_work_is_refused_before_anything_is_written(
+    run, register, tmp_path, capsys, attributes, sentence, code
+):
+    odd = type("Odd", (Plain,), attributes)
+    assert sentence in refused(capsys, run, env_id=register(odd), code=code)
+    assert not (tmp_path / "runs").exists()
+
+
+class Faulty(Plain):
+    """One bad number after 100 steps."""
+
+    total, bad = 0, None
+
+    def step(self, action):
+        self.total += 1
+        obs, reward, *rest = super().step(action)
+        name, value = self.bad if self.total == 100 else (None, None)
+        return np.array([value if name == "obs" else obs[0], obs[1]]), value if name == "reward" else reward, *rest
+
+
+@pytest.mark.parametrize(
+    "bad, sentence",
+    [
+        (("obs", np.nan), "the observation at step 99 is [nan, 1.0]; all its numbers must be finite"),
+        (("obs", -np.inf), "the observation at step 99 is [-inf, 1.0]; all its numbers must be finite"),
+        (("obs", 1e39), "the observation at step 99 is [1e+39, 1.0]; all its numbers must be finite"),
+        (("reward", np.nan), "the reward at step 99 is nan; it must be one finite number"),
+        (("reward", None), "the reward at step 99 is None; it must be one finite number"),
+        (("reward", np.ones(2)), "the reward at step 99 is [1. 1.]; it must be one finite number"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_named_at_its_step(run, register, tmp_path, capsys, monkeypatch, bad, sentence):
+    monkeypatch.setattr(Faulty, "bad", bad)
+    assert sentence in refused(capsys, run, env_id=register(Faulty), code=1, checkpoint_frequency=20)
+    saved = load(next((tmp_path / "runs").glob("*/checkpoint.pt")))
+    assert saved["global_step"] == 80 and all(t.isfinite().all() for t in saved["actor"].values())
+
+
+@pytest.mark.parametrize("reward", [np.array([2.0]), F(2), np.array(2), True + 1])
+def test_a_reward_may_be_any_one_number(run, register, monkeypatch, reward):
+    monkeypatch.setattr(Plain, "reward", lambda env: reward)
+    run_dir = run(env_id=register(Plain), total_timesteps=70)
+    assert {value for _, value in scalars(run_dir)["charts/episodic_return"]} == {20}
+
+
+# environments that never end
+
+
+def test_an_environment_without_a_time_limit_is_named_and_its_evaluations_are_cut(run, register, monkeypatch, capsys):
+    monkeypatch.setattr(lab.environment, "EVALUATION_LIMIT", 30)
+    run_dir = run(env_id=register(Plain, limit=None), eval_episodes=2)
+    assert "warning: Plain-v0 has no time limit, so checkpoints come only where" in capsys.readouterr().out
+    assert {value for _, value in scalars(run_dir)["eval/episodic_length"]} == {30}
+    run(env_id=register(Plain))
+    assert "no time limit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit, signal_at, stops_at, saved_at", [(None, 5, 0, 0), (None, 70, 40, 0), (10, 75, 70, 70)])
+def test_a_signal_ends_what_would_not_end(
+    run, register, capsys, monkeypatch, tmp_path, limit, signal_at, stops_at, saved_at
+):
+    """Without a time limit at once, in an evaluation and in training; with one at the end of the episode."""
+
+    def step(env, action, calls=[]):  # noqa: B006
+        calls.append(1)
+        if len(calls) == signal_at:
+            STOP_SIGNALS.append(signal.SIGINT)
+        return Plain.step(env, action)
+
+    monkeypatch.setattr(lab.environment, "EVALUATION_LIMIT", 30)
+    with pytest.raises(SystemExit) as stop:
+        run(env_id=register(type("Stops", (Plain,), {"step": step}), limit=limit))
+    last, (path,) = capsys.readouterr().out.splitlines()[-1], (tmp_path / "runs").glob("*/checkpoint.pt")
+    assert stop.value.code == 130 and last.endswith(str(path.parent))
+    assert last.startswith(f"stopped at step {stops_at}; go on") and load(path)["global_step"] == saved_at
+
+
+def test_a_second_ctrl_c_ends_at_once_and_the_first_where_nothing_is_trained(tmp_path):
+    (tmp_path / "slow.py").write_text("""
+import pathlib, time, gymnasium
+from gymnasium.envs.classic_control import PendulumEnv
+class Slow(PendulumEnv):
+    def step(self, action):
+        pathlib.Path(__file__).with_name("seen").write_text("")
+        time.sleep(1)
+        return super().step(action)
+gymnasium.register("Slow-v0", Slow, max_episode_steps=1000)""")
+    pipes = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "stdout": -1, "stderr": -1, "text": True}
+
+    def begin(*flags):
+        process = subprocess.Popen([sys.executable, sac_tar.__file__, *flags], **pipes)
+        while not (tmp_path / "seen").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        (tmp_path / "seen").unlink()
+        process.send_signal(signal.SIGINT)
+        return process
+
+    process = begin("--env-id", "slow:Slow-v0", "--runs-dir", str(tmp_path / "runs"))
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130 and "stopped at once" in process.stdout.read()
+    process = begin("--evaluate", str(next(tmp_path.glob("runs/*/checkpoint.pt"))))
+    assert process.wait(10) == -signal.SIGINT and not process.stderr.read()
+
+
+# resumed runs
+
+
+class Noisy(Plain):
+    """Draws from everything there is to draw from."""
+
+    def __init__(self):
+        self.own, self.old, self.python = np.random.default_rng(1), np.random.RandomState(1), random.Random(1)
+        self.torch = torch.Generator().manual_seed(1)
+
+    def draw(self):
+        drawn = [self.np_random.normal(), np.random.normal(), random.gauss(0, 1), float(torch.randn(()))]
+        drawn += [self.own.normal(), self.old.normal(), self.python.gauss(0, 1), self.observation_space.sample()[0]]
+        return float(np.tanh(sum(drawn) + float(torch.randn((), generator=self.torch))))
+
+
+class OtherGenerator(Plain):
+    kind = None
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.np_random = np.random.Generator(self.kind(seed))
+        return super().reset(options=options)
+
+    def draw(self):
+        return self.np_random.normal()
+
+
+class Normalizer(gym.Wrapper):
+    """A user's own, whose running statistics are changed in place."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.running = type("Running", (), {})()
+        self.running.mean, self.running.var, self.running.count = np.zeros(2), np.ones(2), 0.0
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        self.running.count += 1
+        self.running.mean += (obs - self.running.mean) / self.running.count
+        return (obs - self.running.mean).astype(F), *rest
+
+
+@pytest.mark.parametrize(
+    "kind, wrappers, attributes",
+    [
+        (Noisy, [], {}),
+        (Noisy, [NormalizeObservation, NormalizeReward], {}),
+        (Noisy, [Normalizer], {}),
+        (OtherGenerator, [], {"kind": np.random.MT19937}),
+        (OtherGenerator, [], {"kind": np.random.Philox}),
+    ],
+)
+def test_a_run_with_randomness_and_statistics_of_its_own_is_resumed_exactly(
+    run, script, register, tmp_path, capsys, kind, wrappers, attributes
+):
+    env_id = register(type("Odd", (kind,), attributes), *wrappers)
+
+    def work(runs):
+        Noisy.observation_space.seed(1)
+        return run(env_id=env_id, checkpoint_frequency=20, eval_frequency=30, runs_dir=str(tmp_path / runs))
+
+    undisturbed = work("a")
+    assert child(lambda: dies(ReplayBuffer, "add", 97, lambda: work("b"))) == -9
+    (run_dir,) = (tmp_path / "b").iterdir()
+    capsys.readouterr()
+    again(script, run_dir)
+    assert "warning: the environment" not in capsys.readouterr().out
+    assert_same_run(run_dir, undisturbed)
+
+
+class Hidden(Plain):
+    """Harder with each episode, which no observation shows."""
+
+    def __init__(self):
+        self.episodes, self.visits, self.name = 0, [0, 0], "hidden"
+
+    def begin(self):
+        self.episodes += 1
+        self.visits[self.episodes % 2] += 1
+        return 0.0
+
+
+class Now(Plain):
+    def begin(self):
+        return time.perf_counter()
+
+
+@pytest.mark.parametrize("kind, names", [(Hidden, "Hidden.episodes, Hidden.visits"), (Now, "Now.x, the observation")])
+def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, script, register, tmp_path, capsys, kind, names):
+    work = lambda: run(env_id=register(kind), checkpoint_frequency=20)  # noqa: E731
+    assert child(lambda: dies(ReplayBuffer, "add", 97, work)) == -9
+    register(kind)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    again(script, run_dir)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the environment")]
+    assert f"at step 80 with another value of {names} than before" in warning
+
+
+IDS = [
+    "Pendulum-v1",
+    "Hopper-v4",
+    "Humanoid-v5",
+    "MountainCarContinuous-v0",
+    "ShortBox2D-v0",
+    "LunarLanderContinuous-v3",
+]
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
+    """After two episodes, saved between them, the next one is the same in another environment."""
+
+    def episode(env, obs, policy, most=60):
+        seen, done = [obs], False
+        while not done and len(seen) < most:
+            obs, reward, terminated, truncated, _ = env.step(policy.uniform(-1, 1, env.action_space.shape))
+            seen, done = [*seen, obs, [reward]], terminated or truncated
+        return np.concatenate(seen)
+
+    first, second, other = make_env(env_id), make_env(env_id), make_env("Pendulum-v1")
+    for seed in (1, None):
+        episode(first, first.reset(seed=seed)[0], np.random.default_rng(0), 2000)
+    saved, obs, begun = lab.run.pack(state_of(first, other)), first.reset()[0], fingerprint(first)
+    expected = episode(first, obs, np.random.default_rng(1))
+    second.reset(seed=1)
+    restore(second, other, saved)
+    obs = second.reset()[0]
+    assert fingerprint(second) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
+
+
+def test_evaluations_normalize_with_the_statistics_of_training(run, script, register, monkeypatch, capsys):
+    run_dir = run(env_id=register(Plain, NormalizeObservation, NormalizeReward), eval_episodes=3)
+    logged, final = scalars(run_dir)["eval/episodic_return"], load(run_dir)
+    kept = {name.split(".", 1)[1]: part for name, part in final["statistics"].items()}
+    assert kept.keys() == {"NormalizeObservation.obs_rms", "NormalizeReward.return_rms", "NormalizeReward."}
+    assert kept["NormalizeObservation.obs_rms"]["count"] == pytest.approx(177, abs=0.1)  # with 17 resets, of training
+    assert kept["NormalizeReward.return_rms"]["count"] == pytest.approx(160, abs=0.1)
+    main(script, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 3)
+    mean = float(capsys.readouterr().out.split("mean ")[1].split(",")[0])
+    assert mean == pytest.approx(logged[-1][1], abs=0.06) and abs(mean - logged[0][1]) > 0.06
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: latin-1\nname = '\xe4'\n"])
+def test_a_module_may_begin_as_python_allows(run, tmp_path, monkeypatch, start):
+    monkeypatch.setattr(lab.run, "code_hash", record.code_hash)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_module", raising=False)
+    source = b"import gymnasium\ngymnasium.register('Odd-v0', 'gymnasium.envs.classic_control:PendulumEnv')\n"
+    (tmp_path / "odd_module.py").write_bytes(start + source)
+    assert run(env_id="odd_module:Odd-v0", total_timesteps=62).name.startswith("odd_module-Odd-v0__")
+    del gym.registry["Odd-v0"]
