@@ -116,7 +116,7 @@ def watch(monkeypatch):
     """Let a generator watch each call of a function: before it up to the `yield`, which gives the result, then on."""
     # most of the time of a short run; both are tested elsewhere
     monkeypatch.setattr(lab.run, "code_hash", functools.cache(lab.run.code_hash))
-    monkeypatch.setattr(topology, "mask_image", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
 
     def watch(owner, watcher, name=""):
         name = name or watcher.__name__
