@@ -60,7 +60,9 @@ class Guard(gym.Wrapper):
         if obs.shape != shape:
             fail(f"the observation at step {self.global_step} has shape {obs.shape} and its space {shape}", code=1)
         if not (np.abs(obs) <= np.finfo(np.float32).max).all():
-            fail(f"the observation at step {self.global_step} is {obs.tolist()}; all its numbers must be finite", code=1)
+            fail(
+                f"the observation at step {self.global_step} is {obs.tolist()}; all its numbers must be finite", code=1
+            )
         return obs
 
 

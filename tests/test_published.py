@@ -13,7 +13,7 @@ from lab import compare, figures, results
 
 PROJECT = Path(__file__).parent.parent
 GRIDS = sorted(path.parent.name for path in PROJECT.glob("runs/*/runs.json") if path.parent.name in
-               ("evidence", "parity", "published", "variants", "width"))  # fmt: skip
+               ("evidence", "metric", "parity", "published", "variants", "width"))  # fmt: skip
 # each page with the grid from which its numbers are
 PAGES = {"runs/README.md": "evidence"} | {f"runs/{grid}/README.md": grid for grid in ("evidence", "published")}
 FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=sparse", "--no-regrow": "regrow=False"}
