@@ -20,7 +20,7 @@ import lab.environment
 import lab.run
 import sac_tar
 from lab import record
-from lab.environment import STOP_SIGNALS, fingerprint, make_env, restore, state_of
+from lab.environment import STOP_SIGNALS, fingerprint, make_env, make_eval_env, restore, state_of, statistics
 from lab.replay import ReplayBuffer
 
 F = np.float32
@@ -404,6 +404,11 @@ def test_evaluations_normalize_with_the_statistics_of_training(run, script, regi
     main(script, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 3)
     mean = float(capsys.readouterr().out.split("mean ")[1].split(",")[0])
     assert mean == pytest.approx(logged[-1][1], abs=0.06) and abs(mean - logged[0][1]) > 0.06
+    env = make_eval_env("Plain-v0", False)
+    env.step(np.ones(1))
+    assert [part["count"] for part in statistics(env).values() if "count" in part] == [1e-4, 1e-4]
+    often, never = (load(run(env_id=register(Plain, Normalizer), eval_frequency=n)) for n in (10, 1000))
+    assert torch.equal(often["actor"]["fc3.bias"], never["actor"]["fc3.bias"])  # evaluations leave those of training
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: latin-1\nname = '\xe4'\n"])

@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_ends_as_the_undisturbed_one(run, script, tmp_path
 
 
 def test_a_run_that_was_killed_while_it_wrote_ends_as_the_undisturbed_one(run, script, tmp_path):
-    flags = {"env_id": "Short-v0", "checkpoint_frequency": 20, "method": "set", "rewire_every": 30}
+    flags = {"env_id": "Short-v0", "checkpoint_frequency": 20, "method": "set", "rewire_every": 30, "buffer_size": 50}
     undisturbed = run(**flags, runs_dir=str(tmp_path / "a"))
     work = functools.partial(run, **flags, runs_dir=str(tmp_path / "b"))
     for name, call in (("fsync", 9), ("truncate", 1), ("replace", 3), ("fsync", 5), ("replace", 6), ("fsync", 7)):
