@@ -101,6 +101,9 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     env = make_env(env_id, video)
+    for layer in layers(env):
+        if hasattr(layer, "update_running_mean"):
+            layer.update_running_mean = False  # the statistics are those of training
     env.reset(seed=0)
     if not isinstance(env.unwrapped.np_random, np.random.Generator):
         fail(
@@ -114,9 +117,6 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
         except Exception as error:  # every backend has errors of its own
             needs = "it needs `pip install moviepy`, and without a screen EGL (Debian: libegl1)"
             fail(f"--capture-video cannot film here ({type(error).__name__}: {error}); {needs}")
-    for layer in layers(env):
-        if hasattr(layer, "update_running_mean"):
-            layer.update_running_mean = False  # the statistics are those of training
     return env
 
 
