@@ -244,7 +244,7 @@ def train(args: Args) -> Path:
         flops = count_flops(nets, args.batch_size)
 
         # ALGO LOGIC: put action logic here
-        if global_step < args.learning_starts:
+        if global_step < args.learning_starts and args.load is None:
             action = env.action_space.sample()
         else:
             with torch.no_grad():
@@ -302,4 +302,4 @@ def train(args: Args) -> Path:
 
 
 if __name__ == "__main__":
-    main(Args, train, Actor, Actor.forward)
+    main(Args, train)

@@ -190,9 +190,7 @@ def random_state(generator: object) -> object:
 def set_random_state(generator: object, state: object) -> None:
     if hasattr(generator, "setstate"):
         generator.setstate(state)
-    elif isinstance(generator, torch.Generator):
-        generator.set_state(torch.as_tensor(state))
-    elif hasattr(generator, "set_state"):  # NumPy's global one, and RandomState
+    elif isinstance(generator, torch.Generator) or hasattr(generator, "set_state"):
         generator.set_state(state)
     else:
         generator.bit_generator.state = state
@@ -211,16 +209,7 @@ def statistics(env: gym.Env) -> dict[str, dict]:
 def set_statistics(env: gym.Env, saved: dict[str, dict]) -> None:
     parts = attributes(env)
     for name in saved.keys() & parts.keys():
-        vars(parts[name]).update(as_arrays(saved[name]))
-
-
-def as_arrays(packed: object) -> object:
-    """What a checkpoint holds as tensors, as NumPy's arrays again."""
-    if isinstance(packed, dict):
-        return {name: as_arrays(value) for name, value in packed.items()}
-    if isinstance(packed, tuple):
-        return tuple(map(as_arrays, packed))
-    return packed.numpy() if isinstance(packed, torch.Tensor) else packed
+        vars(parts[name]).update(saved[name])
 
 
 def state_of(env: gym.Env, eval_env: gym.Env) -> dict[str, dict]:
@@ -233,7 +222,7 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
     """Put a `state_of` back into environments that have been reset, and so have the generators that it is of."""
     for name, generator in generators(env, eval_env).items():
         if name in saved["random"]:
-            set_random_state(generator, as_arrays(saved["random"][name]))
+            set_random_state(generator, saved["random"][name])
     set_statistics(env, saved["statistics"])
 
 

@@ -61,6 +61,9 @@ class RunFlags:
     # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True
     resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
+    # A run folder or a .pt file with whose networks, targets and alpha training begins. Its policy takes the place of
+    # random actions before --learning-starts.
+    load: str | None = None
     # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.
     evaluate: str | None = None
 

@@ -36,11 +36,35 @@ def settle(args: object) -> None:
     """Bring flags into their final form, in place. A flag that follows another one takes its value, the sparsity of
     `dense` is 0, and a flag that makes no difference to this run takes its default. Ends the program with one sentence
     where a value cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
+    if args.load is not None and args.resume is None and args.evaluate is None:
+        args.load = with_hash(args.load)
     follow(args)
     check(args)
     if isinstance(args, baselines.Flags):
         baselines.check(args)
     drop_unused(args)
+
+
+def file_of(name: str) -> Path:
+    """The .pt file that --load or --evaluate names: in a run folder final.pt, or else checkpoint.pt. A hash behind the
+    path, as `with_hash` gives it, is left out."""
+    path = Path(re.sub("@[0-9a-f]{12}$", "", name))
+    if path.is_dir():
+        path /= "final.pt" if (path / "final.pt").exists() else "checkpoint.pt"
+    return path
+
+
+def with_hash(name: str) -> str:
+    """<path of the .pt file>@<12 hexadecimal digits of the hash of its content>, by which runs that begin from it are
+    known. Ends the program with one sentence if there is no such file, or if `name` has another hash."""
+    path = file_of(name)
+    try:
+        full = f"{path}@{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    except OSError as error:
+        fail(f"cannot read --load {path} ({error.strerror}); it takes a run folder or a .pt file in one")
+    if re.search("@[0-9a-f]{12}$", name) and not full.endswith(name[-13:]):
+        fail(f"--load {name} is now {full}; the file was written anew, so leave the hash out to begin from this one")
+    return full
 
 
 def follow(args: object) -> None:
@@ -93,6 +117,8 @@ def check(args: object) -> None:
     require(args, rules | within_training(args, "learning_starts", "prune_at"))
     if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
+    if args.load is not None and getattr(args, "init", "dense") == "sparse":
+        fail("--init sparse does not rescale the trained weights of --load; leave one of the two out")
     width = getattr(args, "active_width", None)
     if isinstance(width, int) and not 1 <= width <= args.hidden_size:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {width}")
@@ -108,7 +134,7 @@ def identity(args: dict) -> dict:
 def usual(name: str, args: dict) -> object:
     """The value at which a flag is left out of the name of an arm: that of the flag which it follows, or the default of
     a flag that a script without baselines does not have. Other flags have none: MISSING, which no value equals."""
-    plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None}
+    plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None, "load": None}
     return args.get(FOLLOWS[name]) if name in FOLLOWS else plain.get(name, MISSING)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import functools
+import inspect
 import io
 import itertools
 import json
@@ -12,6 +12,7 @@ import pickle
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,19 +39,28 @@ import sparse_utils
 from lab import baselines, environment, kernels, topology
 from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, has_time_limit, make_eval_env, play
 from lab.flags import bad_input, fail
-from lab.record import code_hash, hyperparameters, identity, read_config, settle, unused
+from lab.record import code_hash, file_of, hyperparameters, identity, of_today, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
-from sparse_utils import Net
 
-CHECKPOINT_FORMAT = 5  # raised whenever a checkpoint of before can no longer be resumed
+CHECKPOINT_FORMAT = 6  # raised whenever a checkpoint of before can no longer be resumed
 REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; so many are copied in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # flags that may change when a run is resumed, and that its folder is therefore not named after
 MAY_CHANGE = {
     "resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video",
 }  # fmt: skip
-# flags that stand elsewhere in that name, or in no name
+# flags that may be others than those of the run whose policy --evaluate takes
+OF_AN_EVALUATION = {"evaluate", "eval_episodes", "capture_video", "compute", "device", "torch_threads"}
+# parts of `state` that a policy does not need, beside optimizers
+OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
+# what a file holds beside parts of `state`
+ABOUT = {
+    "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
+    "added", "sps_seconds", "log_sizes",
+}  # fmt: skip
+# flags that stand elsewhere in the name of a run's folder, or in no name
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
+ARRAY = "an array of NumPy"  # marks one in a file
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -147,7 +157,23 @@ def processor() -> str:
     return found[1] if found else platform.machine()
 
 
+def keep_code(folder: Path, script: Path, env_id: str) -> None:
+    """Copy the source files of a run, so that `diff -r` of two runs shows how their code differs."""
+    roots = [script.resolve().parent, Path(__file__).resolve().parent.parent]
+    for path in sources(script, env_id):
+        root = next(root for root in roots if root in path.parents)
+        copy = folder / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
 # CHECKPOINTS
+
+
+def is_of_the_policy(name: str, part: object) -> bool:
+    """Whether a part of `state` belongs to the agent itself, rather than to its training."""
+    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    return name not in OF_TRAINING and not isinstance(part, kinds)
 
 
 def pack(part: object) -> object:
@@ -157,7 +183,7 @@ def pack(part: object) -> object:
     if isinstance(part, torch.Generator):
         return part.get_state()
     if isinstance(part, (np.ndarray, np.generic)):
-        return torch.from_numpy(np.array(part))
+        return {ARRAY: torch.from_numpy(np.array(part))}
     if isinstance(part, Tensor):
         return part.detach().cpu()
     if isinstance(part, dict):
@@ -165,33 +191,62 @@ def pack(part: object) -> object:
     return type(part)(pack(value) for value in part) if type(part) in (list, tuple) else part
 
 
-def unpack(part: object, saved: object) -> object:
-    """Put back, in place where it can be, what `pack` kept of a part. Returns the part."""
+def unpacked(packed: object) -> object:
+    """The content of a file, with NumPy's arrays as arrays again."""
+    if isinstance(packed, dict):
+        array = packed.get(ARRAY)
+        return {name: unpacked(value) for name, value in packed.items()} if array is None else array.numpy()[()]
+    return type(packed)(map(unpacked, packed)) if type(packed) in (list, tuple) else packed
+
+
+def put_back(part: object, saved: object) -> object:
+    """Put what a checkpoint holds of a part back, in place where it can be. Returns the part."""
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(saved)
     elif isinstance(part, torch.Generator):
         part.set_state(saved)
     elif isinstance(part, Tensor):
         part.data.copy_(saved)
+    elif isinstance(part, np.ndarray):
+        part[...] = saved
     elif isinstance(part, dict):
-        part.update({name: unpack(part.get(name), value) for name, value in saved.items()})
+        part.update({name: put_back(part.get(name), value) for name, value in saved.items()})
     else:
         return saved
     return part
 
 
-def check_parts(state: dict) -> None:
-    """Raises ValueError if an optimizer, or a parameter that one trains, would be in no checkpoint."""
-    parts = list(state.values())
-    params = [param for part in parts if isinstance(part, nn.Module) for param in part.parameters()]
-    optimizers = {part for part in parts if isinstance(part, torch.optim.Optimizer)}
-    optimizers |= {net.optimizer for net in state["nets"].values()}
-    trained = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
-    if {id(part) for part in (*optimizers, *trained)} - {id(part) for part in (*parts, *params)}:
-        raise ValueError(
-            "an optimizer, or a parameter that it trains, is in no part of the dictionary `state`, so a resumed run "
-            "would lose it; add it, or its module, there"
-        )
+def check_parts(state: dict, variables: dict) -> dict[str, str]:
+    """The kinds of the optimizers, by name. Raises ValueError if something with a state among the `variables` of train,
+    or a parameter that an optimizer trains, would be in no checkpoint, or if a part of `state` could not be put back.
+    """
+    parts, optimizers, held = {id(part) for part in state.values()}, {}, set()
+    for name, part in state.items():
+        parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
+        if isinstance(part, nn.Module):
+            held |= {tensor.data_ptr() for tensor in part.state_dict().values()}
+        elif isinstance(part, Tensor):
+            held.add(part.data_ptr())
+        elif isinstance(part, torch.optim.Optimizer):
+            optimizers[name] = part
+        elif not hasattr(part, "load_state_dict") and not isinstance(part, (torch.Generator, np.ndarray, dict)):
+            raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
+
+    def is_lost(value: object) -> bool:
+        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
+            return any(map(is_lost, value.state_dict(keep_vars=True).values()))
+        if isinstance(value, Tensor):
+            return value.requires_grad and value.data_ptr() not in held
+        return isinstance(value, torch.Generator) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+
+    lost = [name for name, value in variables.items() if id(value) not in parts and is_lost(value)]
+    trained = [
+        param for optimizer in optimizers.values() for group in optimizer.param_groups for param in group["params"]
+    ]
+    if lost or any(is_lost(param) for param in trained):
+        what = ", ".join(lost) or "a parameter that an optimizer trains"
+        raise ValueError(f"{what} is in no part of the dictionary `state`, so a resumed run would lose it; add it")
+    return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -224,53 +279,44 @@ def read_replay(run_dir: Path, rb: ReplayBuffer, added: int) -> None:
     rb.added = added
 
 
-def load_state(path: Path, script: Path) -> dict:
+def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:
     """The dictionary in a final.pt or checkpoint.pt, checked as above, and to be one of this script."""
     state = read_tensors(path)
     if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
         fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
-    if state["script"] != script.stem:
+    if state["script"] != script.stem and not of_any_script:
         fail(f"{path} is of {state['script']}.py; use that script instead of {script.name}")
-    return state
+    return unpacked(state)
 
 
-def resumed_args(arguments: type, run_dir: str, script: Path) -> object:
-    """The arguments of the run in this folder, of the script's dataclass."""
+def saved_args(arguments: type, args: object, script: Path) -> object:
+    """The arguments of the run that --evaluate or --resume names, of the script's dataclass."""
+    named = args.evaluate or args.resume
     try:
-        return arguments(**read_config(Path(run_dir))["args"] | {"resume": run_dir})
+        if args.evaluate is not None:
+            saved = of_today(load_state(file_of(named), script)["args"]) | {"evaluate": named}
+        else:
+            saved = read_config(Path(named))["args"] | {"resume": named}
+        return arguments(**saved)
     except (OSError, ValueError, KeyError) as error:
-        fail(f"cannot read the config.json of {run_dir} ({error}); --resume takes a whole run folder")
+        fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
-        fail(f"the flags of {run_dir} are not those of this {script.name} ({error}); use the one that began it")
+        fail(f"the flags of {named} are not those of this {script.name} ({error}); use the one that began it")
 
 
-def check_resumed_args(given: object, saved: object) -> None:
-    """End the program with one sentence if the settled arguments `given` with --resume, in which what the user left out
-    is as `saved`, contradict the run."""
+def check_saved_args(given: object, saved: object) -> None:
+    """End the program with one sentence if the settled arguments `given` with --evaluate or --resume, in which what the
+    user left out is as `saved`, contradict the run."""
+    may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
     for name, value in asdict(given).items():
         before = getattr(saved, name)
-        if name not in MAY_CHANGE and value != before:
+        if name not in may_change and value != before:
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
     if given.total_timesteps < saved.total_timesteps:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
     if given.total_timesteps > saved.total_timesteps and isinstance(saved, baselines.Flags):
         baselines.check_longer(saved)
-
-
-def cut_to_active_width(state: dict, nets: dict[str, Net]) -> dict:
-    """The content of final.pt with networks and masks cut to their active widths: in a chain of Linear and ReLU the
-    neurons outside have no connections, so the outputs stay the same. Other networks are left whole."""
-    for name, net in nets.items():
-        if net.width is None or {type(child).__name__ for child in net.network.children()} - {"Linear", "ReLU"}:
-            continue
-        part = {layer: m.clone() for layer, m in sparse_utils.active_part(state["masks"][name], net.width).items()}
-        state["masks"][name] = part
-        for network in (state[key] for key in (name, f"{name}_target") if key in state):
-            for layer, mask in part.items():
-                for key in {f"{layer}.weight", f"{layer}.bias"} & network.keys():
-                    network[key] = network[key][tuple(map(slice, mask.shape[: network[key].dim()]))].clone()
-    return state
 
 
 # THE RUN
@@ -291,7 +337,11 @@ class Run:
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         self.checkpoint, self.returns, sps_seconds, segments, kept = None, {}, 0.0, [], None
-        if args.resume is not None:
+        with bad_input():
+            optimizers = check_parts(state, inspect.currentframe().f_back.f_locals)
+        if args.evaluate is not None:
+            kept = self.load_policy()
+        elif args.resume is not None:
             self.folder = Path(args.resume)
             claim(self.folder)
             self.checkpoint, config = load_state(self.folder / "checkpoint.pt", script), read_config(self.folder)
@@ -302,18 +352,23 @@ class Run:
             past = (segments or config["segments"])[-1]
             kept = past["in_kernels"] if args.compute == config["args"]["compute"] else None
             args.resume = None  # from here on it is that run
+        elif args.load is not None:
+            path = file_of(args.load)
+            self.load_agent(path, load_state(path, script, of_any_script=True))
         with bad_input():
-            check_parts(state)
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept=kept)
         kernels.compact(self.nets)
+        if args.evaluate is not None:
+            return
         now = {
             "from_step": self.start_step,
             "code": code_hash(script, args.env_id),
             "git_commit": git_commit(script.resolve().parent),
             "processor": processor(),
             "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-            "in_kernels": [name for name, net in self.nets.items() if net.in_kernels],
+            "in_kernels": self.in_kernels(),
             "milliseconds": milliseconds,
+            "optimizers": optimizers,
             "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in VERSIONED},
         }
         if self.checkpoint is None:
@@ -321,12 +376,13 @@ class Run:
             claim(self.folder)
         else:
             self.rewind(self.checkpoint["log_sizes"])
-            for what in ("code", "processor", "device", "in_kernels", "versions"):
+            for what in ("code", "optimizers", "processor", "device", "in_kernels", "versions"):
                 if past.get(what) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
         config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
         write_json(self.folder / "config.json", config)
+        keep_code(self.folder / "code" / now["code"], script, args.env_id)
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args()
@@ -352,6 +408,7 @@ class Run:
         nothing is pruned. All other flags that are not at their defaults stand before the seed, except those that a
         resumed run may change."""
         args, parts = vars(self.args), [self.args.env_id, self.args.exp_name]
+        args = args | {"load": args["load"] and args["load"].rpartition("@")[2]}  # the hash alone
         methods, sparsities = (dict.fromkeys([args[name], args[f"critic_{name}"]]) for name in ("method", "sparsity"))
         parts.append("+".join(methods))
         if methods.keys() - sparse_utils.UNPRUNED.keys():
@@ -389,6 +446,10 @@ class Run:
         its random generators and statistics, so this is where a checkpoint is written: if --checkpoint-frequency steps
         have passed, at the end, or after Ctrl-C or kill, which then ends the program. Warns if a resumed run goes on
         from another state than the one that was saved."""
+        if self.args.evaluate is not None:
+            obs, _ = self.env.reset()
+            environment.set_statistics(self.env, self.statistics)
+            return obs
         saved, self.checkpoint = self.checkpoint, None
         if saved:  # this is the reset with which a resumed run begins
             self.env.reset(seed=self.args.seed)
@@ -438,7 +499,11 @@ class Run:
 
     def about(self, global_step: int) -> dict:
         about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": asdict(self.args)}
-        return about | {"global_step": global_step, "statistics": pack(environment.statistics(self.env))}
+        about |= {"global_step": global_step, "statistics": pack(environment.statistics(self.env))}
+        return about | {"in_kernels": self.in_kernels()}
+
+    def in_kernels(self) -> list[str]:
+        return [name for name, net in self.nets.items() if net.in_kernels]
 
     def check_weights(self, global_step: int) -> None:
         for name, part in self.state.items():
@@ -472,12 +537,40 @@ class Run:
             self.learn_from += self.start_step
         try:
             for name, part in self.state.items():
-                self.state[name] = unpack(part, checkpoint[name])
+                put_back(part, checkpoint[name])
         except (KeyError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
         if all(net.masks for net in self.nets.values()):
             sparse_utils.fix_masks(self.nets)
+
+    def load_agent(self, path: Path, saved: dict) -> None:
+        """Make networks, alpha and other parts of the agent those of a saved one."""
+        mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
+        if other := sorted((saved.keys() - ABOUT - self.state.keys()) | (mine.keys() - saved.keys())):
+            fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
+        try:
+            for name, part in mine.items():
+                put_back(part, saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
+
+    def load_policy(self) -> list[str] | None:
+        """Make the agent, its masks and statistics those of --evaluate. Returns which networks its run computed in the
+        kernels; None if they are to be chosen anew."""
+        path = file_of(self.args.evaluate)
+        saved = load_state(path, self.script)
+        masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
+        for name, net in self.nets.items():
+            net.masks = {layer: mask.to(self.device) for layer, mask in masks.get(name, {}).items()}
+        self.load_agent(path, saved)
+        if all(net.masks for net in self.nets.values()):
+            sparse_utils.fix_masks(self.nets)
+        self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
+        self.bar, self.sps_from = [self.args.total_timesteps], math.inf
+        if self.args.capture_video:
+            self.eval_env = RecordVideo(self.eval_env, path.parent / "videos", lambda episode: False)
+        return saved.get("in_kernels") if self.args.compute == saved["args"]["compute"] else None
 
     def rewind(self, log_sizes: dict[str, int]) -> None:
         """Bring the folder back to its checkpoint: what came later is cut off. Warns if a log is lost."""
@@ -549,13 +642,20 @@ class Run:
         """
         if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
             return
-        began = time.perf_counter()
-        self.eval_env.set_wrapper_attr("global_step", global_step)
+        began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
+        step = self.start_step if evaluates_only else global_step
+        self.eval_env.set_wrapper_attr("global_step", step)
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
-        video = f"step-{global_step}" if self.args.capture_video else ""
+        film = f"evaluate-{file_of(self.args.evaluate).stem}" if evaluates_only else f"step-{global_step}"
+        video = film if self.args.capture_video else ""
         played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
         if played is None:
             self.stop(global_step)
+        if evaluates_only:
+            returns = ", ".join(f"{value:.1f}" for value in played[0])
+            mean, deviation = np.mean(played[0]), np.std(played[0])
+            print(f"step {step}: mean {mean:.1f}, standard deviation {deviation:.1f}\nreturns: {returns}")
+            return
         self.returns[global_step], length = map(float, map(np.mean, played))
         scalars = {"eval/episodic_return": self.returns[global_step], "eval/episodic_length": length}
         self.log(global_step, scalars | {"flops/training": training_flops, "flops/inference": inference_flops})
@@ -563,6 +663,8 @@ class Run:
 
     def finish(self) -> Path:
         """Write final.pt and eval/final_return, close everything and return the run folder."""
+        if self.args.evaluate is not None:
+            return self.folder
         end = self.args.total_timesteps
         # as compare.py takes it: the mean of the evaluations in the last tenth of training
         final_return = np.mean([value for step, value in self.returns.items() if step > 0.9 * end])
@@ -570,10 +672,11 @@ class Run:
         self.writer.close()
         with kernels.in_torch(self.nets):
             self.check_weights(end)
-            final = {name: pack(part) for name, part in self.state.items() if isinstance(part, nn.Module)}
+            final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
-            final = cut_to_active_width(final | self.about(end), self.nets)
-        write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
+        write_tensors(
+            self.folder / "final.pt", final | self.about(end)
+        )  # the last, since it tells that a run is finished
         self.env.close()
         self.eval_env.close()
         print(f"final return {final_return:.1f}; saved {self.folder / 'final.pt'}")
@@ -581,35 +684,6 @@ class Run:
 
 
 # THE COMMAND LINE
-
-
-def evaluate_saved(args: object, script: Path, make_actor: Callable, act: Callable) -> None:
-    """--evaluate: print the returns of a saved policy, of a .pt file or of a run folder's final.pt or else its
-    checkpoint.pt, from the start states of its run's own evaluations. The script's `act` takes what its
-    `make_actor(env, hidden_size)` made, and observations."""
-    settle(args)
-    torch.set_num_threads(args.torch_threads)
-    path = Path(args.evaluate)
-    if path.is_dir():
-        path /= "final.pt" if (path / "final.pt").exists() else "checkpoint.pt"
-    saved = load_state(path, script)
-    env = make_eval_env(saved["args"]["env_id"], args.capture_video)
-    environment.set_statistics(env, saved.get("statistics", {}))
-    if args.capture_video:
-        env = RecordVideo(env, path.parent / "videos", lambda episode: False)
-    hidden_size = next(len(tensor) for tensor in saved["actor"].values() if tensor.dim() == 2)  # of the first layer
-    actor = make_actor(env, hidden_size)
-    try:
-        actor.load_state_dict(saved["actor"])
-    except RuntimeError as error:
-        why = " ".join(str(error).split())
-        fail(f"the saved networks are not those of this script ({why}); use the one that saved them")
-    video = f"evaluate-{path.stem}" if args.capture_video else ""
-    policy, seed = functools.partial(act, actor), saved["args"]["seed"] + 2**31
-    returns, _ = play(env, policy, args.eval_episodes, seed, torch.device("cpu"), video)
-    env.close()
-    print(f"{path}, step {saved['global_step']}: mean {np.mean(returns):.1f}, standard deviation {np.std(returns):.1f}")
-    print(f"returns: {', '.join(f'{value:.1f}' for value in returns)}")
 
 
 def on_signal(number: int, _: object) -> None:
@@ -620,21 +694,20 @@ def on_signal(number: int, _: object) -> None:
     STOP_SIGNALS.append(number)
 
 
-def main(arguments: type, train: Callable, make_actor: Callable, act: Callable) -> None:
-    """Read the command line of a script and train; or run a saved policy with --evaluate. With --resume, flags that are
-    not given are those of the run."""
+def main(arguments: type, train: Callable) -> None:
+    """Read the command line of a script and train; or, with --evaluate, run a saved policy as `train` would. With that
+    and with --resume, flags that are not given are those of the run."""
     module = sys.modules[train.__module__]
     script = Path(module.__file__)
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
-    if args.evaluate is not None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once and without a traceback
-        return evaluate_saved(args, script, make_actor, act)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    if args.resume is not None:
-        saved = resumed_args(arguments, args.resume, script)
+    if args.evaluate is None and args.resume is None:
+        settle(args)
+    else:
+        saved = saved_args(arguments, args, script)
         args = tyro.cli(arguments, default=saved)
         settle(args)
-        check_resumed_args(args, saved)
+        check_saved_args(args, saved)
+    for number in (signal.SIGINT, signal.SIGTERM):  # where nothing is trained, one ends at once and without a traceback
+        signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
     with machine_in_a_sentence():
         train(args)

@@ -386,7 +386,7 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     first, second, other = make_env(env_id), make_env(env_id), make_env("Pendulum-v1")
     for seed in (1, None):
         episode(first, first.reset(seed=seed)[0], np.random.default_rng(0), 2000)
-    saved, obs, begun = lab.run.pack(state_of(first, other)), first.reset()[0], fingerprint(first)
+    saved, obs, begun = lab.run.unpacked(lab.run.pack(state_of(first, other))), first.reset()[0], fingerprint(first)
     expected = episode(first, obs, np.random.default_rng(1))
     second.reset(seed=1)
     restore(second, other, saved)

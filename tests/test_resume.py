@@ -1,6 +1,7 @@
 """Interrupted runs go on as if nothing had happened; files that cannot be used are refused; saved policies are run."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,7 @@ SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
 def quick(monkeypatch):
     """Two things that have tests of their own take most of the time of a short run."""
     monkeypatch.setattr(lab.run, "code_hash", functools.cache(record.code_hash))
+    monkeypatch.setattr(lab.run, "sources", functools.cache(record.sources))
     monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     yield
     STOP_SIGNALS.clear()
@@ -43,6 +46,8 @@ def same(a, b):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
@@ -70,7 +75,8 @@ def assert_same_run(run_dir, undisturbed):
 
 def again(script, run_dir, **changes):
     """Resume as the command line does."""
-    saved = lab.run.resumed_args(script.Args, str(run_dir), Path(script.__file__))
+    asked = SimpleNamespace(evaluate=None, resume=str(run_dir))
+    saved = lab.run.saved_args(script.Args, asked, Path(script.__file__))
     return script.train(script.Args(**asdict(saved) | changes))
 
 
@@ -353,7 +359,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     assert "is of td3_tar.py; use that script" in load_state(td3 / "checkpoint.pt", SAC)
     assert "is of sac_tar.py; use that script" in load_state(sac / "final.pt", TD3)
     assert "there is no" in load_state(file, SAC)
-    state = lab.run.load_state(sac / "checkpoint.pt", SAC)
+    state = load(sac / "checkpoint.pt")
     for bad, sentence in [
         ({"weights": torch.ones(3)}, "is not a file of sac_tar.py"),
         (torch.ones(3), "is not a file of sac_tar.py"),
@@ -381,7 +387,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 5; use the"),
+        (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 6; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)
@@ -403,35 +409,168 @@ def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, script, capsys
     again(script, run_dir)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
-def test_what_a_user_adds_to_the_agent_is_restored_if_it_is_in_state(run, tmp_path):
-    """A normalizer and a counter in a copy of the script; and one more optimizer, or parameter, that is forgotten."""
-    source, at, step = SAC.read_text(), "    run = Run(", "        next_obs, reward,"
-    assert at in source and step in source
-    mine = "    state |= {'normalizer': nn.BatchNorm1d(3), 'seen': {'steps': 0}}\n"
-    source = source.replace(at, mine + at)
-    count = "        state['normalizer'].running_mean += 1\n        state['seen']['steps'] += 1\n"
-    (tmp_path / "my_sac.py").write_text(source.replace(step, count + step))
-    spec = importlib.util.spec_from_file_location("my_sac", tmp_path / "my_sac.py")
-    mine = importlib.util.module_from_spec(spec)
-    sys.modules["my_sac"] = mine
-    spec.loader.exec_module(mine)
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=70))["args"]
-    run_dir = mine.train(mine.Args(**small | {"exp_name": "my_sac"}))
-    assert load(run_dir / "checkpoint.pt")["seen"] == {"steps": 70} and "__my_sac__tar__" in run_dir.name
-    again(mine, run_dir, total_timesteps=90)
-    checkpoint = load(run_dir / "checkpoint.pt")
-    assert checkpoint["seen"] == {"steps": 90} and checkpoint["normalizer"]["running_mean"].tolist() == [90] * 3
+def edited(tmp_path, *edits, script=sac_tar):
+    """A copy of a script with texts replaced, as a module."""
+    source, name = Path(script.__file__).read_text(), f"my_{script.__name__}"
+    for before, after in edits:
+        assert source.count(before) == 1, before
+        source = source.replace(before, after)
+    (tmp_path / f"{name}.py").write_text(source)
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    optimizer = torch.optim.Adam(layer.parameters())
-    state = {"layer": layer, "optimizer": optimizer, "nets": {"layer": SimpleNamespace(optimizer=optimizer)}}
-    lab.run.check_parts(state)
-    for lost in ("layer", "optimizer"):
-        with pytest.raises(ValueError, match="in no part of the dictionary `state`"):
-            lab.run.check_parts({name: part for name, part in state.items() if name != lost})
-    with pytest.raises(ValueError, match="in no part of the dictionary `state`"):
-        lab.run.check_parts(state | {"second": torch.optim.SGD(other.parameters())})
+
+RUN_BEGINS = "    run = Run("
+STEP = "        next_obs, reward,"
+MEAN = """class Mean:
+    def __init__(self):
+        self.value, self.count = np.zeros(3, np.float32), 0
+    def add(self, obs):
+        self.value, self.count = (self.value * self.count + obs) / (self.count + 1), self.count + 1
+    def state_dict(self):
+        return vars(self)
+    def load_state_dict(self, state):
+        vars(self).update(state)
+"""
+ADDED = [
+    ("class QNetwork", MEAN + "class QNetwork"),
+    (
+        RUN_BEGINS,
+        """    mean, seen = Mean(), {"steps": 0, "last": None}
+    schedulers = {
+        "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90),
+        "steps": torch.optim.lr_scheduler.MultiStepLR(actor_optimizer, [65, 80]),
+        "falls": torch.optim.lr_scheduler.ReduceLROnPlateau(actor_optimizer, patience=3),
+    }
+    second = torch.optim.SGD([temperature := nn.Parameter(torch.ones(2))], 0.1, momentum=0.9)
+    state |= schedulers | {"mean": mean, "seen": seen, "second": second, "batch_norm": nn.BatchNorm1d(3)}
+    state |= {"more": nn.ParameterList([temperature]), "array": np.zeros(2), "tensor": torch.zeros(2)}
+"""
+        + RUN_BEGINS,
+    ),
+    (
+        STEP,
+        """        mean.add(obs)
+        seen["steps"], seen["last"] = seen["steps"] + 1, obs * seen["steps"]
+        state["batch_norm"].running_mean += mean.count
+        state["array"][0] += global_step
+        state["tensor"][1] += state["array"][0]
+        if global_step > 60:
+            second.zero_grad()
+            (temperature * temperature.detach().exp() * schedulers["cosine"].get_last_lr()[0]).sum().backward()
+            second.step()
+            schedulers["cosine"].step()
+            schedulers["steps"].step()
+            schedulers["falls"].step(-episodic_return)
+"""
+        + STEP,
+    ),
+]
+
+
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run, tmp_path, compute):
+    """Schedulers, a second optimizer, a normalizer of NumPy's arrays, counters: some read as soon as they are there."""
+    mine = edited(tmp_path, *ADDED)
+    small = record.read_config(run(env_id="Short-v0", compute=compute, total_timesteps=90))["args"]
+    small |= {"exp_name": "my_sac", "checkpoint_frequency": 10, "eval_frequency": 10}
+    whole = load(mine.train(mine.Args(**small)) / "checkpoint.pt")
+    assert whole["seen"]["steps"] == 90 and 0 <= whole["q_optimizer"]["param_groups"][0]["lr"] < 1e-3
+    run_dir = mine.train(mine.Args(**small | {"total_timesteps": 70, "runs_dir": str(tmp_path / "other")}))
+    config = record.read_config(run_dir)
+    kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
+    assert config["segments"][0]["optimizers"] == kinds and "__my_sac__tar__" in run_dir.name
+    again(mine, run_dir, total_timesteps=90)
+    resumed = load(run_dir / "checkpoint.pt")
+    of_the_process = {"sps_seconds", "log_sizes", "args", "random"}  # spaces of which nobody draws are seeded anew
+    assert whole.keys() == resumed.keys() and whole.keys() > {"cosine", "steps", "falls", "mean", "array"}
+    assert same(whole["random"]["torch"], resumed["random"]["torch"])
+    assert [name for name in whole.keys() - of_the_process if not same(whole[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "scheduler is in no part"),
+        ("normalizer = nn.BatchNorm1d(3)", "normalizer is in no part"),
+        ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "scale, extra is in no part"),
+        (
+            "state['other'] = torch.optim.SGD([torch.ones(2, requires_grad=True)])",
+            "a parameter that an optimizer trains",
+        ),
+        ("generator = torch.Generator()", "generator is in no part"),
+        ("del state['log_prob'], state['q_optimizer']", "q_optimizer is in no part"),
+        ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
+        ("first, act = actor.fc1, nn.Tanh()", None),
+    ],
+)
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, tmp_path, capsys, line, sentence):
+    mine = edited(tmp_path, (RUN_BEGINS, f"    state['log_prob'] = {{}}\n    {line}\n{RUN_BEGINS}"))
+    given = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 5, "learning_starts": 2}
+    given |= {"eval_episodes": 1, "hidden_size": 8, "buffer_size": 50}
+    if sentence is None:
+        assert mine.train(mine.Args(**given)).exists()
+        return
+    assert sentence in refused(capsys, mine.train, mine.Args(**given))
+    assert not (tmp_path / "runs").exists()
+
+
+# begin from a trained policy
+
+
+def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path, monkeypatch):
+    dense = run(method="dense", env_id="Short-v0", total_timesteps=90, runs_dir=str(tmp_path / "dense"))
+    end = load(dense)
+    monkeypatch.setattr(gym.spaces.Box, "sample", lambda *_: pytest.fail("a random action"))
+    flags = {"env_id": "Short-v0", "criterion": "magnitude", "distribution": "global", "load": str(dense)}
+    flags |= {"checkpoint_frequency": 10, "eval_frequency": 40}
+    begun = run(**flags, total_timesteps=62, prune_at=61)
+    at_0 = dict(scalars(begun)["eval/episodic_return"])[0]
+    assert at_0 == scalars(dense)["eval/episodic_return"][-1][1]
+    static = torch.load(begun / "masks.pt", weights_only=True)["actor"]["static"]["fc2"]
+    weight = end["actor"]["fc2.weight"].abs()
+    assert weight[static].min() >= weight[~static].max()  # untrained so far
+    checkpoint = load(begun / "checkpoint.pt")  # of step 60
+    assert all(same(checkpoint[name], end[name]) for name in ("actor", "qf1", "qf2", "qf1_target", "qf2_target"))
+    assert all(same(checkpoint[name], end[name]) for name in {"entropy", "actor_target"} & end.keys())
+    (config,) = (config for _, config in record.configs(tmp_path / "runs"))
+    digest = hashlib.sha256((dense / "final.pt").read_bytes()).hexdigest()[:12]
+    assert config["args"]["load"] == f"{dense}/final.pt@{digest}" and f"__load-{digest}__" in begun.name
+
+
+def test_a_run_that_began_from_a_saved_agent_is_resumed_without_it(run, script, tmp_path):
+    dense = run(method="dense", env_id="Short-v0", total_timesteps=90, runs_dir=str(tmp_path / "dense"))
+    flags = {"env_id": "Short-v0", "eval_frequency": 40, "checkpoint_frequency": 10, "load": str(dense / "final.pt")}
+    undisturbed = run(**flags, runs_dir=str(tmp_path / "a"))
+    work = functools.partial(run, **flags, runs_dir=str(tmp_path / "b"))
+    assert child(functools.partial(dies, ReplayBuffer, "add", 95, work)) == -9
+    (dense / "final.pt").unlink()
+    (run_dir,) = (tmp_path / "b").iterdir()
+    again(script, run_dir)
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tmp_path):
+    saved, other = finished[sac_tar], finished[td3_tar]
+    small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
+    digest = hashlib.sha256((saved / "final.pt").read_bytes()).hexdigest()[:12]
+    for flags, sentence in [
+        ({"load": f"{saved}"}, "is not of the shape of this one"),  # 16 neurons against 256
+        ({"load": f"{saved}", "hidden_size": 16, "env_id": "MountainCarContinuous-v0"}, "is not of the shape"),
+        ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, entropy"),
+        ({"load": f"{saved / 'config.json'}", "hidden_size": 16}, "cannot read"),
+        ({"load": "nowhere", "hidden_size": 16}, "cannot read --load nowhere (No such file or directory)"),
+        ({"load": f"{saved / 'final.pt'}@{'0' * 12}"}, f"is now {saved / 'final.pt'}@{digest}; the file was written"),
+        ({"load": f"{saved}", "hidden_size": 16, "init": "sparse"}, "--init sparse does not rescale"),
+    ]:
+        assert sentence in refused(capsys, sac_tar.train, sac_tar.Args(**small | flags))
+    assert not (tmp_path / "runs").exists()
+    known = sac_tar.Args(**small | {"load": f"{saved / 'final.pt'}@{digest}", "hidden_size": 16, "eval_episodes": 1})
+    assert sac_tar.train(known).exists()
 
 
 # evaluate and watch
@@ -443,7 +582,7 @@ def test_evaluate_gives_the_last_evaluation_of_the_run_again(finished, script, m
     for target in (run_dir, run_dir / "final.pt", run_dir / "checkpoint.pt"):
         capsys.readouterr()
         main(script, monkeypatch, "--evaluate", target, "--eval-episodes", 3)
-        head, returns = capsys.readouterr().out.strip().splitlines()
+        *_, head, returns = capsys.readouterr().out.strip().splitlines()
         values = [float(value) for value in returns.removeprefix("returns: ").split(", ")]
         assert "step 90: mean" in head and len(values) == 3
         assert float(head.split("mean ")[1].split(",")[0]) == pytest.approx(logged, abs=0.06)

@@ -61,8 +61,7 @@ def main(script, monkeypatch, *flags):
     """The script's command line in this process."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
     monkeypatch.setattr(lab.run.signal, "signal", lambda *_: None)
-    act = script.Actor.get_mean_action if script is sac_tar else script.Actor.forward
-    lab.run.main(script.Args, script.train, script.Actor, act)
+    lab.run.main(script.Args, script.train)
 
 
 # what a run leaves
@@ -71,7 +70,7 @@ def main(script, monkeypatch, *flags):
 def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch):
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
     run_dir = run(criterion="snip", distribution="global", total_timesteps=310)
-    files = {"config.json", "checkpoint.pt", "final.pt", "masks.pt", "topology.json", ".lock"}
+    files = {"config.json", "checkpoint.pt", "final.pt", "masks.pt", "topology.json", ".lock", "code"}
     assert {path.name for path in run_dir.iterdir() if "tfevents" not in path.name} == files
     config = json.loads((run_dir / "config.json").read_text())
     assert config["script"] == script.__name__ and config["args"]["prune_at"] == 60
@@ -154,6 +153,7 @@ def folder_of(tmp_path, script, **flags):
 
 
 def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_change(script, tmp_path, monkeypatch):
+    (tmp_path / "agent.pt").write_bytes(b"")
     at_work = {"method": "rigl", "n_step": 2, "recent_fraction": 0.5}  # so that flags of these make a difference
     plain = folder_of(tmp_path, script, **at_work)
     assert plain == f"A-v1__{script.__name__}__rigl__random-er__s0.9__n_step-2__recent_fraction-0.5__1"
@@ -162,7 +162,7 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
         "distribution": "global", "active_width": "auto", "drop_criterion": "random", "density_start": 0.5,
         "prune_at": 600, "final_prune_at": None, "lr_cycles": 3, "gamma": 0.9, "tau": 0.5, "rewire_fraction": 0.4,
         "rewire_stop": 0.5, "recent_fraction": 0.4, "sparsity": 0.5, "critic_sparsity": 0.8, "init": "sparse",
-        "reserve": None, "alpha": None,
+        "reserve": None, "alpha": None, "load": str(tmp_path / "agent.pt"),
     }  # fmt: skip
     names, kept = {plain}, lab.run.MAY_CHANGE | {"runs_dir", "evaluate"}
     for flag in (flag for flag in dataclasses.fields(script.Args) if flag.name not in kept):
