@@ -564,8 +564,6 @@ class Run:
         for name, net in self.nets.items():
             net.masks = {layer: mask.to(self.device) for layer, mask in masks.get(name, {}).items()}
         self.load_agent(path, saved)
-        if all(net.masks for net in self.nets.values()):
-            sparse_utils.fix_masks(self.nets)
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
         if self.args.capture_video:

@@ -428,7 +428,7 @@ MEAN = """class Mean:
     def __init__(self):
         self.value, self.count = np.zeros(3, np.float32), 0
     def add(self, obs):
-        self.value, self.count = (self.value * self.count + obs) / (self.count + 1), self.count + 1
+        self.value, self.count = (self.value.astype(np.float32) * self.count + obs) / (self.count + 1), self.count + 1
     def state_dict(self):
         return vars(self)
     def load_state_dict(self, state):
@@ -577,16 +577,35 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
 
 
 def test_evaluate_gives_the_last_evaluation_of_the_run_again(finished, script, monkeypatch, capsys):
-    run_dir = finished[script]
+    run_dir, before = finished[script], sorted(finished[script].rglob("*"))
     (_, logged), *_ = reversed(scalars(run_dir)["eval/episodic_return"])
     for target in (run_dir, run_dir / "final.pt", run_dir / "checkpoint.pt"):
         capsys.readouterr()
-        main(script, monkeypatch, "--evaluate", target, "--eval-episodes", 3)
+        main(script, monkeypatch, "--evaluate", target)
         *_, head, returns = capsys.readouterr().out.strip().splitlines()
         values = [float(value) for value in returns.removeprefix("returns: ").split(", ")]
         assert "step 90: mean" in head and len(values) == 3
         assert float(head.split("mean ")[1].split(",")[0]) == pytest.approx(logged, abs=0.06)
         assert float(head.split("deviation ")[1]) == pytest.approx(np.std(values), abs=0.11)
+    main(script, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 2, "--compute", "sparse")
+    assert len(capsys.readouterr().out.strip().splitlines()[-1].split(",")) == 2
+    message = refused(capsys, main, script, monkeypatch, "--evaluate", run_dir, "--total-timesteps", 100)
+    assert "--total-timesteps 100 contradicts the run, which has 90" in message
+    assert sorted(run_dir.rglob("*")) == before
+
+
+def test_evaluate_computes_as_the_run_did(run, script, monkeypatch):
+    """The networks that the run had in the kernels, though another choice would now be made."""
+    monkeypatch.setattr(kernels, "known_times", lambda net, *_: (1.0, 0.5 if net.network.fc1.in_features == 3 else 2.0))
+    run_dir, asked = run(compute="auto", env_id="Short-v0", total_timesteps=90), []
+    monkeypatch.setattr(kernels, "known_times", lambda *_: (1.0, 2.0))
+    choose = kernels.choose
+    monkeypatch.setattr(
+        kernels, "choose", lambda nets, *given, **kept: (choose(nets, *given, **kept), asked.append(nets))
+    )
+    main(script, monkeypatch, "--evaluate", run_dir)
+    (nets,) = asked
+    assert [name for name, net in nets.items() if net.in_kernels] == ["actor"] and nets["actor"].masks["fc1"].any()
 
 
 def test_films_of_training_and_of_a_saved_policy_change_nothing(run, script, monkeypatch, tmp_path):
