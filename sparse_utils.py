@@ -67,10 +67,14 @@ class Net:
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
     """Set size, K = round((1 - sparsity) * size), R = round(reserve * K) and the active width of a network, in place. K
     is all weights if its method prunes nothing, and R is 0 if its method revives nothing. Raises ValueError if no
-    connection would be left, or if `active_width` cannot hold K connections."""
+    connection would be left, if `active_width` cannot hold K connections, or if a weight is no parameter of its own."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if net.method in UNPRUNED:
         return
+    if computed := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
+        raise ValueError(
+            f"the weight of {computed[0]} is computed from others, as by weight_norm, and cannot be pruned"
+        )
     net.budget = round((1 - net.sparsity) * net.size)
     if net.budget < 1:
         raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; choose a lower sparsity")

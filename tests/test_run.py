@@ -281,6 +281,22 @@ def test_bad_input_is_one_sentence_and_leaves_no_folder(run, tmp_path, capsys, f
     assert not (tmp_path / "runs").exists()
 
 
+def test_weights_that_are_computed_from_others_are_refused_before_anything_is_written(
+    run, script, monkeypatch, tmp_path, capsys
+):
+    class Normalized(script.QNetwork):
+        def __init__(self, *given):
+            super().__init__(*given)
+            torch.nn.utils.parametrizations.weight_norm(self.fc2)
+
+    monkeypatch.setattr(script, "QNetwork", Normalized)
+    sentence = "the weight of fc2 is computed from others, as by weight_norm, and cannot be pruned"
+    for compute in ("auto", "masked", "sparse"):
+        assert sentence in refused(capsys, run, compute=compute)
+    assert not (tmp_path / "runs").exists()
+    assert run(method="tar", critic_method="dense").exists()  # where nothing is pruned they train
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
