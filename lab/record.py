@@ -119,6 +119,8 @@ def check(args: object) -> None:
         fail(f"--criterion {args.criterion} needs replay data and step 0 has none; set --prune-at above 0")
     if args.load is not None and getattr(args, "init", "dense") == "sparse":
         fail("--init sparse does not rescale the trained weights of --load; leave one of the two out")
+    if args.load is not None and not getattr(args, "autotune", True):
+        fail("--load brings an alpha that is learned further, so --no-autotune cannot be met; leave one of the two out")
     width = getattr(args, "active_width", None)
     if isinstance(width, int) and not 1 <= width <= args.hidden_size:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {width}")

@@ -240,10 +240,8 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
         return isinstance(value, torch.Generator) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
     lost = [name for name, value in variables.items() if id(value) not in parts and is_lost(value)]
-    trained = [
-        param for optimizer in optimizers.values() for group in optimizer.param_groups for param in group["params"]
-    ]
-    if lost or any(is_lost(param) for param in trained):
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
         raise ValueError(f"{what} is in no part of the dictionary `state`, so a resumed run would lose it; add it")
     return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
@@ -672,9 +670,8 @@ class Run:
             self.check_weights(end)
             final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
-        write_tensors(
-            self.folder / "final.pt", final | self.about(end)
-        )  # the last, since it tells that a run is finished
+            final |= self.about(end)
+        write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
         self.eval_env.close()
         print(f"final return {final_return:.1f}; saved {self.folder / 'final.pt'}")
@@ -698,9 +695,7 @@ def main(arguments: type, train: Callable) -> None:
     module = sys.modules[train.__module__]
     script = Path(module.__file__)
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
-    if args.evaluate is None and args.resume is None:
-        settle(args)
-    else:
+    if args.evaluate is not None or args.resume is not None:
         saved = saved_args(arguments, args, script)
         args = tyro.cli(arguments, default=saved)
         settle(args)

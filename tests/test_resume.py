@@ -566,6 +566,7 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
         ({"load": "nowhere", "hidden_size": 16}, "cannot read --load nowhere (No such file or directory)"),
         ({"load": f"{saved / 'final.pt'}@{'0' * 12}"}, f"is now {saved / 'final.pt'}@{digest}; the file was written"),
         ({"load": f"{saved}", "hidden_size": 16, "init": "sparse"}, "--init sparse does not rescale"),
+        ({"load": f"{saved}", "hidden_size": 16, "autotune": False}, "so --no-autotune cannot be met"),
     ]:
         assert sentence in refused(capsys, sac_tar.train, sac_tar.Args(**small | flags))
     assert not (tmp_path / "runs").exists()
