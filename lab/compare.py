@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sparse_utils
 from lab import baselines, figures, record, results
-from lab.figures import arms_of, label, t_interval
+from lab.figures import arms_of, t_interval
 from lab.flags import fail
 
 
@@ -52,84 +52,75 @@ FEW_SEEDS = 5  # below so many a bootstrap gives no interval of P(better)
 CAVEATS_ON_TOP = 5
 
 
-def name_of(args: dict) -> tuple[str, str]:
-    """The name of an arm without its flags, and its base mask: "tar random+er critic static" and "random+er"."""
-    pruned = {args["method"], args["critic_method"]} - sparse_utils.UNPRUNED.keys()
-    base = f"{args['criterion']}+{args['distribution']}" if pruned else ""
-    parts = [args["method"], base, args["critic_method"] != args["method"] and f"critic {args['critic_method']}"]
-    for network, prefix in (("actor", ""), ("critic", "critic_")):
-        sparsity, highest = args[f"{prefix}sparsity"], max(args["sparsity"], args["critic_sparsity"])
-        parts.append(args[f"{prefix}method"] != "dense" and sparsity != highest and f"{network} {sparsity}")
-    return " ".join(filter(None, parts)), base
-
-
-def read_run(result: results.Result, separate_code: bool) -> dict:
-    """The row of a finished run. `settings` are the flags that make it its arm and that make a difference to it."""
-    config, args, segments = result.config, result.config["args"], result.config["segments"]
-    methods, curve, flags = {args["method"], args["critic_method"]}, results.curve_of(result), SimpleNamespace(**args)
-    row = {"result": result, "script": config["script"], "args": args, "began": config["began"], "curve": curve}
-    row |= {name: args[name] for name in ("env_id", "seed", "method")}
+def row_of(result: dict, separate_code: bool) -> dict:
+    """The row of a finished run. `settings` are the flags that make it its arm and that make a difference to it, `more`
+    what its name says beside method and base mask, and `pruned` the methods of the networks that are."""
+    args, segments, curve = result["args"], result["segments"], results.curve_of(result)
+    methods, flags = {args["method"], args["critic_method"]}, SimpleNamespace(**args)
+    row = result | {name: args[name] for name in ("env_id", "seed", "method")} | {"curve": curve}
     row["final"] = curve["return"][curve.index > 0.9 * args["total_timesteps"]].mean()
-    row["code"] = "+".join(code[:7] if code else "older" for code in record.codes(config))
+    row["code"] = "+".join(code[:7] if code else "older" for code in record.codes(result))
     for name in ("git_commit", "processor", "device", *PACKAGES):
         values = ((segment | (segment["versions"] or {})).get(name) or "unknown" for segment in segments)
         row[name] = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", " then ".join(dict.fromkeys(values)))
-    unused = record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
-    unused = unused if methods <= baselines.METHODS.keys() else set()  # an unknown method may use any of them
-    unused |= {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
-    defaults = {"exp_name": config["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
-    settings = {n: v for n, v in record.identity(args).items() if n not in unused and v != defaults.get(n, MISSING)}
+    unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
+    if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
+        unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
+    defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
+    defaults |= {"load": ""}
+    settings = record.identity(args) | {"load": (args.get("load") or "")[-13:]}  # of a file, @ and its hash alone
+    settings = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
     row["settings"] = settings | ({"code": row["code"]} if separate_code else {})
-    row |= dict(zip(("arm", "base"), name_of(args)))
-    return row | {"sparsity": max(args["sparsity"], args["critic_sparsity"]), "dense": row["arm"] == "dense"}
-
-
-def algorithms(runs: pd.DataFrame) -> dict[str, str]:
-    """The algorithm of each script. It is the same if all flags of one are among the other's, as in an edited copy."""
-    flags = {script: set(rows.args.iloc[-1]) for script, rows in runs.groupby("script")}
-    by_size = sorted(flags, key=lambda script: (len(flags[script]), script))
-    first = {script: next(other for other in by_size if flags[other] <= flags[script]) for script in flags}
-    return {script: "+".join(sorted(s for s in first if first[s] == first[script])) for script in first}
+    row |= {"pruned": methods - sparse_utils.UNPRUNED.keys(), "dense": methods == {"dense"}}
+    row["base"] = f"{args['criterion']}+{args['distribution']}" if row["pruned"] else ""
+    row["sparsity"] = max(args["sparsity"], args["critic_sparsity"])
+    row["more"] = f" critic {args['critic_method']}" if args["critic_method"] != args["method"] else ""
+    for network, prefix in (("actor", ""), ("critic", "critic_")):
+        if args[f"{prefix}method"] != "dense" and args[f"{prefix}sparsity"] != row["sparsity"]:
+            row["more"] += f" {network} {args[f'{prefix}sparsity']}"
+    return row
 
 
 def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd.DataFrame:
     """One row for each finished run. The notes say which runs are left out."""
     unfinished = []
-    rows = [read_run(result, separate_code) for result in results.results_in(folder, unfinished)]
+    rows = [row_of(result, separate_code) for result in results.results_in(folder, unfinished)]
     if not rows:
         fail(f"{folder} holds no finished run; it needs run folders with config.json and final.pt, or a runs.json")
     runs = pd.DataFrame(rows).sort_values("began", ignore_index=True)
-    runs["algo"] = runs.script.map(algorithms(runs))
-    several = runs.groupby("algo").script.transform("nunique") > 1
-    runs.loc[several, "arm"] += " " + runs.script[several]
+    # scripts are of one algorithm if all flags of one are among the other's, as in an edited copy
+    flags = {script: set(rows.args.iloc[-1]) for script, rows in runs.groupby("script")}
+    by_size = sorted(flags, key=lambda script: (len(flags[script]), script))
+    first = {script: next(other for other in by_size if flags[other] <= flags[script]) for script in flags}
+    alike = runs.script.groupby(runs.script.map(first))
+    runs["algo"] = alike.transform(lambda scripts: "+".join(sorted({*scripts})))
+    runs["more"] += (" " + runs.script).where(runs.algo != runs.script, "")
     # flags that differ in one environment make arms of their own, named alike at every sparsity and on every base mask
-    for _, like in runs.groupby([runs.algo, [*map(label, runs.arm, runs.base)]]):
-        differ = {name for _, cell in like.groupby(["env_id", "arm"]) for name in differing(cell.settings)}
+    for _, like in runs.groupby(["algo", "method", "more"]):
+        differ = {name for _, cell in like.groupby(["env_id", "base"]) for name in differing(cell.settings)}
         for index, settings in like.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
-            runs.loc[index, "arm"] += "".join(told)
+            runs.loc[index, "more"] += "".join(told)
+    runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
+    runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
     again = runs.duplicated([*CELL, "seed"], keep="last")
-    left_out = {"not finished": unfinished, "run again later": [result.path.name for result in runs.result[again]]}
-    notes += [f"Left out, since {why}: {listed(names)}." for why, names in left_out.items() if names]
+    left_out = {"not finished": unfinished, "run again later": [path.name for path in runs.path[again]]}
+    notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
     return runs[~again].sort_values([*CELL, "seed"])
 
 
-def differing(dictionaries: pd.Series) -> list[str]:
+def differing(dictionaries: Iterable[dict]) -> list[str]:
     """The names that do not have the same value in all of them; a name that is only in some of them is one."""
     names = sorted({name for dictionary in dictionaries for name in dictionary})
     return [name for name in names if len({str(d.get(name, MISSING)) for d in dictionaries}) > 1]
-
-
-def listed(values: Iterable) -> str:
-    return ", ".join(map(str, values))
 
 
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
     names of the arms; the notes; the environments and seeds that only some arms have."""
     mixed, gaps = [arm for arm, rows in runs.groupby("arm") if rows.code.nunique() > 1], {}
-    found = [f"Means over runs of different code (see --separate-code): {listed(mixed)}."] if mixed else []
+    found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
     found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
     told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
     names = sorted({name for settings in runs.settings for name in settings} - told)
@@ -141,8 +132,8 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     for (env_id, of_env), arm in itertools.product(runs.groupby("env_id"), arms_of(runs)):
         own = set(of_env.seed[of_env.arm == arm])
         if missing := sorted(set(of_env.seed) - own):
-            gaps.setdefault(f"{env_id}, seed {listed(missing)}" if own else env_id, []).append(arm)
-    where = "; ".join(f"{at}: {listed(arms)}" for at, arms in gaps.items())
+            gaps.setdefault(f"{env_id}, seed {', '.join(map(str, missing))}" if own else env_id, []).append(arm)
+    where = "; ".join(f"{at}: {', '.join(arms)}" for at, arms in gaps.items())
     return found + notes + ([f"Not run on {where}."] if gaps else [])
 
 
@@ -188,16 +179,14 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
-    pruned = arms.args.map(lambda args: {args["method"], args["critic_method"]} - sparse_utils.UNPRUNED.keys())
-    controls = arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in pruned]]
+    controls = arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in arms.pruned]]
     cells, ranks = {arm: set(zip(rows.env_id, rows.seed)) for arm, rows in runs.groupby("arm")}, {}
     for (arm, own), (name, control) in itertools.product(arms.iterrows(), controls.iterrows()):
-        # flags beside the methods; a network that is not pruned differs in its sparsity
-        apart, words = {"method", "critic_method"}, len(name.split())
-        apart |= set() if own.base else {"sparsity", "critic_sparsity"}
-        same_base = control.base == own.base or (own.base == "" and controls.base.nunique() == 1)
+        same_base = control.base == own.base if own.base else controls.base.nunique() == 1
+        words = len(name.split())
         if same_base and (arm not in controls.index or words < len(arm.split())):
-            unlike = len({*differing(pd.Series([own.settings, control.settings]))} - apart)
+            apart = {"method", "critic_method"} if own.base else IN_EVERY_NAME  # an unpruned one has another sparsity
+            unlike = len({*differing([own.settings, control.settings])} - apart)
             ranks.setdefault(arm, []).append((unlike, words, -len(cells[arm] & cells[name]), name))
     return {arm: min(found)[-1] for arm, found in ranks.items()}
 
@@ -305,21 +294,20 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
     """The page of one algorithm and sparsity, its tables and figures; its caveats and main table on the console too."""
     chosen, later = references(group, against), []
     tables = {"returns": returns_table(group, chosen), "aggregate": aggregate_table(group, chosen)}
-    tables["wins"] = wins_table(group)
+    tables |= {"wins": wins_table(group)}
     figures.draw_curves(group, styles, "step", f"{path}_curves.png")
     for cost, end in COSTS.items() if group.arm.nunique() > 1 else ():
-        left_out = group.curve.map(lambda curve, cost=cost: curve[cost].isna().any() or curve[cost].iloc[-1] <= 0)
-        reasons = {f"they have no {cost}": left_out}
+        missing = group.curve.map(lambda curve, cost=cost: curve[cost].isna().any() or curve[cost].iloc[-1] <= 0)
+        reasons = {f"they have no {cost}": missing}
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
             usual = group.processor.groupby(group.env_id).transform(lambda made: made.mode().iloc[0])
             reasons["another processor than that of most runs made them"] = group.processor != usual
         for why, those in reasons.items():
-            which = [f"{len(rows)} on {at} of {listed(arms_of(rows))}" for at, rows in group[those].groupby("env_id")]
+            which = [f"{len(own)} on {at} of {', '.join(arms_of(own))}" for at, own in group[those].groupby("env_id")]
             later += [f"Left out by {cost}, since {why}: {'; '.join(which)}."] if which else []
-            left_out = left_out | those
-        if not left_out.all():
-            tables[end] = cost_table(group[~left_out], cost)
-            figures.draw_curves(group[~left_out], styles, cost, f"{path}_{end}.png")
+        if len(kept := group[~np.any([*reasons.values()], 0)]):
+            tables[end] = cost_table(kept, cost)
+            figures.draw_curves(kept, styles, cost, f"{path}_{end}.png")
     later += [f"There is no run here of {against}, with which to compare."] if against and not chosen else []
     caveats = caveats_of(group, notes) + later
     if len(caveats) > CAVEATS_ON_TOP:
@@ -340,35 +328,6 @@ def write_page(group: pd.DataFrame, notes: list[str], against: str | None, style
     print(page[0][2:], *caveats, "", markdown(tables["returns"].drop(columns="seeds")), "", sep="\n")
 
 
-def compare(runs: pd.DataFrame, notes: list[str], against: str | None, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    styles = figures.styles_of(runs)
-    for algo, of_algo in runs.groupby("algo"):
-        sparse, dense = of_algo[~of_algo.dense], of_algo[of_algo.dense]
-        sparsities = sorted(set(sparse.sparsity)) or [0.0]
-        if len(sparsities) > 1:
-            figures.draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
-        for sparsity in sparsities:
-            own = sparse[sparse.sparsity == sparsity]
-            elsewhere = set(sparse.env_id) - set(own.env_id)  # dense runs alone bring no environment to a page
-            group = pd.concat([own, dense[~dense.env_id.isin(elsewhere)]]).sort_values(
-                ["env_id", "base", "arm", "seed"]
-            )
-            write_page(group, notes, against, styles, out / f"{algo}_s{sparsity}")
-
-
-def write_events(runs: pd.DataFrame, folder: Path) -> None:
-    """One event file for each run, all with the same columns, since TensorBoard takes those of any one run."""
-    names = sorted({name for settings in runs.settings for name in settings})
-    words = [name for name in names if any(isinstance(s.get(name), (str, bool)) for s in runs.settings)]
-    for run in runs.itertuples():
-        first = {name: getattr(run, name) for name in ("base", "env_id", "method", "seed", "sparsity")}
-        own = {n: str(value) if n in words and value is not None else value for n, value in run.settings.items()}
-        settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script} | own
-        results.write_events(run.result, folder / run.result.path.name, settings, first, run.final)
-    print(f"wrote {folder}; watch it with: tensorboard --logdir {folder}")
-
-
 def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]:
     """The runs in a folder that the flags ask for, its notes, and the name of the arm with which to compare."""
     path = folder / "NOTES.md"
@@ -378,10 +337,10 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
     named = {t: [t] if t in arms else [arm for arm in arms if t in arm] for t in {args.against, *args.arm} - {None}}
     against = named.get(args.against, [None])
     if len(against) != 1:
-        fail(f"--against {args.against} is not one arm; there are: {listed(against or arms)}")
+        fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
     kept = {*against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
-    return (runs, notes, against[0]) if len(runs) else fail(f"no such run; the arms are: {listed(arms)}")
+    return (runs, notes, against[0]) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
 
 def main(args: Args) -> None:
@@ -391,16 +350,28 @@ def main(args: Args) -> None:
     folder = args.publish or args.folder
     runs, notes, against = read(args.folder, args)
     if args.events:
-        return write_events(runs, args.events)
-    asked = [result.path for result in runs.result if args.masks_of in (None, result.path.name)]
+        return results.write_events(runs, args.events)
+    asked = [path for path in runs.path if args.masks_of in (None, path.name)]
     drawn, masks = next(((path.name, masks) for path in asked if (masks := results.masks_of(path))), ("", {}))
     if args.masks_of and not masks:
         fail(f"--masks-of {args.masks_of} is no finished run here with a masks.pt in which connections were revived")
     if args.publish:
-        results.publish(runs.result, folder)
+        results.publish(runs.to_dict("records"), folder)
         runs, notes, against = read(folder, args)
     out = args.out or folder / "comparison"
-    compare(runs, notes, against, out)
+    out.mkdir(parents=True, exist_ok=True)
+    styles = figures.styles_of(runs)
+    for algo, of_algo in runs.groupby("algo"):
+        sparse = of_algo[~of_algo.dense]
+        sparsities = sorted(set(sparse.sparsity)) or [0.0]
+        if len(sparsities) > 1:
+            figures.draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
+        for sparsity in sparsities:
+            own = of_algo.dense | (of_algo.sparsity == sparsity)
+            # dense runs alone bring no environment to a page
+            elsewhere = set(sparse.env_id) - set(sparse.env_id[own])
+            group = of_algo[own & ~of_algo.env_id.isin(elsewhere)].sort_values(["env_id", "base", "arm", "seed"])
+            write_page(group, notes, against, styles, out / f"{algo}_s{sparsity}")
     for network, layers in masks.items():
         figures.draw_masks(network, layers, drawn, out / f"masks_{network}.png")
     print(f"wrote {out}")

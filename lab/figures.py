@@ -20,6 +20,8 @@ COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#0
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
 THIN_LINES = 5  # up to so many seeds are drawn each, the interval of more as a shade
 MANY_ARMS = 6  # in a panel with more, only means are drawn
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False}
+plt.rcParams |= {"figure.constrained_layout.use": True, "legend.frameon": False, "savefig.dpi": 120}
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -35,16 +37,11 @@ def arms_of(runs: pd.DataFrame) -> list[str]:
     return list(runs.sort_values(["base", "arm"]).arm.unique())
 
 
-def label(arm: str, base: str) -> str:
-    """The arm without its base mask, which is in the title of a panel."""
-    return " ".join(part for part in arm.split() if part != base)
-
-
 def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
-    """Colour and dashes by label, in the order of the tables; an arm looks the same on every base mask."""
-    labels = [name for _, name in sorted({(base != "", label(arm, base)) for arm, base in zip(runs.arm, runs.base)})]
-    looks = zip(itertools.cycle(COLOURS), itertools.cycle(DASHES))
-    return {name: {"color": colour, "linestyle": dash} for name, (colour, dash) in zip(labels, looks)}
+    """Label, colour and dashes by label, in the order of the tables; an arm looks the same on every base mask."""
+    labels = [name for _, name in sorted({*zip(runs.base != "", runs.label)})]
+    looks = zip(labels, itertools.cycle(COLOURS), itertools.cycle(DASHES))
+    return {name: {"label": name, "color": colour, "linestyle": dash} for name, colour, dash in looks}
 
 
 def panels(runs: pd.DataFrame, split: bool = False):
@@ -59,15 +56,12 @@ def panels(runs: pd.DataFrame, split: bool = False):
             cells.append((f"{env_id}\n{base}".strip(), part, part))
     columns = min(len(cells), 2 if len(cells) < 7 else 4)
     rows = -(-len(cells) // columns)
-    size = (9, 0.7 + rows * (3.3 if columns < 4 else 2.2))
-    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
-    for ax in axes.flat[len(cells) :]:
-        ax.remove()
-    for ax, (title, _, _) in zip(axes.flat, cells):
-        ax.set_title(title, fontsize="medium")
-        ax.set_ylabel("evaluation return" if ax in axes[:, 0] else "")
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, [(ax, *parts) for ax, (_, *parts) in zip(axes.flat, cells)]
+    figure = plt.figure(figsize=(9, 0.7 + rows * (3.3 if columns < 4 else 2.2)))
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(cells))]
+    for i, (title, _, _) in enumerate(cells):
+        axes[i].set_title(title, fontsize="medium")
+        axes[i].set_ylabel("" if i % columns else "evaluation return")
+    return figure, [(ax, *parts) for ax, (_, *parts) in zip(axes, cells)]
 
 
 def finish(figure, path: Path | str, names: Iterable[str]) -> None:
@@ -77,9 +71,8 @@ def finish(figure, path: Path | str, names: Iterable[str]) -> None:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     names, png = [name for name in names if name in entries], io.BytesIO()
     columns = max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, names)))))
-    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3.2}
-    figure.legend([entries[name] for name in names], names, frameon=False, **place)
-    figure.savefig(png, dpi=120)
+    figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=columns, handlelength=3.2)
+    figure.savefig(png)
     plt.close(figure)
     Image.open(png).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE).save(path, optimize=True)
 
@@ -88,7 +81,6 @@ def show(axes, seen: np.ndarray) -> None:
     """Let the axes show all these returns, and 1% of their size at least."""
     margin = max(0.05 * np.ptp(seen), 0.01 * np.abs(seen).max()) or 1.0
     axes.set_ylim(seen.min() - margin, seen.max() + margin)
-    axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def on_one_axis(curves: list[pd.DataFrame], x: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,17 +99,17 @@ def draw_curves(runs: pd.DataFrame, styles: dict[str, dict], x: str, path: Path 
     for axes, own, part in cells:
         for arm in sorted(arms_of(part), key=set(own.arm).__contains__):
             rows = part[part.arm == arm]
-            name = label(arm, rows.base.iloc[0])
+            style = styles[rows.label.iloc[0]]
             points, curves = on_one_axis(list(rows.curve), x)
             mean, low, high = t_interval(curves)
             if arm not in set(own.arm):
                 axes.plot(points, mean, color="#dddddd", linewidth=0.8)
                 continue
-            axes.plot(points, mean, label=name, linewidth=2, **styles[name])
+            axes.plot(points, mean, linewidth=2, **style)
             if own.arm.nunique() <= MANY_ARMS and len(rows) > THIN_LINES:
-                axes.fill_between(points, low, high, color=styles[name]["color"], alpha=0.12, linewidth=0)
+                axes.fill_between(points, low, high, color=style["color"], alpha=0.12, linewidth=0)
             elif own.arm.nunique() <= MANY_ARMS and len(rows) > 1:
-                axes.plot(points, curves, color=styles[name]["color"], linewidth=0.6, alpha=0.4)
+                axes.plot(points, curves, color=style["color"], linewidth=0.6, alpha=0.4)
         of_env = runs.curve[runs.env_id == own.env_id.iloc[0]]
         show(axes, np.concatenate([curve["return"] for curve in of_env]))
         axes.set_xlabel(x)
@@ -127,8 +119,7 @@ def draw_curves(runs: pd.DataFrame, styles: dict[str, dict], x: str, path: Path 
             end = min(curve[x].iloc[-1] for curve in of_env)
             axes.axvline(end, color="#999999", linewidth=0.8)  # where the table compares
             axes.set(xscale="log", xlim=(0.03 * end, None))
-            locator = plt.LogLocator(subs=(1, 2, 5))
-            axes.xaxis.set(major_locator=locator, major_formatter="{x:g}", minor_formatter="")
+            axes.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
     finish(figure, path, styles)
 
 
@@ -139,17 +130,16 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
     for axes, part, _ in cells:
         arms, seen = arms_of(part[~part.dense]), [part.final]
         for arm, rows in part.groupby("arm"):
-            name = label(arm, rows.base.iloc[0])
+            style = styles[rows.label.iloc[0]]
             points = {s: t_interval(cell.final.to_numpy()) for s, cell in rows.groupby("sparsity")}
             mean, low, high = np.array(list(points.values())).T
             seen += [ends[~np.isnan(ends)] for ends in (low, high)]
             if arm not in arms:
-                axes.axhline(mean[0], label=name, **styles[name])
+                axes.axhline(mean[0], **style)
                 axes.axhspan(*np.nan_to_num([low[0], high[0]], nan=mean[0]), color="#000000", alpha=0.08, linewidth=0)
                 continue
             x = [sparsities.index(s) + 0.8 * ((arms.index(arm) + 0.5) / len(arms) - 0.5) for s in points]
-            look = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1} | styles[name]
-            axes.errorbar(x, mean, [mean - low, high - mean], label=name, **look)
+            axes.errorbar(x, mean, [mean - low, high - mean], marker="o", markersize=4, capsize=2, linewidth=1, **style)
         for between in range(1, n):
             axes.axvline(between - 0.5, color="#cccccc", linewidth=0.8)
         axes.set(xlabel="sparsity", xticks=range(n), xticklabels=sparsities, xlim=(-0.5, n - 0.5))
@@ -160,7 +150,7 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
 def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], run: str, path: Path) -> None:
     """The masks of a network before and after revival, and how many connections each of its neurons has."""
     n = len(layers)
-    figure, grid = plt.subplots(n, 4, layout="constrained", figsize=(12, 1 + 2.6 * n), squeeze=False)
+    figure, grid = plt.subplots(n, 4, figsize=(12, 1 + 2.6 * n), squeeze=False)
     figure.suptitle(f"{network} of {run}\ndark: pruned, grey: kept by static pruning, orange: revived")
     colours = ListedColormap([np.array(colour) / 255 for colour, _ in MASK_COLOURS[:3]])
     looks = ({"color": "#0072B2", "linewidth": 3.5}, {"color": "#D55E00", "linewidth": 1.5})
@@ -174,7 +164,6 @@ def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], r
                 degrees_of.set(title=f"{layer}: connections per {what}", xlabel=f"{what}s, by degree")
         plt.setp(row[2:], ylim=(0, None))
         for axes in row:
-            axes.spines[["top", "right"]].set_visible(False)
             axes.locator_params(integer=True, nbins=6)
         if len(masks[0]) == 1:  # one output, between whose edges there is no other whole number
             plt.setp(row[:2], yticks=[0])

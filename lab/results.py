@@ -6,7 +6,6 @@ episodes, seconds since the first moment, and floating-point operations of train
 """
 
 import json
-from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,20 +21,19 @@ from lab import record
 
 TAGS = {"return": "eval/episodic_return", "length": "eval/episodic_length", "flops": "flops/training"}
 COLUMNS = ["step", "return", "length", "seconds", "flops"]
-# a finished run: its folder, what `configs` in lab/record.py gives of it, and a table with COLUMNS
-Result = namedtuple("Result", ["path", "config", "evaluations"])
 
 
-def results_in(folder: Path, unfinished: list[str]) -> Iterator[Result]:
-    """The finished runs in a folder of runs or a published grid. The names of the others go into `unfinished`."""
+def results_in(folder: Path, unfinished: list[str]) -> Iterator[dict]:
+    """The finished runs in a folder of runs or a published grid: of each what `configs` in lab/record.py gives, the
+    `path` of its folder and its `evaluations`, a table with COLUMNS. The names of the others go into `unfinished`."""
     published = dict(iter(read_evaluations(folder).groupby("run"))) if (folder / "runs.json").exists() else {}
     for path, config in record.configs(folder):
         if config["published"]:
-            result = Result(path, config, published[path.name].drop(columns="run"))
+            result = {"evaluations": published[path.name].drop(columns="run")}
         else:
-            result = read_run(path, config) if (path / "final.pt").exists() else None
-        if result and (result.evaluations.step > 0.9 * config["args"]["total_timesteps"]).any():
-            yield result
+            result = read_run(path) if (path / "final.pt").exists() else None
+        if result and (result["evaluations"].step > 0.9 * config["args"]["total_timesteps"]).any():
+            yield config | {"path": path} | result
         else:
             unfinished.append(path.name)
 
@@ -45,8 +43,8 @@ def read_evaluations(grid: Path) -> pd.DataFrame:
     return table.astype(dict.fromkeys(TAGS, float))
 
 
-def read_run(path: Path, config: dict) -> Result:
-    """The result of a run from its event files and topology.json."""
+def read_run(path: Path) -> dict:
+    """The moment at which a run began, its topology.json, and its evaluations from its event files."""
     log = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     tags = {name: tag for name, tag in TAGS.items() if tag in log.Tags()["scalars"]}
     began = round(log.FirstEventTimestamp(), 3) if tags else 0.0
@@ -58,19 +56,20 @@ def read_run(path: Path, config: dict) -> Result:
     table = value.assign(seconds=seconds["return"]).dropna(subset="return")
     table = table.rename_axis(["step", "again"]).reset_index()[COLUMNS]
     topology = json.loads(report.read_text()) if (report := path / "topology.json").exists() else {}
-    return Result(path, config | {"began": began, "topology": topology}, table)
+    return {"began": began, "topology": topology, "evaluations": table}
 
 
-def publish(results: Iterable[Result], grid: Path) -> None:
+def publish(results: Iterable[dict], grid: Path) -> None:
     """Add runs to a published grid, or begin one. Of a run that is there already, the new result counts. Numbers are
     written as the shortest text that reads back as the same float32."""
     file = grid / "runs.json"
     runs = json.loads(file.read_text()) if file.exists() else {}
     tables = [read_evaluations(grid)] if runs else []
-    for path, config, evaluations in results:
-        tables = [table[table.run != path.name] for table in tables] + [evaluations.assign(run=path.name)]
-        runs[path.name] = {name: config[name] for name in ("script", "args", "segments", "began", "topology")}
-        runs[path.name]["args"] = dict(sorted(record.identity(config["args"]).items()))
+    for result in results:
+        name = result["path"].name
+        tables = [table[table.run != name] for table in tables] + [result["evaluations"].assign(run=name)]
+        runs[name] = {key: result[key] for key in ("script", "args", "segments", "began", "topology")}
+        runs[name]["args"] = dict(sorted(record.identity(result["args"]).items()))
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
     grid.mkdir(parents=True, exist_ok=True)
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -80,21 +79,30 @@ def publish(results: Iterable[Result], grid: Path) -> None:
     table[["run", *COLUMNS]].to_csv(grid / "evaluations.csv", index=False)
 
 
-def write_events(result: Result, folder: Path, settings: dict, first: dict, final: float) -> None:
-    """An event file of a run: its evaluations, final return and, for TensorBoard's HParams tab, its flags."""
-    began, rows = result.config["began"], result.evaluations.rename(columns=TAGS).to_dict("records")
+def write_events(runs: pd.DataFrame, folder: Path) -> None:
+    """An event file of each run: its evaluations, final return and, for TensorBoard's HParams tab, its flags. All have
+    the same columns, since TensorBoard takes those of any one run."""
+    names = sorted({name for settings in runs.settings for name in settings})
+    words = [name for name in names if any(isinstance(s.get(name), (str, bool)) for s in runs.settings)]
     metrics = ["eval/final_return", TAGS["return"], TAGS["flops"]]
-    events = [Event(wall_time=began, file_version="brain.Event:2")]
-    events += [Event(wall_time=began, summary=part) for part in record.hyperparameters(settings, first, metrics)]
-    rows[-1]["eval/final_return"] = final
-    for row in rows:
-        time, step = began + row.pop("seconds"), row.pop("step")
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.items() if not np.isnan(value)]
-        events.append(Event(wall_time=time, step=step, summary=Summary(value=values)))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"events.out.tfevents.{int(began)}").open("wb") as file:
-        for event in events:
-            RecordWriter(file).write(event.SerializeToString())
+    for run in runs.itertuples():
+        first = {name: getattr(run, name) for name in ("base", "env_id", "method", "seed", "sparsity")}
+        own = {n: str(value) if n in words and value is not None else value for n, value in run.settings.items()}
+        settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script} | own
+        events = [Event(wall_time=run.began, file_version="brain.Event:2")]
+        events += [Event(wall_time=run.began, summary=s) for s in record.hyperparameters(settings, first, metrics)]
+        rows = run.evaluations.rename(columns=TAGS).to_dict("records")
+        rows[-1]["eval/final_return"] = run.final
+        for row in rows:
+            time, step = run.began + row.pop("seconds"), row.pop("step")
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.items() if not np.isnan(value)]
+            events.append(Event(wall_time=time, step=step, summary=Summary(value=values)))
+        path = folder / run.path.name / f"events.out.tfevents.{int(run.began)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for event in events:
+                RecordWriter(file).write(event.SerializeToString())
+    print(f"wrote {folder}; watch it with: tensorboard --logdir {folder}")
 
 
 def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -120,9 +128,9 @@ def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
     return pd.Series(seconds.iloc[0] + np.cumsum([0, *np.where(paused, median, intervals)]), steps)
 
 
-def curve_of(result: Result) -> pd.DataFrame:
+def curve_of(result: dict) -> pd.DataFrame:
     """return, minutes and 1e12 FLOPs at each evaluation, by step; the last evaluation of a step counts."""
-    table = result.evaluations.drop_duplicates("step", keep="last").set_index("step").sort_index()
-    resumed_at = [segment["from_step"] for segment in result.config["segments"][1:]]
+    table = result["evaluations"].drop_duplicates("step", keep="last").set_index("step").sort_index()
+    resumed_at = [segment["from_step"] for segment in result["segments"][1:]]
     minutes = without_pauses(table.seconds, resumed_at) / 60
     return pd.DataFrame({"return": table["return"], "minutes": minutes, "1e12 FLOPs": table.flops / 1e12})

@@ -7,11 +7,10 @@ python lab/sweep.py --like runs/published    # the runs of a folder, again
 python lab/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
 
 Everything after `--` goes to the scripts as it is. A run is one process with one thread, known by its script, its
-settled flags and its code. Where a folder of --runs-dir records the same three, the run counts as finished with a
-final.pt and is resumed with a checkpoint.pt. So everything runs again after an edit of the code (comments and
-docstrings aside), unless --any-code is given. With `-- --device cuda` all runs of a machine share its first GPU. The
-nodes of a cluster need the same packages and, at the same paths, this repository and --runs-dir, on a file system
-with flock (NFS version 4 has it). Linux only.
+settled flags and its code, comments and docstrings aside. Where a folder of --runs-dir records the same three, the run
+counts as finished with a final.pt and is resumed with a checkpoint.pt; with --any-code the first two suffice. With
+`-- --device cuda` all runs of a machine share its first GPU. The nodes of a cluster need the same packages and, at the
+same paths, this repository and --runs-dir, on a file system with flock (NFS version 4 has it). Linux only.
 """
 
 import fcntl
@@ -27,8 +26,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -51,8 +51,7 @@ class Args:
     method: tuple[str, ...] = ("static", "tar")
     base: tuple[str, ...] = ("random+er",)  # The rules of static pruning, each given as <criterion>+<distribution>.
     sparsity: tuple[float, ...] = (0.9,)  # The fractions of weights that are pruned.
-    # Further axes of the grid, each a flag of the scripts as <name>=<value>,<value>. The value none is the default of a
-    # flag that has None for its default.
+    # Further axes, each a flag of the scripts as <name>=<value>,<value>. Where the default is None, none stands for it.
     vary: tuple[str, ...] = ()
     seeds: int = 5  # The last seed. All runs of one seed come before those of the next.
     first_seed: int = 1  # The first seed. Another one evaluates on seeds that had no part in choosing anything.
@@ -68,24 +67,21 @@ class Args:
 
 
 AXES = ("env_id", "method", "criterion", "distribution", "sparsity", "seed")
+BAD_INPUT = 2  # the exit code of a run that refuses its flags, which it would do again
 GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run ends its episode and writes its checkpoint
 # asks the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1), then becomes the script
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-@dataclass(eq=False)
-class Script:
-    path: Path
-    Args: type
-    defaults: dict
-    record: ModuleType  # lab.record as this script imports it
+# the last is lab.record as this script imports it
+Script = namedtuple("Script", ["path", "Args", "defaults", "record"])
 
 
-def modules_of(folder: Path) -> list[str]:
-    """The loaded modules that a script in this folder imports from it, those in its packages included."""
-    tops = {name: sys.modules.get(name.partition(".")[0]) for name in sys.modules if name != "__main__"}
-    files = {name: getattr(top, "__file__", None) for name, top in tops.items()}  # of a module, or of an __init__.py
-    return [name for name, file in files.items() if file and folder in Path(file).parents[:2]]
+def unload(folders: set[Path]) -> dict[str, ModuleType]:
+    """Take the modules that scripts in these folders import from there out of sys.modules. Returns them."""
+    files = [path for folder in folders for end in ("*.py", "*/__init__.py") for path in folder.glob(end)]
+    tops = {path.parent.name if path.stem == "__init__" else path.stem for path in files}
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.partition(".")[0] in tops}
 
 
 @functools.cache
@@ -96,7 +92,8 @@ def load(name: str) -> Script:
     if path is None or path.suffix != ".py":
         fail(f"there is no script {name}, neither here nor in {ROOT}; --script names a script's file")
     folder, search_path = path.resolve().parent, sys.path[:]
-    hidden = {} if folder == ROOT else {name: sys.modules.pop(name) for name in modules_of(ROOT)}
+    folders = {folder, ROOT} if folder != ROOT else set()
+    hidden = unload(folders)
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location(str(path), path)
@@ -107,8 +104,7 @@ def load(name: str) -> Script:
         fail(f"--script {path} cannot be swept ({error!r}); it needs a dataclass Args with a default for every flag")
     finally:
         sys.path[:] = search_path
-        for name in {*modules_of(folder), *modules_of(ROOT)} if folder != ROOT else ():
-            del sys.modules[name]
+        unload(folders)
         sys.modules.update(hidden)
 
 
@@ -135,7 +131,9 @@ def is_finished(run_dir: Path, config: dict) -> bool:
 
 @dataclass
 class Run:
-    name: str
+    # What it prints. This file is also its lock: the task holds it, and so does the script, whose output it is. The
+    # kernel frees it when both are gone, so a script that outlives its task is never joined by a second one.
+    log: Path
     command: list[str]
     args: dict  # the settled flags that make it this run
     defaults: dict  # a run that is older than a flag had its default
@@ -155,11 +153,6 @@ class Run:
         newest = max((p for d, _ in mine for p in d.glob("checkpoint.pt")), key=os.path.getmtime, default=None)
         return [self.command[0], "--resume", str(newest.parent)] if newest else self.command
 
-    def log(self, runs_dir: str) -> Path:
-        """What it prints. This file is also its lock: the task holds it, and so does the script, whose output it is.
-        The kernel frees it when both are gone, so a script that outlives its task is never joined by a second one."""
-        return Path(runs_dir) / "sweep_logs" / f"{self.name}.log"
-
 
 def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
     """Names, with underscores, and values of --vary."""
@@ -175,22 +168,11 @@ def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
     return axes
 
 
-def read_value(script: Script, name: str, text: str) -> str | bool | None:
-    """A value of an axis as `command_line` takes it. The script itself judges it."""
-    if name not in script.defaults:
-        fail(f"--vary {name}: {script.path.name} has no such flag")
-    default = script.defaults[name]
-    if isinstance(default, bool) and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    return None if default is None and text.lower() == "none" else text
-
-
 def grid(args: Args) -> Iterator[tuple[Script, dict]]:
     """Script and flags of every combination, seed by seed, so that what is done first is a balanced part of it all."""
-    scripts = [load(name) for name in args.script]
-    for seed, script, env_id, sparsity, base, method in itertools.product(
-        range(args.first_seed, args.seeds + 1), scripts, args.env_id, args.sparsity, args.base, args.method
-    ):
+    seeds, scripts = range(args.first_seed, args.seeds + 1), map(load, args.script)
+    axes = itertools.product(seeds, scripts, args.env_id, args.sparsity, args.base, args.method)
+    for seed, script, env_id, sparsity, base, method in axes:
         own = dict(zip(AXES, (env_id, method, *base.split("+"), sparsity, seed), strict=True))
         yield script, own | {"total_timesteps": args.total_timesteps}
 
@@ -212,12 +194,17 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
     """All runs, each once, with `flags` added to each. Ends the program with one sentence if one refuses its flags."""
     axes = read_axes(args.vary)
     passed = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    code_of = functools.cache(lambda script, env_id: script.record.code_hash(script.path, env_id))
+    code_of = functools.cache(lambda record, path, env_id: record.code_hash(path, env_id))
     runs = {}
     for script, values in runs_like(args) if args.like else grid(args):
         for point in itertools.product(*axes.values()):
             own = values | {"runs_dir": args.runs_dir, "torch_threads": 1}
-            own |= {name: read_value(script, name, text) for name, text in zip(axes, point)}
+            for name, text in zip(axes, point):
+                default = script.defaults.get(name, MISSING)
+                if default is MISSING:
+                    fail(f"--vary {name}: {script.path.name} has no such flag")
+                words = {"true": True, "false": False} if isinstance(default, bool) else {}
+                own[name] = ({"none": None} if default is None else words).get(text.lower(), text)
             if clash := sorted(passed & {*own, *(f"no_{name}" for name in own), "resume", "evaluate"}):
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             run_args = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
@@ -227,36 +214,35 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             idle |= {"sparsity"} if {run_args.method, run_args.critic_method} == {"dense"} else set()
             own = {name: value for name, value in own.items() if name not in idle}
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-            parts = [str(what[n]) for n in AXES if n not in idle] + [f"{n}={what[n]}" for n in axes if n not in idle]
+            shown = what | {"load": (what.get("load") or "None")[-13:]}  # of a file, @ and its hash alone
+            parts = [str(what[n]) for n in AXES if n not in idle] + [f"{n}={shown[n]}" for n in axes if n not in idle]
             name = "__".join([script.path.stem, *parts, digest]).replace("/", "-")
+            log = Path(args.runs_dir, "sweep_logs", f"{name}.log")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
-            code = None if args.any_code else code_of(script, what["env_id"])
-            runs[name] = Run(name, command, what, script.defaults, code)
+            code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
+            runs[log] = Run(log, command, what, script.defaults, code)
     return list(runs.values())
 
 
-def lock(file: BinaryIO, kind: int) -> bool:
+def lock(file: BinaryIO) -> bool:
     try:
-        return fcntl.flock(file, kind | fcntl.LOCK_NB) is None
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
     except BlockingIOError:
         return False
 
 
 def is_running(log: Path) -> bool:
     with log.open("ab") as file:
-        return not lock(file, fcntl.LOCK_SH)
+        return not lock(file)
 
 
 def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
     """Run a script, its output and with it the lock going to the log. Returns its exit code and last line."""
     start = log.seek(0, os.SEEK_END)
-    child = subprocess.Popen(
-        [sys.executable, "-c", DIE_WITH_PARENT, sys.executable, "-u", *command],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,  # Ray kills the process group of a lost worker, which leaves no time for a checkpoint
-    )
+    words = [sys.executable, "-c", DIE_WITH_PARENT, sys.executable, "-u", *command]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # in a session of its own: Ray kills the group of a lost worker, which leaves no time for a checkpoint
+    child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
     try:
         while child.poll() is None:
             time.sleep(0.1)
@@ -272,28 +258,25 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
 
 
 def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str, bool]:
-    """The Ray task: one run, to its end. Returns `done`, `failed`, `refused` (by its exit code) or `busy` (it runs
-    elsewhere), why it last failed, and whether it was resumed."""
+    """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere), why it last failed,
+    and whether it was resumed."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; a script's `&` had it ignored
     code, why, resumed = None, "", False
-    with run.log(runs_dir).open("a+b") as log:
-        if not lock(log, fcntl.LOCK_EX):
+    with run.log.open("a+b") as log:
+        if not lock(log):
             time.sleep(1)
             return "busy", why, resumed
-        for left in range(1 + retries, -1, -1):
-            command = run.next_command(configs(Path(runs_dir)))
-            if command is None:
-                return "done", why, resumed
+        while command := run.next_command(configs(Path(runs_dir))):
             if code == 0:
-                left, why = 0, "it ended, but no folder with a final.pt records the flags and code that it was given"
-            if left == 0:
+                why = "it ended, but no folder with a final.pt records the flags and code that it was given"
+            if code in (0, BAD_INPUT) or retries < 0:
                 return "failed", why, resumed
             resumed |= command != run.command
             code, line = attempt(command, log)
             why = f"exit code {code}: {line}" if code else why
-            if code == 2:  # bad input stays bad
-                return "refused", why, resumed
+            retries -= 1
+        return "done", why, resumed
 
 
 def start_ray(args: Args) -> ModuleType:
@@ -301,16 +284,18 @@ def start_ray(args: Args) -> ModuleType:
     # no statistics are sent; and scripts are not killed with their task, but end themselves, with a checkpoint
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_kill_child_processes_on_worker_exit="0")
     os.environ.setdefault("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets must stay below 108 characters
-    here = {"num_cpus": args.cores or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # of the tasks and their scripts
     how = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    how |= {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+    if not args.ray_address:
+        how |= {"num_cpus": args.cores or len(os.sched_getaffinity(0)), "object_store_memory": 100 * 2**20}
     host, _, port = (args.ray_address or "").removeprefix("ray://").rpartition(":")
     try:
-        ray = importlib.import_module("ray")  # here, since nothing else needs it
+        import ray  # here, since nothing else needs it
+
         if host:  # Ray itself would try for many minutes
             socket.create_connection((host, int(port)), timeout=10).close()
-        how |= {} if args.ray_address else here
-        ray.init(args.ray_address or "local", runtime_env={"env_vars": {"PYTHONPATH": path}}, **how)
+        ray.init(args.ray_address or "local", **how)
     except ImportError:
         fail("a sweep needs Ray; `pip install -r lab/requirements.txt`, or see its commands with --dry-run")
     except (OSError, RuntimeError, ValueError) as error:
@@ -331,26 +316,25 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
         while tasks:
             for ref in ray.wait(list(tasks), num_returns=len(tasks), timeout=1)[0]:
                 run = tasks.pop(ref)
-                log = run.log(args.runs_dir)
                 try:
                     outcome, why, resumed = ray.get(ref)
                 except ray.exceptions.RayError as error:
                     outcome, why, resumed = "failed", str(error).strip().splitlines()[-1], False
                 if resumed:
-                    print(f"resumed from its checkpoint{why and f' after {why}'} ({log})", flush=True)
+                    print(f"resumed from its checkpoint{why and f' after {why}'} ({run.log})", flush=True)
                 if outcome == "busy":
                     tasks[submit(run)] = run
                 elif outcome == "done":
                     done += 1
                 else:
-                    failures[log] = why
-                if outcome == "refused" and not before + done and [*failures.values()].count(why) == min(2, len(todo)):
+                    failures[run.log] = why
+                refused = why.startswith(f"exit code {BAD_INPUT}:") and not before + done
+                if refused and [*failures.values()].count(why) == min(2, len(todo)):
                     fail(f"the sweep stops, since its first runs refuse their flags; {why}")
-            running = sum(is_running(run.log(args.runs_dir)) for run in tasks.values())
+            running = sum(is_running(run.log) for run in tasks.values())
             counts = f"{before + done} of {total} runs done, {running} running, {len(failures)} failed"
             if counts != shown:
-                rest = (time.monotonic() - began) / max(done, 1) * (len(todo) - done - len(failures))
-                left = tqdm.format_interval(rest) if done else "unknown"
+                left = tqdm.format_interval((time.monotonic() - began) / done * len(tasks)) if done else "unknown"
                 print(f"{counts}, time left {left}", flush=True)
                 shown = counts
     except KeyboardInterrupt:
@@ -359,8 +343,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
     finally:
         for ref in reversed(tasks):  # what waits before what runs, so that nothing new starts
             ray.cancel(ref)
-        if tasks:
-            ray.wait(list(tasks), num_returns=len(tasks), timeout=GRACE)
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=GRACE)
     for log, why in failures.items():
         print(f"failed: {why} ({log})")
     return 1 if failures else 0
@@ -384,11 +367,11 @@ def main() -> int:
     runs, found = plan(args, flags), list(configs(Path(args.runs_dir)))
     if args.published:
         found += [one for one in configs(Path(args.published)) if is_finished(*one)]
-    commands = {run.name: run.next_command(found) for run in runs}
-    todo = [run for run in runs if commands[run.name]]
+    commands = {run.log: run.next_command(found) for run in runs}
+    todo = [run for run in runs if commands[run.log]]
     if args.dry_run:
-        print("\n".join(shlex.join(["python", *commands[run.name]]) for run in todo))
-    resumed = sum(commands[run.name] != run.command for run in todo)
+        print("\n".join(shlex.join(["python", *commands[run.log]]) for run in todo))
+    resumed = sum(commands[run.log] != run.command for run in todo)
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished, {resumed} will be resumed", file=sys.stderr)
     others = [one for run in runs for *one, counts in run.recorded(found) if not counts]
     if others := sum(is_finished(*one) or (one[0] / "checkpoint.pt").exists() for one in others):

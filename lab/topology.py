@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from sparse_utils import Masks, Net
+from sparse_utils import Net
 
 MASK_COLOURS = (
     ((24, 26, 32), "pruned"),
@@ -44,8 +44,7 @@ def topology_report(nets: dict[str, Net]) -> dict:
         found = tuple(sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
         if found != (net.budget, net.reserve):
             raise ValueError(f"{network} has (active, revived) {found} in place of {(net.budget, net.reserve)}")
-        about = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width}
-        report[network] = about | {"layers": layers}
+        report[network] = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width, "layers": layers}
     return report
 
 
@@ -57,31 +56,28 @@ def topology_table(report: dict) -> str:
         for name, layer in topology["layers"].items():
             density = f"{layer['active'] / layer['size']:.4f}"
             pairs = ["{} -> {}".format(*layer[key]) for key in ("blind_inputs", "dead_units")]
-            shapes = [layer["part"], layer["shape"]]
-            shape = " of ".join(dict.fromkeys("{}x{}".format(*shape) for shape in shapes))
+            shape = " of ".join(dict.fromkeys("{}x{}".format(*layer[key]) for key in ("part", "shape")))
             rows.append([f"{network}.{name}", shape, *(str(layer[c]) for c in columns), density, *pairs])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join("| " + " | ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows)
 
 
 def topology_warnings(network: str, net: Net, observation_size: int) -> list[str]:
     """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
     observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
-    warnings = []
-    for name, mask in net.masks.items():
-        if not net.static[name].any():
-            after = int(mask.sum())
-            warnings.append(f"{network}.{name} keeps no connection after static pruning and has {after} after revival.")
+    warnings = [
+        f"{network}.{name} keeps no connection after static pruning and has {int(mask.sum())} after revival."
+        for name, mask in net.masks.items()
+        if not net.static[name].any()
+    ]
     first = next(iter(net.masks))
-    blind_before, blind_after = (~net.static[first].any(0)).tolist(), (~net.masks[first].any(0)).tolist()
-    size = len(blind_before)
-    for kind, start, stop in (("observation", 0, observation_size), ("action", observation_size, size)):
-        before = [i - start for i in range(start, stop) if blind_before[i]]
-        after = [i - start for i in range(start, stop) if blind_after[i]]
+    read = torch.stack([net.static[first].any(0), net.masks[first].any(0)])
+    for kind, part in zip(("observation", "action"), read.tensor_split([observation_size], 1)):
+        before, after = ((~inputs).nonzero().flatten().tolist() for inputs in part)
         if before:
             warnings.append(
-                f"{network} is blind to {len(before)} of {stop - start} {kind} dimensions after static pruning: "
+                f"{network} is blind to {len(before)} of {part.shape[1]} {kind} dimensions after static pruning: "
                 f"{before}; after revival to {len(after)}{': ' + str(after) if after else ''}."
             )
     return warnings
@@ -89,42 +85,35 @@ def topology_warnings(network: str, net: Net, observation_size: int) -> list[str
 
 def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
     """The mask of a layer, outputs down and inputs across, as uint8 of shape (height, width, 3), each panel about 256
-    pixels square or larger, with a legend below. The left panel is the mask after static pruning and the right one that
-    of now: after revival or after the last rewiring. A method that has revived nothing has one panel."""
-    static, mask = net.static[layer].cpu(), net.masks[layer].cpu()
-    part = sparse_utils.active_part(net.masks, net.width)[layer].shape
-    colours = torch.tensor([colour for colour, _ in MASK_COLOURS], dtype=torch.uint8)
-    cell = [max(1, 256 // n) for n in mask.shape]
-    titles, kinds = ["after static pruning"], [static.long()]
+    pixels square or larger. The left panel is the mask after static pruning and the right one that of now: after
+    revival or after the last rewiring. A method that has revived nothing has one panel. The legend below has letters
+    that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
+    static, mask = net.static[layer].cpu().long(), net.masks[layer].cpu()
+    kinds = {"after static pruning": static.clone()}  # indices of MASK_COLOURS
     if net.reserve or rewired:
-        titles.append("after the last rewiring" if rewired else "after revival")
-        kinds.append(mask * (2 - static.long()))
-    panels = []
-    for kind in kinds:
+        kinds["after the last rewiring" if rewired else "after revival"] = mask * (2 - static)
+    part = sparse_utils.active_part(net.masks, net.width)[layer].shape
+    for kind in kinds.values():
         kind[part[0] :], kind[:, part[1] :] = 3, 3
-        panels += [torch.full((mask.shape[0] * cell[0], 8, 3), 255, dtype=torch.uint8)] if panels else []
-        panels.append(colours[kind].repeat_interleave(cell[0], 0).repeat_interleave(cell[1], 1))
-    image = torch.cat(panels, 1).numpy()
-    return np.concatenate([image, mask_legend(image, titles, "grown" if rewired else "revived")])
-
-
-def mask_legend(image: np.ndarray, titles: list[str], added: str) -> np.ndarray:
-    """What the panels of a mask's image and the colours in it mean, as uint8 of shape (height, width of the image, 3)
-    with letters that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
-    colours = [
-        (rgb, added if text == "revived" else text) for rgb, text in MASK_COLOURS if (image == rgb).all(-1).any()
+    entries = [
+        *(("white", title) for title in kinds),
+        *(MASK_COLOURS[i] for i in torch.cat([*kinds.values()]).unique()),
     ]
-    entries = [*(("white", title) for title in titles), *colours]
-    width, columns = image.shape[1], len(titles)
-    size = width // (14 * columns)
+    height, width = (n * max(1, 256 // n) for n in mask.shape)
+    right = width + 8  # from one panel to the next
+    total = len(kinds) * right - 8
+    size = total // (14 * len(kinds))
     row = size * 3 // 2
-    legend = Image.new("RGB", (width, row * math.ceil(len(entries) / columns)), "white")
-    draw, font = ImageDraw.Draw(legend), ImageFont.load_default(size)
+    image = Image.new("RGB", (total, height + row * math.ceil(len(entries) / len(kinds))), "white")
+    for i, kind in enumerate(kinds.values()):
+        panel = np.array([colour for colour, _ in MASK_COLOURS], np.uint8)[kind]
+        image.paste(Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST), (i * right, 0))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size)
     for i, (colour, text) in enumerate(entries):
-        x, y = i % columns * (width // columns + 4), i // columns * row + row // 2
+        x, y = i % len(kinds) * right, height + i // len(kinds) * row + row // 2
         draw.rectangle((x, y - size // 3, x + size * 2 // 3, y + size // 3), colour)
-        draw.text((x + size, y), text, "black", font, "lm")
-    return np.asarray(legend)
+        draw.text((x + size, y), text.replace("revived", "grown") if rewired else text, "black", font, "lm")
+    return np.asarray(image)
 
 
 def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], observation_size: int) -> dict:
@@ -152,21 +141,14 @@ def log_density(writer: SummaryWriter, global_step: int, name: str, net: Net) ->
 
 
 def log_rewiring(
-    writer: SummaryWriter,
-    global_step: int,
-    report: dict,
-    nets: dict[str, Net],
-    before: dict[str, Masks],
-    revived: dict[str, Masks],
-    last: bool,
+    writer: SummaryWriter, global_step: int, report: dict, nets: dict[str, Net], before: dict, revived: dict, last: bool
 ) -> None:
     """What a rewiring of these networks, with masks as they were `before` it, has done: into the report of the last
     pruning, in place; and to TensorBoard, as fractions of the active connections, how many it replaced and how many of
     the first, `revived`, are gone. The last rewiring draws the masks too."""
     for name, net in nets.items():
         for layer in net.masks if last else ():
-            image = mask_image(net, layer, rewired=True)
-            writer.add_image(f"topology/{name}.{layer}", image, global_step, dataformats="HWC")
+            writer.add_image(f"topology/{name}.{layer}", mask_image(net, layer, True), global_step, dataformats="HWC")
         layers = report[name]["layers"]
         for layer, part in sparse_utils.active_part(net.masks, net.width).items():
             layers[layer]["last_rewiring"] = {

@@ -240,6 +240,16 @@ def test_arms_are_method_and_base_mask_networks_that_differ_and_flags_that_diffe
     assert arms(sparsity=0.95) == {"dense": 1, "tar random+er": 10} and arms(sparsity=0.98)["dense"] == 13
 
 
+def test_a_loaded_file_is_named_by_its_hash_alone(make, arms, drawn):
+    make(3)  # older than the flag
+    make(5, seed=2, load=None)
+    for seed, path in ((1, "/data/my run/a.pt"), (2, "b.pt")):  # one file at two places
+        make(9, seed=seed, load=f"{path}@0123456789ab")
+    assert arms() == {"tar random+er": 4, "tar random+er load=@0123456789ab": 9}
+    labels = drawn["td3_tar_s0.9_curves.png"].axes[0].get_legend_handles_labels()[1]
+    assert labels == ["tar", "tar load=@0123456789ab"]
+
+
 def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_flags_are_another(make, arms):
     make(5)
     make(3, method="static")

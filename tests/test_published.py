@@ -20,9 +20,9 @@ FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=spar
 
 
 @pytest.fixture(scope="module")
-def grids():
+def grids(tmp_path_factory):
     """The runs of each grid by algorithm and sparsity in %, as its comparison has them on a page."""
-    grids = {}
+    grids, out = {}, tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "draw_sparsities", lambda *args: None)
         patch.setattr(
@@ -32,8 +32,7 @@ def grids():
         )
         for grid in GRIDS:
             pages = grids[grid] = {}
-            runs, notes, _ = compare.read(PROJECT / "runs" / grid, compare.Args(Path()))
-            compare.compare(runs, notes, None, PROJECT / "runs" / grid / "comparison")
+            compare.main(compare.Args(PROJECT / "runs" / grid, out=out))
     return grids
 
 
@@ -128,13 +127,13 @@ def test_the_comparison_of_a_grid_is_of_its_runs(grids, grid):
 def test_every_run_has_what_made_it_and_all_of_its_evaluations(grid):
     folder, unfinished = PROJECT / "runs" / grid, []
     runs = json.loads((folder / "runs.json").read_text())
-    found = {result.path.name: result for result in results.results_in(folder, unfinished)}
+    found = {result["path"].name: result for result in results.results_in(folder, unfinished)}
     assert found.keys() == runs.keys() and not unfinished
     for result in found.values():
-        args, last = result.config["args"], result.config["args"]["total_timesteps"]
-        assert list(result.evaluations.step) == [*range(0, last, args["eval_frequency"]), last]
-        assert all(segment["git_commit"] and segment["processor"] for segment in result.config["segments"])
-        assert result.config["topology"].keys() == {"actor", "qf1", "qf2"}
+        args, last = result["args"], result["args"]["total_timesteps"]
+        assert list(result["evaluations"].step) == [*range(0, last, args["eval_frequency"]), last]
+        assert all(segment["git_commit"] and segment["processor"] for segment in result["segments"])
+        assert result["topology"].keys() == {"actor", "qf1", "qf2"}
 
 
 def test_the_results_are_a_handful_of_files_and_short_pages():

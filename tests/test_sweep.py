@@ -37,6 +37,7 @@ class Args:
     gamma: float = 0.99; tau: float = 0.005; hidden_size: int = extra.SIZE; layers: tuple[int, ...] = (2, 2)
     device: str = "cpu"; torch_threads: int = 1; eval_episodes: int = 1
     pause: float = 0.0; crash_at: int = -1; refused: str = ""; forgets: str = "pause"
+    load: str | None = None; resume: str | None = None; evaluate: str | None = None
 
 if __name__ == "__main__":
     flags = dict(zip((word[2:].replace("-", "_") for word in sys.argv[1::2]), sys.argv[2::2]))
@@ -149,7 +150,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
     expected = [f"{method} {rest} --torch-threads 1{reserve} {words}" for method, reserve in arms for words in more]
     assert commands(text) == [f"--env-id E --method {words}" for words in expected]
     run = one(vary=("reserve=0.30", "critic_method=set"))
-    assert run.name.startswith("sac_tar__Pendulum-v1__tar__random__er__0.9__1__reserve=0.3__critic_method=set__")
+    assert run.log.name.startswith("sac_tar__Pendulum-v1__tar__random__er__0.9__1__reserve=0.3__critic_method=set__")
     # the sparsity of an actor that is dense is that of its critics
     runs = sweep.plan(sweep.Args(method=("dense",), seeds=1, sparsity=(0.8, 0.95), vary=("critic_method=static",)), [])
     assert [run.args["critic_sparsity"] for run in runs] == [0.8, 0.95]
@@ -246,8 +247,7 @@ def test_a_script_with_copies_of_its_own_is_another_run(cli):
     shutil.copytree(ROOT / "lab", "lab", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "sparse_utils.py", ".")
     shutil.copy(ROOT / "sac_tar.py", "my_sac.py")
-    before = {name: sys.modules[name] for name in sweep.modules_of(ROOT)}
-    assert {"sparse_utils", "lab.record", "lab.kernels"} <= before.keys()
+    before = {name: sys.modules[name] for name in ("sparse_utils", "lab", "lab.record", "lab.kernels")}
     assert one("my_sac.py").code == one().code  # they are equal so far
     Path("lab/kernels/kernels.cpp").write_text("int changed;")
     assert one("my_sac.py").code != one().code
@@ -255,7 +255,26 @@ def test_a_script_with_copies_of_its_own_is_another_run(cli):
     sweep.load.cache_clear()
     both = [one(name, vary=("rewire_every=5",)) for name in ("my_sac.py", "sac_tar.py")]
     assert [run.args["rewire_every"] for run in both] == [77, 1000]  # tar does not rewire, so it is at the default
-    assert before == {name: sys.modules.get(name) for name in before} and not sweep.modules_of(Path.cwd())
+    one("fake.py")
+    assert before == {name: sys.modules.get(name) for name in before}  # and of the copies and extra.py nothing is left
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+    left = {name for name, file in files.items() if Path.cwd() in Path(file).parents}
+    assert left == {f"{Path.cwd()}/my_sac.py", f"{Path.cwd()}/fake.py"}
+
+
+def test_a_file_to_load_is_an_axis_and_its_settled_value_a_flag_again(cli):
+    """A run is known by the file's path and hash, and the hash alone is in its name."""
+    Path("my").mkdir()
+    Path("my/a.pt").write_text("weights")
+    plain, loaded = sweep.plan(sweep.Args(("fake.py",), method=("tar",), seeds=1, vary=("load=none,my/a.pt",)), [])
+    settled = record.with_hash("my/a.pt")
+    assert "--load" not in plain.command and loaded.command[-2:] == ["--load", "my/a.pt"]
+    assert "__1__load=None__" in plain.log.name and f"__1__load={settled[-13:]}__" in loaded.log.name
+    Path("runs/a").mkdir()
+    config = {"script": "fake", "args": loaded.args, "segments": [{"code": loaded.code}]}
+    Path("runs/a/config.json").write_text(json.dumps(config))
+    (again,) = sweep.plan(sweep.Args(like="runs"), [])
+    assert again.args == loaded.args and f"--load {settled}" in shlex.join(again.command)
 
 
 def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
@@ -324,12 +343,12 @@ def test_a_run_that_outlives_its_killed_task_is_waited_for_and_then_resumed(cli)
     first.start()
     while first.is_alive() and not did():
         time.sleep(0.05)
-    assert sweep.is_running(run.log("runs")) and again() == ("busy", "", False)
+    assert sweep.is_running(run.log) and again() == ("busy", "", False)
     first.kill()
     first.join()
     while (outcome := again())[0] == "busy":
         pass
-    assert outcome[0::2] == ("done", True) and not sweep.is_running(run.log("runs"))
+    assert outcome[0::2] == ("done", True) and not sweep.is_running(run.log)
     assert did() == ["start", "end", "resume", "end"]  # at the end of its episode, before the next one
 
 
@@ -339,7 +358,7 @@ def test_a_real_sweep_with_ray_is_stopped_goes_on_and_ends(cli):
     words += " -- --learning-starts 300 --hidden-size 16 --eval-episodes 1"
     command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", sys.executable, str(ROOT / "lab/sweep.py"), *words.split()]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log = Path("runs/sweep_logs", f"{one('td3_tar.py', words.split(' -- ')[1], total_timesteps=3000).name}.log")
+    log = one("td3_tar.py", words.split(" -- ")[1], total_timesteps=3000).log
     while process.poll() is None and not (log.exists() and "Topology at step 300" in log.read_text()):
         time.sleep(0.05)
     process.terminate()
