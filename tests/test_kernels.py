@@ -1,9 +1,12 @@
-"""The kernels against float64 and torch, their Adam against torch's, and which networks are computed by them."""
+"""The kernels against float64 and torch, their Adam against torch's, and which networks they compute in which way."""
 
 import copy
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,17 +17,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import sac_tar
 import sparse_utils
 from lab import kernels
 from sparse_utils import Net
 
+PROJECT = Path(__file__).parent.parent
+
+
+def layers(*sizes):
+    found = OrderedDict()
+    for i, size in enumerate(zip(sizes, sizes[1:])):
+        found |= {f"relu{i}": nn.ReLU()} if i else {}
+        found |= {f"fc{i}": nn.Linear(*size)}
+    return found
+
 
 def chain(*sizes):
-    layers = OrderedDict()
-    for i, size in enumerate(zip(sizes, sizes[1:])):
-        layers |= {f"relu{i}": nn.ReLU()} if i else {}
-        layers |= {f"fc{i}": nn.Linear(*size)}
-    return nn.Sequential(layers)
+    return nn.Sequential(layers(*sizes))
+
+
+class Tanh(nn.Sequential):
+    """Has the layers of a chain, but reads them by their names, as in CleanRL."""
+
+    def __init__(self, *sizes):
+        super().__init__(layers(*sizes))
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(torch.tanh(self.fc0(x)))))
+
+
+class Normed(nn.Module):
+    """LayerNorm between layers, one of them nested, and inputs of three dimensions; torch.fx cannot follow its `if`."""
+
+    def __init__(self, n_in, *sizes):
+        super().__init__()
+        self.fc0, self.norm, self.trunk = nn.Linear(n_in, sizes[0]), nn.LayerNorm(sizes[0]), chain(*sizes)
+
+    def forward(self, x):
+        if x.dim() != 2:
+            raise ValueError(x.shape)
+        return self.trunk(self.norm(self.fc0(x.unsqueeze(1))).relu()).squeeze(1)
 
 
 def make_mlp(sizes, density, seed):
@@ -51,10 +84,10 @@ def flat_gradient(mlp, gradients):
     return mlp.compress({name: gradients[2 * i : 2 * i + 2] for i, name in enumerate(mlp.masks)})
 
 
-def make_nets(method="static"):
+def make_nets(method="static", kind=chain):
     """Rows of an actor and of two critics that share an optimizer, planned and not pruned."""
     torch.manual_seed(0)
-    actor, qf1, qf2 = chain(3, 9, 2), chain(5, 9, 9, 1), chain(5, 9, 9, 1)
+    actor, qf1, qf2 = chain(3, 9, 2), kind(5, 9, 9, 1), kind(5, 9, 9, 1)
     q_optimizer = kernels.Adam([p for pair in zip(qf1.parameters(), qf2.parameters()) for p in pair], lr=1e-2)
     nets = {"actor": Net(actor, None, kernels.Adam(actor.parameters(), lr=1e-2), method, 0.6)}
     nets |= {n: Net(qf, copy.deepcopy(qf), q_optimizer, method, 0.6) for n, qf in {"qf1": qf1, "qf2": qf2}.items()}
@@ -159,32 +192,48 @@ def test_not_a_number_passes_the_relu_as_in_torch():
 
 def test_inputs_that_the_kernels_cannot_read_are_refused():
     mlp = make_mlp([5, 9, 2], 0.6, 0)[1]
-    inputs = [torch.zeros(shape) for shape in ((4, 6), (5,), (2, 4, 5))] + [torch.zeros(4, 5).double()]
+    inputs = [torch.zeros(shape) for shape in ((4, 6), (4,), (2, 5, 4))] + [torch.zeros(4, 5).double()]
     refused = [(mlp, x) for x in [*inputs, torch.zeros(4, 5, device="meta")]]
     for network, x in [*refused, (copy.deepcopy(mlp).double(), torch.zeros(4, 5))]:
         with torch.no_grad(), pytest.raises(ValueError, match="needs float32 of shape"):
             network(x)
 
 
+def test_inputs_of_other_dimensions_are_read_as_by_a_layer_of_torch():
+    network, mlp = make_mlp([5, 2], 0.6, 0)
+    for shape in ((5,), (0, 5), (2, 3, 5), (2, 1, 3, 5)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(mlp(x).double(), network(x.double()), rtol=1e-4, atol=1e-5)
+
+
 # WHAT TAKES THE PLACE OF LAYERS
 
 
-def test_compacting_and_expanding_change_no_bit_and_training_between_is_that_of_torch():
+def in_kernels(network):
+    return [name for name, module in network.named_modules() if isinstance(module, kernels.SparseMLP)]
+
+
+@pytest.mark.parametrize(
+    "kind, names", [(chain, ["sparse"]), (Tanh, ["fc0", "fc1", "fc2"]), (Normed, ["fc0", "trunk.fc0", "trunk.fc1"])]
+)
+def test_compacting_and_expanding_change_no_bit_and_training_between_is_that_of_torch(monkeypatch, kind, names):
     """Masks come after dense training, and change later; the second critic stays in torch."""
-    nets, twins = make_nets(), make_nets()
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    nets, twins = make_nets(kind=kind), make_nets(kind=kind)
     nets["actor"].in_kernels = nets["qf1"].in_kernels = True
     parameters = {name: list(net.network.parameters()) for name, net in nets.items()}
-    groups = {net.optimizer: {id(p) for p in net.optimizer.param_groups[0]["params"]} for net in nets.values()}
+    modules = {name: [*net.network.named_modules(), *net.target.named_modules()] for name, net in [*nets.items()][1:]}
+    groups = {net.optimizer: list(map(id, net.optimizer.param_groups[0]["params"])) for net in nets.values()}
     kernels.compact(nets)
-    assert not hasattr(nets["qf1"].network, "sparse")  # nothing is pruned yet
+    assert not in_kernels(nets["qf1"].network)  # nothing is pruned yet
     for seed in range(2):
         update(nets), update(twins)
         prune(twins, seed)
         with kernels.in_torch(nets):
             prune(nets, seed)
             pruned = contents(nets)
-        assert [hasattr(net.network, "sparse") for net in nets.values()] == [True, True, False]
-        assert hasattr(nets["qf1"].target, "sparse") and len(nets["qf1"].optimizer.param_groups[0]["params"]) == 1 + 6
+        assert [in_kernels(net.network) for net in nets.values()] == [["sparse"], names, []]
+        assert in_kernels(nets["qf1"].target) == names
         kernels.compact(nets)  # once more does nothing
         for _ in range(2):
             with kernels.in_torch(nets):
@@ -198,8 +247,10 @@ def test_compacting_and_expanding_change_no_bit_and_training_between_is_that_of_
                 assert all(a is b for a, b in zip(net.network.parameters(), parameters[name], strict=True))
                 assert not any(weight[~net.masks[layer]].any() for layer, weight in net.weights.items())
                 params = net.optimizer.param_groups[0]["params"]
-                assert len(net.optimizer.state) == len(params) and {id(p) for p in params} == groups[net.optimizer]
+                assert len(net.optimizer.state) == len(params) and list(map(id, params)) == groups[net.optimizer]
                 assert len({id(net.optimizer.state[p]["step"]) for p in params}) == len(params)  # each counts by itself
+            for name, before in modules.items():
+                assert [*nets[name].network.named_modules(), *nets[name].target.named_modules()] == before
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -212,7 +263,7 @@ def test_groups_keep_their_rates_frozen_networks_stay_frozen_and_an_error_leaves
         prune({"actor": net})
     flat = net.network.sparse.flat
     (own,) = [group for group in net.optimizer.param_groups if any(param is flat for param in group["params"])]
-    assert (own["lr"], len(own["params"])) == (1e-2, 1)
+    assert own["lr"] == 1e-2 and all(param is flat or param.grad is None for param in own["params"])
     assert flat.requires_grad and not net.target.sparse.flat.requires_grad
     net.target.requires_grad_(True)
     with pytest.raises(KeyError), kernels.in_torch({"actor": net}):
@@ -222,15 +273,115 @@ def test_groups_keep_their_rates_frozen_networks_stay_frozen_and_an_error_leaves
 
 
 def test_a_compact_network_can_be_copied_and_saved(tmp_path):
-    network, x = chain(5, 9, 2), torch.randn(20, 5)
-    kernels.compact_network(network, {"fc0": torch.rand(9, 5) < 0.5, "fc1": torch.rand(2, 9) < 0.5})
-    torch.save(network, tmp_path / "network.pt")
-    for other in (copy.deepcopy(network), torch.load(tmp_path / "network.pt", weights_only=False)):
-        assert torch.equal(other(x), network(x))
-        other.sparse.flat.data.zero_()
-        assert network(x).any() and not other(x).any()
-        kernels.expand_network(other)
-        assert not other(x).any()
+    x, masks = torch.linspace(-1, 1, 100).view(20, 5), {"fc0": torch.rand(9, 5) < 0.5, "fc1": torch.rand(2, 9) < 0.5}
+    for parts in ([["fc0", "relu1", "fc1"]], [["fc0"], ["fc1"]]):
+        network = chain(5, 9, 2)
+        for names in parts:
+            kernels.compact_part(network, names, masks)
+        torch.save(network, tmp_path / "network.pt")
+        for other in (copy.deepcopy(network), torch.load(tmp_path / "network.pt", weights_only=False)):
+            assert torch.equal(other(x), network(x))
+            for param in other.parameters():
+                param.data.zero_()
+            assert network(x).any() and not other(x).any()
+            for name in in_kernels(other):
+                kernels.expand_part(other, other.get_submodule(name))
+            assert list(dict(other.named_children())) == ["fc0", "relu1", "fc1"] and not other(x).any()
+
+
+# NETWORKS THAT ARE WRITTEN OTHERWISE
+
+
+class Own(nn.Sequential):
+    """Layers of a chain, run by a function of its own."""
+
+    def __init__(self, run):
+        super().__init__(layers(5, 9, 5))
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, super().forward, x)
+
+
+def collect(self, run, x):
+    seen = []
+    for layer in self:
+        seen.append(x := layer(x))
+    return sum(map(torch.mean, seen))
+
+
+OWN = {
+    "input and output": (lambda self, run, x: run(torch.cat([x[:, :2], x[:, 2:]], 1)).chunk(2, 1)[0], True),
+    "twice": (lambda self, run, x: run(x) + run(x + 1), True),
+    "noise": (lambda self, run, x: run(x) + torch.randn(1), True),
+    "an if": (lambda self, run, x: run(x) if x.sum() > 0 else x, False),
+    "by name": (lambda self, run, x: self.fc1(self.relu1(self.fc0(x))), False),
+    "by number": (lambda self, run, x: self[2](self[1](self[0](x))), False),
+    "other order": (lambda self, run, x: self[0](self[1](self[2](x))), False),
+    "between": (lambda self, run, x: self[2](torch.tanh(self[0](x))), False),
+    "collected": (collect, False),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_only_what_is_run_as_a_chain_is_computed_as_one_and_the_rest_layer_by_layer(name, compiler):
+    """To look at a network changes neither it nor the random numbers."""
+    run, expected = OWN[name]
+    network, state = Own(run), torch.get_rng_state()
+    net = Net(network, None, kernels.Adam(network.parameters()), "static", 0.9)
+    sparse_utils.plan(net, 0.0)
+    assert kernels.why_not_in_kernels(net, {"net": net}) is None and kernels.is_chain(net) == expected
+    assert torch.equal(torch.get_rng_state(), state) and list(dict(network.named_children())) == ["fc0", "relu1", "fc1"]
+
+
+def test_a_layer_with_many_connections_stays_in_torch_unless_it_is_in_a_chain():
+    for kind in (Normed, chain):
+        net = make_nets(kind=kind)["qf1"]
+        net.in_kernels, net.budget = True, 30
+        with kernels.in_torch({"qf1": net}):
+            prune({"qf1": net})
+        few = [name for name, mask in net.masks.items() if mask.float().mean() <= kernels.MOST_BY_LAYER]
+        assert in_kernels(net.network) == (few if kind is Normed else ["sparse"]) and 0 < len(few) < len(net.masks)
+
+
+class NormedCritic(Normed):
+    def __init__(self, env, hidden_size):
+        super().__init__(4, hidden_size, hidden_size, 1)
+
+    def forward(self, x, a):
+        return super().forward(torch.cat([x, a], 1))
+
+
+class TanhCritic(sac_tar.QNetwork):
+    def forward(self, x, a):
+        return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(torch.cat([x, a], 1))))))
+
+
+@pytest.mark.parametrize("critic", [NormedCritic, TanhCritic])
+@pytest.mark.parametrize("script", ["sac"], indirect=True)
+def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, capsys, script, critic):
+    monkeypatch.setattr(script, "QNetwork", critic)
+    seen = []
+    monkeypatch.setattr(script, "polyak_update", lambda targets, networks, _: seen.append([*map(in_kernels, networks)]))
+    folder = run(compute="sparse", method="rigl", rewire_every=40)
+    assert "compute: qf1, qf2 sparse layer by layer, since" in capsys.readouterr().out
+    assert len(seen) > 50 and all({"trunk.fc0", "fc2"} & {*names} for step in seen for names in step)
+    final = torch.load(folder / "final.pt", weights_only=True)
+    for name in ("qf1", "qf2"):
+        assert all(final[name][f"{layer}.weight"][~mask].eq(0).all() for layer, mask in final["masks"][name].items())
+
+
+def test_a_script_whose_critic_reads_its_layers_by_name_trains_from_the_command_line(tmp_path):
+    before = "return super().forward(torch.cat([x, a], 1))"
+    after = "return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(torch.cat([x, a], 1))))))"
+    text = (PROJECT / "sac_tar.py").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "sac_tanh.py").write_text(text.replace(before, after))
+    flags = "--env-id Pendulum-v1 --total-timesteps 130 --learning-starts 100 --hidden-size 32 --eval-episodes 1"
+    command = [sys.executable, "sac_tanh.py", *flags.split(), "--compute", "sparse"]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "compute: qf1, qf2 sparse layer by layer, since" in done.stdout, done.stderr
 
 
 # ADAM
@@ -361,29 +512,71 @@ def test_the_faster_is_chosen_and_the_console_says_why(monkeypatch, capsys, comp
     assert ", ".join(name for name, net in nets.items() if net.in_kernels) == chosen
 
 
-ADAM, GROUPS, CHAIN = "its optimizer is not plain Adam", "its parameters are not all in one group", "it is not a chain"
-META, IDLE = "the kernels are for the CPU and the networks are on meta", nn.ParameterList([nn.Parameter(torch.ones(1))])
-REFUSALS = [
-    ({}, kernels.Adam, None),
-    ({}, torch.optim.Adam, None),
-    ({}, torch.optim.AdamW, None),
-    ({}, torch.optim.SGD, ADAM),
-    ({}, lambda params: torch.optim.Adam([{"params": list(params), "amsgrad": True}]), ADAM),
-    ({}, lambda params: torch.optim.Adam([{"params": param} for param in params]), GROUPS),
-    ({}, lambda params: torch.optim.Adam([param for param in params if param.dim() == 2]), GROUPS),
-    ({"relu1": nn.Tanh()}, kernels.Adam, CHAIN),
-    ({"norm": nn.LayerNorm(2)}, kernels.Adam, CHAIN),
-    ({"fc1": nn.Linear(9, 2, bias=False)}, kernels.Adam, CHAIN),
-    ({"relu2": IDLE, "fc2": nn.Linear(2, 2)}, kernels.Adam, CHAIN),
-    ({"fc0": nn.Linear(5, 9, device="meta")}, kernels.Adam, META),
-]
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("edit, optimize, why", REFUSALS)
-def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, capsys, compiler, edit, optimize, why):
+class Reader(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + self.fc1.bias.mean()
+
+
+def edited(edit=lambda network: None, kind=nn.Sequential, **children):
+    def make():
+        network = kind(OrderedDict(layers(5, 9, 2) | children))
+        edit(network)
+        return network
+
+    return make
+
+
+def tie(network):
+    network.fc2.weight = network.fc1.weight
+
+
+PLAIN = "its layer fc1 is not a plain nn.Linear in float32, with a bias and without hooks"
+SHARED = "its layer fc1 shares a parameter with another layer or network"
+ALIKE = "weight and bias of its layer fc1 are not trained alike, in one group of its optimizer"
+ADAM, META = "its optimizer is not plain Adam", "the kernels are for the CPU and the networks are on meta"
+TWICE, IDLE = nn.Linear(2, 2), nn.ParameterList([nn.Parameter(torch.ones(1))])
+REFUSALS = {
+    "Adam": (edited(), torch.optim.Adam, None),
+    "AdamW": (edited(), torch.optim.AdamW, None),
+    "Tanh": (edited(relu1=nn.Tanh()), kernels.Adam, None),
+    "LayerNorm": (edited(norm=nn.LayerNorm(2)), kernels.Adam, None),
+    "a parameter of its own": (edited(relu2=IDLE, fc2=nn.Linear(2, 2)), kernels.Adam, None),
+    "a frozen layer": (edited(lambda network: network.fc0.requires_grad_(False)), kernels.Adam, None),
+    "a hook on ReLU": (edited(lambda network: network.relu1.register_forward_hook(print)), kernels.Adam, None),
+    "a group for each layer": (
+        edited(), lambda params: torch.optim.Adam([{"params": params[:2]}, {"params": params[2:]}]), None,
+    ),
+    "SGD": (edited(), torch.optim.SGD, ADAM),
+    "amsgrad": (edited(), lambda params: torch.optim.Adam(params, amsgrad=True), ADAM),
+    "a group for each parameter": (
+        edited(), lambda params: torch.optim.Adam([{"params": param} for param in params]), ALIKE.replace("fc1", "fc0"),
+    ),
+    "a frozen bias": (edited(lambda network: network.fc1.bias.requires_grad_(False)), kernels.Adam, ALIKE),
+    "no bias": (edited(fc1=nn.Linear(9, 2, bias=False)), kernels.Adam, PLAIN),
+    "a subclass": (edited(fc1=Scaled(9, 2)), kernels.Adam, PLAIN),
+    "float64": (edited(fc1=nn.Linear(9, 2).double()), kernels.Adam, PLAIN),
+    "a hook": (edited(lambda network: network.fc1.register_forward_hook(print)), kernels.Adam, PLAIN),
+    "a hook before": (edited(lambda network: network.fc1.register_forward_pre_hook(print)), kernels.Adam, PLAIN),
+    "a hook on a gradient": (edited(lambda network: network.fc1.weight.register_hook(print)), kernels.Adam, PLAIN),
+    "two names": (edited(fc1=nn.Linear(9, 9), fc2=TWICE, fc3=TWICE), kernels.Adam, SHARED.replace("fc1", "fc2")),
+    "one weight": (edited(tie, fc1=nn.Linear(9, 9), fc2=nn.Linear(9, 9)), kernels.Adam, SHARED),
+    "read": (edited(kind=Reader), kernels.Adam, "its forward reads fc1.bias by itself"),
+    "a layer alone": (lambda: nn.Linear(5, 2), kernels.Adam, PLAIN.replace("fc1", "itself")),
+    "meta": (edited(fc0=nn.Linear(5, 9, device="meta")), kernels.Adam, META),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, capsys, compiler, name):
     monkeypatch.setattr(kernels, "time_passes", lambda *_: (1.0, 0.5))
-    network = nn.Sequential(OrderedDict(chain(5, 9, 2).named_children()) | edit)
-    net = Net(network, None, optimize(network.parameters()), "static", 0.6, in_kernels=why is not None)
+    make, optimize, why = REFUSALS[name]
+    network = make()
+    net = Net(network, None, optimize(list(network.parameters())), "static", 0.6, in_kernels=why is not None)
     sparse_utils.plan(net, 0.0)
     kernels.choose({"net": net}, "auto", 8)
     assert net.in_kernels == (why is None)
@@ -393,10 +586,17 @@ def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, ca
             kernels.choose({"net": net}, "sparse", 8)
 
 
+def test_a_layer_of_two_networks_is_left_to_torch(compiler):
+    nets = make_nets()
+    nets["qf1"].network.fc1 = nets["qf2"].network.fc1
+    whys = [kernels.why_not_in_kernels(net, nets) for net in nets.values()]
+    assert whys == [None, SHARED, SHARED]
+
+
 def test_measuring_is_between_active_neurons_and_changes_nothing(monkeypatch, compiler):
-    net, compact, measured = make_nets()["qf1"], kernels.compact_network, []
+    net, mlp, measured = make_nets()["qf1"], kernels.SparseMLP, []
     net.budget, net.width, before, state = 20, 4, contents({"qf1": net}), torch.get_rng_state()
-    monkeypatch.setattr(kernels, "compact_network", lambda copied, m: measured.append(m) or compact(copied, m))
+    monkeypatch.setattr(kernels, "SparseMLP", lambda linears, masks: measured.append(masks) or mlp(linears, masks))
     assert all(0 < milliseconds < 10_000 for milliseconds in kernels.time_passes(net, 8))
     (masks,) = measured
     assert sum(int(mask.sum()) for mask in masks.values()) == 20
@@ -406,37 +606,35 @@ def test_measuring_is_between_active_neurons_and_changes_nothing(monkeypatch, co
 
 
 def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):
-    """Another batch, budget or width is another pass. Measured anew where the file is damaged or there can be none."""
+    """Another batch, budget, width or kind is another pass. Measured anew where a file is damaged or cannot be."""
     net, measured = make_nets()["qf1"], []
 
-    def twice():
+    def known(net, batch_size=8):
         measured.clear()
-        return [kernels.known_times(net, 8) for _ in range(2)]
+        return kernels.known_times(net, batch_size), kernels.known_times(net, batch_size), len(measured)
 
     monkeypatch.setattr(kernels, "time_passes", lambda *_: measured.append(_) or (1.0, float(len(measured))))
-    assert twice() == [(1.0, 1.0)] * 2
-    folder = kernels.load_kernels().times
-    (file,) = folder.iterdir()
-    for other in (net, dataclasses.replace(net, budget=21), dataclasses.replace(net, width=8)):
-        kernels.known_times(other, 9)
-    assert len(measured) == 4
+    tanh = Tanh(5, 9, 9, 1)
+    other = Net(tanh, None, kernels.Adam(tanh.parameters()), "static", 0.6, budget=net.budget)
+    for found in (net, other, dataclasses.replace(net, budget=21), dataclasses.replace(net, width=8)):
+        assert known(found) == ((1.0, 1.0), (1.0, 1.0), 1)
+    assert known(net, 9)[2] == 1 and known(net)[2] == 0
+    kernels.known_times(net, 11)
+    (file,) = [path for path in kernels.load_kernels().times.iterdir() if ", 11, " in path.read_text()]
     damages = [[0.0, -1], [0, 1], [1, -1], [1], [None, 1], [math.nan, 1], [1, math.inf], [1, 10**400], {"a": 1}]
     for damaged in ("", "{", "7", "{}", "\0", *(json.dumps({"milliseconds": times}) for times in damages)):
         file.write_text(damaged)
-        assert twice() == [(1.0, 1.0)] * 2 and len(measured) == 1
-    assert len(list(folder.iterdir())) == 4
+        assert known(net, 11) == ((1.0, 1.0), (1.0, 1.0), 1)
 
     def beside_another_process(*_):
         monkeypatch.setattr(kernels, "time_passes", lambda *_: (1.0, 0.5))
-        return 1.0, kernels.known_times(net, 8)[1] + 1
+        return 1.0, kernels.known_times(net, 10)[1] + 1
 
-    for found in (None, "{"):  # the first to end decides
-        file.unlink() if found is None else file.write_text(found)
-        monkeypatch.setattr(kernels, "time_passes", beside_another_process)
-        assert kernels.known_times(net, 8) == (1.0, 0.5)
+    monkeypatch.setattr(kernels, "time_passes", beside_another_process)
+    assert kernels.known_times(net, 10) == (1.0, 0.5)  # the first to end decides
     monkeypatch.setattr(kernels, "time_passes", lambda *_: measured.append(_) or (1.0, float(len(measured))))
-    monkeypatch.setattr(kernels.load_kernels(), "times", folder / "none" / "there")
-    assert twice() == [(1.0, 1.0), (1.0, 2.0)]
+    monkeypatch.setattr(kernels.load_kernels(), "times", Path("none") / "there")
+    assert known(net) == ((1.0, 1.0), (1.0, 2.0), 2)
 
 
 def test_kernels_are_built_once_and_anew_if_the_file_is_damaged(monkeypatch, compiler, tmp_path, built):

@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -36,6 +36,7 @@ import sparse_utils
 from sparse_utils import Masks, Net
 
 Times = tuple[float, float]  # milliseconds of a training pass in torch, and in the kernels
+MOST_BY_LAYER = 0.25  # the density of a single layer above which torch takes less time for it
 
 
 class Adam(torch.optim.Adam):
@@ -129,7 +130,7 @@ class SparseMLP(nn.Module):
     """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
 
     `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes. The input has shape
-    (batch, n_in), the output (batch, n_out), both float32 on the CPU.
+    (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
@@ -200,6 +201,8 @@ class SparseMLP(nn.Module):
         return y, workspace
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.n_out)
         flat = self.flat  # which is slow to look up
         if torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad):
             return _SparseMLPFunction.apply(x, flat, self)
@@ -235,32 +238,118 @@ class _SparseMLPFunction(torch.autograd.Function):
         return grad_x, grad_flat, None
 
 
-def is_mlp(network: nn.Module) -> bool:
-    """Whether `SparseMLP` computes what this network's children compute, and they have all of its parameters."""
-    kinds = [type(child) for child in network.children()]
-    linears = [child for child in network.children() if isinstance(child, nn.Linear) and child.bias is not None]
-    alternating = kinds[::2] == [nn.Linear] * len(linears) and kinds[1::2] == [nn.ReLU] * len(kinds[1::2])
-    own = sum(1 for _ in network.parameters()) == 2 * len(linears)
-    return isinstance(network, nn.Sequential) and len(kinds) % 2 == 1 and alternating and own
+# WHICH NETWORKS, AND HOW
+
+
+def trace(network: nn.Module) -> tuple[list | None, set[str]]:
+    """What the forward of a network does, step by step, or None where torch.fx cannot follow it, as through an `if` on
+    a value; and the names of the parameters that it reads by itself, as far as torch.fx came."""
+    tracer, followed = torch.fx.Tracer(), True
+    try:
+        with torch.random.fork_rng(devices=[]):
+            tracer.trace(copy.deepcopy(network))  # since forward may leave something in the network
+    except Exception:  # of any kind, since forward is given what is no tensor
+        followed = False
+    nodes = {node: i for i, node in enumerate(tracer.graph.nodes)} if hasattr(tracer, "graph") else {}
+    steps = [(str(n.target).split(".")[-1], torch.fx.map_arg((n.args, n.kwargs), nodes.get)) for n in nodes]
+    return steps if followed else None, {node.target for node in nodes if node.op == "get_attr"}
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of this class itself, without hooks, parametrizations or attributes of its own."""
+    may_differ = {"training", "inplace", "in_features", "out_features", "_parameters"}
+    usual = nn.Linear(1, 1, device="meta") if kind is nn.Linear else kind()
+    found, expected = ({k: v for k, v in vars(m).items() if k not in may_differ} for m in (module, usual))
+    return type(module) is kind and found == expected
+
+
+def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int]]:
+    """Whether a parameter is trained, and the groups of the optimizer that have it."""
+    groups = [i for i, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])]
+    return param.requires_grad, groups
+
+
+def is_chain(net: Net) -> bool:
+    """Whether a network is Linear layers with ReLU between them, all trained alike, each of which reads what the one
+    before it writes and is used for nothing else: then its forward does the same with all of them in one submodule."""
+    children = dict(net.network.named_children())
+    kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
+    if len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
+        return False
+    training = [training_of(param, net.optimizer) for child in children.values() for param in child.parameters()]
+    moved = copy.deepcopy(net.network)
+    for name in children:
+        delattr(moved, name)
+    moved.add_module("sparse", nn.Sequential(OrderedDict(children)))
+    steps, _ = trace(net.network)
+    return all(t == training[0] for t in training) and steps is not None and steps == trace(moved)[0]
+
+
+def parts(net: Net, masks: Masks) -> list[list[str]]:
+    """The names of the modules in whose place each `SparseMLP` of a network comes: all children of a chain at once, of
+    another network each Linear by itself, but for those that are faster in torch, since they have many connections."""
+    if is_chain(net):
+        return [list(dict(net.network.named_children()))]
+    return [[name] for name, mask in masks.items() if mask.float().mean() <= MOST_BY_LAYER]
+
+
+def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
+    """Why the kernels cannot compute a network here; None if they can."""
+    for param in net.network.parameters():
+        if param.device.type != "cpu":
+            return f"the kernels are for the CPU and the networks are on {param.device.type}"
+    adams = (Adam, torch.optim.Adam, torch.optim.AdamW)
+    if type(net.optimizer) not in adams or any(group["amsgrad"] for group in net.optimizer.param_groups):
+        return "its optimizer is not plain Adam"
+    networks = [network for row in nets.values() for network in (row.network, row.target) if network is not None]
+    uses = Counter(id(p) for network in networks for _, p in network.named_parameters(remove_duplicate=False))
+    _, read = trace(net.network)
+    for name in net.weights:
+        layer = net.network.get_submodule(name)
+        params = {f"{name}.{part}": param for part, param in layer.named_parameters()}
+        plain = is_plain(layer, nn.Linear) and layer is not net.network and layer.bias is not None
+        if not plain or any(p.dtype != torch.float32 or p._backward_hooks for p in params.values()):
+            return f"its layer {name or 'itself'} is not a plain nn.Linear in float32, with a bias and without hooks"
+        if any(uses[id(param)] > 1 for param in params.values()):
+            return f"its layer {name} shares a parameter with another layer or network"
+        if params.keys() & read:
+            return f"its forward reads {min(params.keys() & read)} by itself"
+        weight, bias = (training_of(param, net.optimizer) for param in params.values())
+        if weight != bias or len(weight[1]) != 1:
+            return f"weight and bias of its layer {name} are not trained alike, in one group of its optimizer"
+    try:
+        load_kernels()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        return f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
+    return None if net.weights else "it has no nn.Linear"
 
 
 def time_passes(net: Net, batch_size: int) -> Times:
-    """The median milliseconds of a training pass, forward and backward, of copies of a network with K connections at
-    random between its active neurons: masked in torch, and in the kernels. They take turns, and draw nothing that
-    training would."""
+    """The median milliseconds of a training pass, forward and backward, through copies of those parts of a network that
+    the kernels would compute, with K connections at random between its active neurons: masked in torch, and in the
+    kernels. They take turns, and draw nothing that training would."""
     generator = torch.Generator().manual_seed(0)
-    copies = [nn.Sequential(copy.deepcopy(OrderedDict(net.network.named_children()))) for _ in range(2)]
-    row = Net(copies[0], None, None, "static", 0.0, width=net.width)
+    row = Net(copy.deepcopy(net.network), None, None, "static", 0.0, width=net.width)
     row.masks = sparse_utils.static_prune(row, net.budget, "random", "er", generator)
     sparse_utils.mask_gradients(row)
-    compact_network(copies[1], row.masks)
-    x = torch.randn(batch_size, copies[0][0].in_features, generator=generator)
-    times, started = [[], []], time.perf_counter()
+    ways, inputs, times = ([], []), [], ([], [])
+    for names in parts(net, row.masks):
+        modules = {name: row.network.get_submodule(name) for name in names}
+        linears = {name: modules[name] for name in names if name in row.masks}
+        ways[0].append(nn.Sequential(*modules.values()))
+        ways[1].append(SparseMLP(linears, {name: row.masks[name] for name in linears}))
+        x = torch.randn(batch_size, modules[names[0]].in_features, generator=generator)
+        inputs.append(x.requires_grad_(names[0] != next(iter(row.masks))))
+    leaves = [*inputs, *(param for modules in ways for module in modules for param in module.parameters())]
+    started = time.perf_counter()
     while len(times[0]) < 5 or time.perf_counter() < started + 0.05:
-        for layers, so_far in zip(copies, times, strict=True):
-            layers.zero_grad()
+        for modules, so_far in zip(ways, times, strict=True):
+            for leaf in leaves:
+                leaf.grad = None
             before = time.perf_counter()
-            layers(x).sum().backward()
+            for module, x in zip(modules, inputs, strict=True):
+                module(x).sum().backward()
             so_far.append(1000 * (time.perf_counter() - before))
     return tuple(map(statistics.median, times))
 
@@ -269,7 +358,7 @@ def known_times(net: Net, batch_size: int) -> Times:
     """`time_passes`, once on a machine: the first result is kept in a file beside the kernels, so that runs of the same
     networks make the same choice. Without such a file it is measured each time."""
     shapes = [list(weight.shape) for weight in net.weights.values()]
-    what = repr((shapes, net.budget, net.width, batch_size, torch.get_num_threads(), torch.__version__))
+    what = repr((shapes, is_chain(net), net.budget, net.width, batch_size, torch.get_num_threads(), torch.__version__))
     file = load_kernels().times / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
     def read() -> Times | None:
@@ -296,29 +385,29 @@ def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] 
     """Set `in_kernels` of each network, and say on the console which networks these are and why. Returns the
     `time_passes` of those that were measured.
 
-    `auto` takes a network on the CPU, a chain of Linear and ReLU in one group of its optimizer, whose training passes
-    take less time there; or, if a resumed run had `kept` in the kernels, those. `sparse` does not ask for the time, and
-    raises ValueError where there are no kernels. `masked` takes no network.
+    `auto` takes a network whose training passes take less time there; or, if a resumed run had `kept` in the kernels,
+    those. `sparse` does not ask for the time, and raises ValueError where there are no kernels. `masked` takes none.
     """
     times = {}
 
     def decide(name: str, net: Net) -> tuple[str, str]:
+        """How a network is computed, and why."""
         in_torch = "dense" if net.budget == net.size else "masked"
         if compute == "masked":
             return in_torch, "--compute masked asks for it"
-        why_not = why_not_in_kernels(net)
-        if why_not and compute == "sparse":
-            raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
-        if why_not:
+        if why_not := why_not_in_kernels(net, nets):
+            if compute == "sparse":
+                raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
             return in_torch, why_not
+        in_kernels = "sparse" if is_chain(net) else "sparse layer by layer"
         if compute == "sparse":
-            return "sparse", "--compute sparse asks for it"
+            return in_kernels, "--compute sparse asks for it"
         if kept is not None:
-            return "sparse" if name in kept else in_torch, "the run was begun so"
+            return in_kernels if name in kept else in_torch, "the run was begun so"
         times[name] = by_torch, by_kernels = known_times(net, batch_size)
         comparison = f"{by_kernels / by_torch:.2f} of torch's time ({by_kernels:.2f} of {by_torch:.2f} ms a pass)"
         if by_kernels < by_torch:
-            return "sparse", f"it takes {comparison}"
+            return in_kernels, f"it takes {comparison}"
         return in_torch, f"the kernels would take {comparison}"
 
     choices = {name: decide(name, net) for name, net in nets.items()}
@@ -326,44 +415,31 @@ def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] 
         names = ", ".join(name for name in nets if choices[name] == (how, why))
         tqdm.write(f"compute: {names} {how}, since {why}")
     for name, net in nets.items():
-        net.in_kernels = choices[name][0] == "sparse"
+        net.in_kernels = choices[name][0].startswith("sparse")
     return times
 
 
-def why_not_in_kernels(net: Net) -> str | None:
-    """Why the kernels cannot compute a network here; None if they can."""
-    params, optimizer = list(net.network.parameters()), net.optimizer
-    if params[0].device.type != "cpu":
-        return f"the kernels are for the CPU and the networks are on {params[0].device.type}"
-    if not is_mlp(net.network):
-        return "it is not a chain of Linear layers with bias and a ReLU after all but the last"
-    adams = (Adam, torch.optim.Adam, torch.optim.AdamW)
-    if type(optimizer) not in adams or any(group["amsgrad"] for group in optimizer.param_groups):
-        return "its optimizer is not plain Adam"
-    if len(groups_of(params, optimizer)) != 1:
-        return "its parameters are not all in one group of its optimizer"
-    try:
-        load_kernels()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-        return f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
+# WHAT TAKES THE PLACE OF LAYERS
 
 
 def compact(nets: dict[str, Net]) -> None:
-    """Compute each network that is `in_kernels` and has masks, and its target, by one `SparseMLP` in the place of its
-    layers, whose vector takes the place of their parameters in the optimizer."""
-    for net in (net for net in nets.values() if net.in_kernels and net.masks):
-        for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
-            if network is not None and not hasattr(network, "sparse"):
-                compact_network(network, net.masks, optimizer)
+    """Compute each network that is `in_kernels` and has masks, and its target, by a `SparseMLP` in the place of each of
+    its `parts`, whose vector is trained in the place of their parameters."""
+    for net in nets.values():
+        compact_already = any(isinstance(module, SparseMLP) for module in net.network.modules())
+        for names in parts(net, net.masks) if net.in_kernels and net.masks and not compact_already else ():
+            compact_part(net.network, names, net.masks, net.optimizer)
+            if net.target is not None:
+                compact_part(net.target, names, net.masks)
 
 
 def expand(nets: dict[str, Net]) -> None:
     """Undo `compact`, to the bit: the layers of before with the values and moments of now, zero where pruned."""
     for net in nets.values():
         for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
-            if hasattr(network, "sparse"):
-                expand_network(network, optimizer)
+            for mlp in [] if network is None else list(network.modules()):
+                if isinstance(mlp, SparseMLP):
+                    expand_part(network, mlp, optimizer)
 
 
 @contextlib.contextmanager
@@ -375,51 +451,51 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     compact(nets)
 
 
-def compact_network(network: nn.Sequential, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """`compact` for one network."""
-    replaced = dict(network.named_children())
-    mlp = SparseMLP({name: replaced[name] for name in masks}, masks)
+def compact_part(
+    network: nn.Module, names: list[str], masks: Masks, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """`compact` for the modules of these names. The optimizer keeps their parameters, which it leaves alone as long as
+    they have no gradient, so that its groups come out in the order of before."""
+    replaced = {name: network.get_submodule(name) for name in names}
+    linears = {name: replaced[name] for name in names if name in masks}
+    mlp = SparseMLP(linears, {name: masks[name] for name in linears})
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
-    dense = [param for name in masks for param in replaced[name].parameters()]
+    dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
     mlp.flat.requires_grad_(dense[0].requires_grad)
-    for name in replaced:
-        delattr(network, name)
-    network.add_module("sparse", mlp)
-    state = swap(dense, [mlp.flat], optimizer) if optimizer else []
-    if state and all(state):
-        optimizer.state[mlp.flat] = own = {"step": state[0]["step"]}
+    if len(names) == 1:
+        network.set_submodule(names[0], mlp)
+    else:
+        for name in names:
+            delattr(network, name)
+        network.add_module("sparse", mlp)
+    if optimizer is None:
+        return
+    (group,) = training_of(dense[0], optimizer)[1]
+    optimizer.param_groups[group]["params"].append(mlp.flat)
+    states = [optimizer.state.pop(param, {}) for param in dense]
+    if all(states):
+        optimizer.state[mlp.flat] = own = {"step": states[0]["step"]}
         for m in ("exp_avg", "exp_avg_sq"):
-            own[m] = mlp.compress({name: (state[2 * i][m], state[2 * i + 1][m]) for i, name in enumerate(masks)})
+            own[m] = mlp.compress({name: (states[2 * i][m], states[2 * i + 1][m]) for i, name in enumerate(linears)})
+    for param in dense:
+        param.grad = None
 
 
 @torch.no_grad()
-def expand_network(network: nn.Sequential, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """`expand` for one network."""
-    mlp = network.sparse
-    del network.sparse
-    for name, child in mlp.replaced.items():
-        network.add_module(name, child)
-    dense = dict(network.named_parameters())
-    state = swap([mlp.flat], list(dense.values()), optimizer)[0] if optimizer else {}
+def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """`expand` for the modules that `compact_part` has replaced."""
+    if len(mlp.replaced) > 1:
+        del network.sparse
+    for name, module in mlp.replaced.items():
+        network.set_submodule(name, module)
+    state = optimizer.state.pop(mlp.flat, {}) if optimizer else {}
+    for group in optimizer.param_groups if optimizer else ():
+        group["params"][:] = [param for param in group["params"] if param is not mlp.flat]
     moments = {key: mlp.expand(tensor) for key, tensor in state.items() if key != "step"}
     for name, value in mlp.expand(mlp.flat).items():
-        dense[name].copy_(value)
-        dense[name].requires_grad_(mlp.flat.requires_grad)
+        param = network.get_parameter(name)
+        param.copy_(value)
+        param.requires_grad_(mlp.flat.requires_grad)
         if state:
             own = {key: tensors[name] for key, tensors in moments.items()}
-            optimizer.state[dense[name]] = {"step": state["step"].clone()} | own
-
-
-def groups_of(params: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    """The optimizer's own lists that hold all of these parameters."""
-    own = {id(param) for param in params}
-    return [group["params"] for group in optimizer.param_groups if own <= {id(param) for param in group["params"]}]
-
-
-def swap(old: list[nn.Parameter], new: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Put `new` in the place of `old` in the one group of the optimizer that has them. Returns the states of `old`."""
-    (params,) = groups_of(old, optimizer)
-    gone = {id(param) for param in old}
-    first = [id(param) in gone for param in params].index(True)
-    params[:] = [*params[:first], *new, *(param for param in params[first:] if id(param) not in gone)]
-    return [optimizer.state.pop(param, {}) for param in old]
+            optimizer.state[param] = {"step": state["step"].clone()} | own

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 LEARNING_STARTS, BURN_IN = 1000, 200
 WIDTHS = {256: 2000, 512: 400, 1024: 200}  # hidden neurons, and steps that are measured
+METHODS, COMPUTE = ("dense", "tar"), ("masked", "sparse")  # masked: in torch; sparse: in the kernels
 
 
 @dataclass
@@ -73,63 +74,45 @@ def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, 
     return steps / (time.perf_counter() - clock.started)
 
 
-def measure(configurations: dict[str, dict], args: Args) -> dict[str, list[float]]:
-    """Steps per second of each configuration in each round."""
+def table(title: str, configurations: dict[str, dict], first: str, args: Args) -> None:
+    """Measure configurations in turns and print a row for each: steps per second, and the median of the ratio to those
+    of the `first` within a round."""
     results = {name: [] for name in configurations}
     for _ in range(args.rounds):
         for name, configuration in configurations.items():
-            task = configuration | {"env_id": args.env_id, "threads": args.threads}
+            task = {"framework": "ours", "env_id": args.env_id, "threads": args.threads} | configuration
             command = [sys.executable, __file__, "child", json.dumps(task)]
             child = subprocess.run(command, capture_output=True, text=True)
             if child.returncode:
                 sys.exit(f"{name} failed:\n{child.stderr}")
             results[name].append(float(child.stdout.splitlines()[-1]))
             print(f"  {name}: {results[name][-1]:.1f}", file=sys.stderr)
-    return results
+    print(f"\n| {title} | steps per second | against {first} |\n|---|---|---|")
+    for name, values in results.items():
+        ratio = statistics.median(a / b for a, b in zip(values, results[first], strict=True))
+        print(f"| {name} | {statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f}) | {ratio:.2f}x |")
 
 
-def print_row(name: str, values: list[float], others: list[float]) -> None:
-    """A row with the steps per second of one configuration, and the median of its ratio to another within a round."""
-    ratio = statistics.median(a / b for a, b in zip(values, others, strict=True))
-    print(
-        f"| {name} | {statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f}) | {ratio:.2f}x |", flush=True
-    )
-
-
-def methods(args: Args) -> None:
+def methods(algorithm: str, args: Args) -> None:
+    # rewire_stop: or a run this short would not be rewired while it is measured
+    base = {"algorithm": algorithm, "compute": "sparse", "steps": 2000, "rewire_stop": 1.0}
     names = ("dense", "tar", "uniform", "static", "set", "rigl", "tiny")
-    for algorithm in ("sac", "td3"):
-        base = {"framework": "ours", "algorithm": algorithm, "compute": "sparse", "steps": 2000}
-        rewiring = {"rewire_stop": 1.0}  # or a run this short would not be rewired while it is measured
-        results = measure({name: base | rewiring | {"method": name} for name in names}, args)
-        print(f"\n| {algorithm.upper()}, 256 wide, 90% | steps per second | against dense |\n|---|---|---|")
-        for name, values in results.items():
-            print_row(name, values, results["dense"])
+    table(f"{algorithm.upper()}, 256 wide, 90%", {name: base | {"method": name} for name in names}, "dense", args)
 
 
-def peers(args: Args) -> None:
-    installed = importlib.util.find_spec("stable_baselines3") is not None
-    for algorithm in ("sac", "td3"):
-        ours = {"framework": "ours", "algorithm": algorithm, "steps": 2000}
-        configurations = {"Stable-Baselines3": ours | {"framework": "stable_baselines3"}} if installed else {}
-        configurations["dense, in torch"] = ours | {"method": "dense", "compute": "masked"}
-        configurations["dense, in the kernels"] = ours | {"method": "dense", "compute": "sparse"}
-        configurations["tar at 90%, in torch"] = ours | {"compute": "masked"}
-        configurations["tar at 90%, in the kernels"] = ours | {"compute": "sparse"}
-        results = measure(configurations, args)
-        first = next(iter(configurations))
-        print(f"\n| {algorithm.upper()}, 256 wide | steps per second | against {first} |\n|---|---|---|")
-        for name, values in results.items():
-            print_row(name, values, results[first])
+def peers(algorithm: str, args: Args) -> None:
+    base, found = {"algorithm": algorithm, "steps": 2000}, importlib.util.find_spec("stable_baselines3")
+    rows = {"Stable-Baselines3": base | {"framework": "stable_baselines3"}} if found else {}
+    rows |= {f"{method}, {how}": base | {"method": method, "compute": how} for method in METHODS for how in COMPUTE}
+    table(f"{algorithm.upper()}, 256 wide, tar at 90%", rows, next(iter(rows)), args)
 
 
-def widths(args: Args) -> None:
-    print("\n| SAC, tar, in the kernels | steps per second | against masked torch |\n|---|---|---|")
+def widths(algorithm: str, args: Args) -> None:
     for width, steps in WIDTHS.items():
         for sparsity in (0.9, 0.95):
-            base = {"framework": "ours", "algorithm": "sac", "hidden_size": width, "sparsity": sparsity, "steps": steps}
-            results = measure({compute: base | {"compute": compute} for compute in ("masked", "sparse")}, args)
-            print_row(f"{width} wide, {sparsity:.0%}", results["sparse"], results["masked"])
+            base = {"algorithm": algorithm, "hidden_size": width, "sparsity": sparsity, "steps": steps}
+            rows = {compute: base | {"compute": compute} for compute in COMPUTE}
+            table(f"{algorithm.upper()}, tar, {width} wide, {sparsity:.0%}", rows, "masked", args)
 
 
 def main(args: Args) -> None:
@@ -140,8 +123,9 @@ def main(args: Args) -> None:
     print(f"{datetime.date.today()}, {processor()}, {args.threads} thread(s), {args.env_id}, batch 256")
     print(f"commit {git_commit(Path(__file__).parent)}, Python {sys.version.split()[0]}, {', '.join(versions)}")
     print(f"load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before; median of {args.rounds} rounds")
-    for table in args.tables:
-        {"methods": methods, "peers": peers, "widths": widths}[table](args)
+    for name in args.tables:
+        for algorithm in ("sac", "td3") if name != "widths" else ("sac",):
+            {"methods": methods, "peers": peers, "widths": widths}[name](algorithm, args)
 
 
 if __name__ == "__main__":
