@@ -1,9 +1,9 @@
 """What other papers do to a sparse agent, called at the places of the scripts that are marked BASELINES.
 
-Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, a density that falls (CHTss, SCULPT), sparsity-aware
-initialization, cyclic learning rates, and the flags of all of these. Without this file, the marked lines and the base
-class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also serve n-step targets (RLx2) and
-recent transitions (after MAST), which lab/replay.py computes.
+Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, learned diagonals (DynaDiag), a density that falls (CHTss,
+SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. Without this file,
+the marked lines and the base class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also serve
+n-step targets (RLx2) and recent transitions (after MAST), which lab/replay.py computes.
 """
 
 import bisect
@@ -190,6 +190,8 @@ class Flags:
     # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
     density_start: float | None = None
     # Prune a second time at this environment step, by magnitude, and revive only then (SCULPT). Needs --density-start.
+    # The return falls at once. In TD3 on HalfCheetah-v4, one seed, it was back within 22,000 steps where critics kept a
+    # tenth of their weights; where they kept a twentieth, it was not back when the runs ended.
     final_prune_at: int | None = None
     # The number of cycles in which all learning rates rise and fall. Adam starts anew in each (SCULPT).
     lr_cycles: int | None = None
@@ -225,53 +227,52 @@ def check(args: object) -> None:
     rules = positive(args, "rewire_every", "n_step", "recent_size") | fraction(args, "recent_fraction")
     for name in ("rewire_fraction", "rewire_stop"):
         rules[name] = (0 <= getattr(args, name) <= 1, "in [0, 1]")
+    steps, start, final = args.total_timesteps - args.learning_starts, args.density_start, args.final_prune_at
+    within = args.lr_cycles is None or 1 <= args.lr_cycles <= steps
+    rules["lr_cycles"] = (within, f"from 1 to the {steps} steps after --learning-starts")
+    rules["density_start"] = (start is None or 0 < start < 1, "above 0 and below 1")
+    within = final is None or args.prune_at < final < args.total_timesteps
+    rules["final_prune_at"] = (within, f"after --prune-at {args.prune_at} and before the end")
     require(args, rules | within_training(args, "n_step_from"))
-    check_density(args)
-    growths = {method: GROWTHS[method] for method in (args.method, args.critic_method) if method in GROWTHS}
-    if growths and args.drop_criterion is None:
-        drops = " and ".join(f"{method} by {rule.drop}" for method, rule in growths.items())
+    methods = {args.method, args.critic_method} - sparse_utils.UNPRUNED.keys()
+    stay, rewired = sorted(methods - GROWTHS.keys()), sorted(methods & GROWTHS.keys())
+    if start is None and final is not None:
+        fail("--final-prune-at is the end of a --density-start; set both or neither")
+    if start is not None and stay and rewired:
+        fail("--density-start needs actor and critics that both rewire or whose masks both stay")
+    if start is not None and stay and final is None:
+        fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
+    if start is not None and rewired and final is not None:
+        fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
+    if start is not None and rewired and not args.save_buffer:
+        fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
+    if rewired and args.drop_criterion is None:
+        drops = " and ".join(f"{method} by {GROWTHS[method].drop}" for method in (args.method, args.critic_method))
         fail(f"actor and critics would drop by different criteria, {drops}; choose one --drop-criterion")
-    for method in (method for method, rule in growths.items() if rule.by_topology and not args.regrow):
+    for method in (method for method in rewired if GROWTHS[method].by_topology and not args.regrow):
         fail(f"--method {method} stops in a layer where dropped connections grow again; leave --no-regrow out")
-    if growths and not rewiring_steps(args):
+    if rewired and not rewiring_steps(args):
         after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
         never = f"every {args.rewire_every} steps after step {after} and before {until:g}, which is never"
         mend = "lower --rewire-every or --learning-starts, raise --rewire-stop or train longer"
-        fail(f"--method {next(iter(growths))} rewires {never}; {mend}")
-    if growths and args.rewire_fraction == 0 and args.density_start is None:
-        fail(f"--method {next(iter(growths))} with --rewire-fraction 0 rewires nothing; raise it, or use static")
+        fail(f"--method {rewired[0]} rewires {never}; {mend}")
+    if rewired and args.rewire_fraction == 0 and start is None:
+        fail(f"--method {rewired[0]} with --rewire-fraction 0 rewires nothing; raise it, or use static")
     if args.init == "sparse" and args.prune_at > args.learning_starts:
         fail("--init sparse does not rescale trained weights; set --prune-at to at most --learning-starts")
+    learned = methods and args.criterion == "dynadiag"
+    if learned and args.prune_at <= args.learning_starts:
+        fail(f"--criterion dynadiag prunes by what it has learned; set --prune-at above {args.learning_starts}")
+    if learned and args.distribution == "global":
+        fail("--criterion dynadiag learns gates for the budgets of layers; choose --distribution er or uniform")
+    for name in ("active_width", "density_start", "lr_cycles", "load"):
+        if learned and getattr(args, name, None) is not None:
+            option = f"--{name.replace('_', '-')}"
+            fail(f"--criterion dynadiag learns gates of whole layers from scratch, at one budget and rate; no {option}")
     if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
         fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
     if args.recent_fraction and args.recent_size >= min(args.buffer_size, args.total_timesteps):
         fail(f"--recent-size {args.recent_size} is all that the buffer ever holds; choose a smaller one")
-    steps = args.total_timesteps - args.learning_starts
-    if args.lr_cycles is not None and not 1 <= args.lr_cycles <= steps:
-        fail(f"--lr-cycles must be from 1 to the {steps} steps after --learning-starts, got {args.lr_cycles}")
-
-
-def check_density(args: object) -> None:
-    """End the program with one sentence if --density-start or --final-prune-at cannot work."""
-    methods = {args.method, args.critic_method} - sparse_utils.UNPRUNED.keys()
-    stay = sorted(methods - GROWTHS.keys())
-    if args.density_start is None:
-        if args.final_prune_at is not None:
-            fail("--final-prune-at is the end of a --density-start; set both or neither")
-        return
-    if not 0 < args.density_start < 1:
-        fail(f"--density-start must be above 0 and below 1, got {args.density_start}")
-    if args.final_prune_at is not None and not args.prune_at < args.final_prune_at < args.total_timesteps:
-        fail(f"--final-prune-at must be after --prune-at {args.prune_at} and before the end, got {args.final_prune_at}")
-    if stay and len(stay) < len(methods):
-        fail("--density-start needs actor and critics that both rewire or whose masks both stay")
-    if stay and args.final_prune_at is None:
-        fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
-    if methods and not stay:
-        if args.final_prune_at is not None:
-            fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
-        if not args.save_buffer:
-            fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
 
 
 def check_longer(args: object) -> None:
@@ -402,6 +403,75 @@ def rewiring_steps(args: object) -> range:
     return range((after // args.rewire_every + 1) * args.rewire_every, math.ceil(until), args.rewire_every)
 
 
+# DYNADIAG
+
+
+class Diagonals:
+    """DynaDiag in one network until pruning. A weight is V * a, a = clamp(k softmax(alpha / T), 0, 1) being the gate of
+    its diagonal and k the diagonals that the budget of its layer pays for, at least 1. alpha starts equal, and T falls
+    from 5 to 0.05. The source leaves the last layer dense; here it has its share, as everywhere. All weights train, in
+    torch, so K does not hold yet and no masks are logged.
+
+    The network holds the products, so it is run and saved like any other, and targets follow these. Only while its
+    optimizer steps does it hold V and dL/dV. alpha has an Adam of its own, which does what the network's would."""
+
+    def __init__(self, net: Net, distribution: str):
+        counts = sparse_utils.DISTRIBUTIONS[distribution](net.weights, net.budget - net.reserve)
+        self.weights = list(net.weights.values())
+        self.places = [sparse_utils.diagonals(w) for w in self.weights]
+        self.paid = [max(1, count / min(w.shape)) for w, count in zip(self.weights, counts)]
+        self.values = [w.detach().clone().requires_grad_() for w in self.weights]
+        self.alphas = [w.new_full([max(w.shape)], 1 / max(w.shape)).requires_grad_() for w in self.weights]
+        rate = next(group["lr"] for group in net.optimizer.param_groups if self.weights[0] in {*group["params"]})
+        self.optimizer = kernels.Adam(self.alphas, lr=rate)
+        self.hooks = [net.optimizer.register_step_pre_hook(self.before_step)]
+        self.hooks += [net.optimizer.register_step_post_hook(self.after_step)]
+        self.multiply(stage=0)
+        if net.target is not None:
+            net.target.load_state_dict(net.network.state_dict())
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("values", "alphas", "stage", "optimizer")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for own, saved in zip(self.values + self.alphas, state["values"] + state["alphas"]):
+            own.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.multiply(state["stage"])
+
+    def multiply(self, stage: int) -> None:
+        """Let the network hold the products at this stage, 0 to 100, of the half cosine by which T falls."""
+        self.stage, self.products = stage, []
+        temperature = 0.05 + 4.95 * (1 + math.cos(math.pi * stage / 100)) / 2
+        for value, place, k, alpha in zip(self.values, self.places, self.paid, self.alphas):
+            gates = (k * (alpha / temperature).softmax(0)).clamp(max=1)
+            self.products.append(value * gates.expand(len(place), -1).gather(1, place))
+        self.hold(self.products)
+
+    def hold(self, tensors: list[Tensor]) -> None:
+        """Let these be what the network has for weights."""
+        for weight, tensor in zip(self.weights, tensors):
+            weight.data = tensor.detach()
+
+    def before_step(self, *_: object) -> None:
+        slopes = [weight.grad for weight in self.weights]
+        gradients = torch.autograd.grad(self.products, self.values + self.alphas, slopes)
+        for param, gradient in zip(self.weights + self.alphas, gradients):
+            param.grad = gradient
+        self.hold(self.values)
+
+    def after_step(self, *_: object) -> None:
+        self.optimizer.step()
+        self.multiply(self.stage)
+
+    def end(self) -> None:
+        """Learn no more, and leave alpha where the scores look for it."""
+        for hook in self.hooks:
+            hook.remove()
+        for weight, alpha in zip(self.weights, self.alphas):
+            weight.alpha = alpha.detach()
+
+
 # THE SCHEDULE OF A RUN
 
 
@@ -435,14 +505,9 @@ def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
         weight.mul_((weight.shape[1] / active.where(active > 0, weight.shape[1])).sqrt())
 
 
-def cycle_start(k: int, start: int, end: int, cycles: int) -> int:
-    """The first step of cycle k = 0, 1, ... of `cycles` that split the steps from `start` to before `end` evenly."""
-    return start - (start - end) * k // cycles
-
-
 def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
-    """By what SCULPT multiplies the rate at this step: within a cycle the factor rises linearly from 0.2 to 1 over the
-    first fifth, then falls linearly to 0."""
+    """By what SCULPT multiplies the rate at this step, of `cycles` that split the steps from `start` to before `end`
+    evenly: within a cycle the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0."""
     done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
     return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
 
@@ -468,15 +533,28 @@ class Schedule:
         self.revived = {}  # the masks as revival left them, from which the log measures how far rewiring has come
         for name, net in nets.items():
             net.budget, net.reserve = self.first[name]
+        self.diagonals = {}  # what dynadiag learns until pruning
+        for name, net in nets.items():
+            if args.criterion == "dynadiag" and net.method not in sparse_utils.UNPRUNED:
+                self.diagonals[name] = Diagonals(net, args.distribution)
 
     def state_dict(self) -> dict:
-        return {"stopped": self.stopped, "revived": self.revived}
+        return {"stopped": self.stopped, "revived": self.revived, "diagonals": self.diagonals}
 
     def load_state_dict(self, state: dict) -> None:
         self.stopped, self.revived = state["stopped"], state["revived"]
+        for name, learned in [*self.diagonals.items()]:
+            if name in state["diagonals"]:
+                learned.load_state_dict(state["diagonals"][name])
+            else:
+                self.diagonals.pop(name).end()
 
     def begin_pruning(self, global_step: int) -> str:
         """Set K and R of every network for the pruning at this step. Returns the criterion."""
+        for learned in self.diagonals.values():
+            learned.hold(learned.values)
+            learned.end()
+        self.diagonals.clear()
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
@@ -496,6 +574,11 @@ class Schedule:
         network. Returns the floating-point operations that it took."""
         if self.args.lr_cycles is not None and global_step >= self.args.learning_starts:
             self.cycle_learning_rates(global_step, run)
+        for learned in self.diagonals.values():
+            start = self.args.learning_starts  # in stages, since each of them costs as much as an update
+            stage = max(0, 100 * (global_step - start) // (self.args.prune_at - start))
+            if stage != learned.stage:
+                learned.multiply(stage)
         if not self.dynamic or global_step not in self.rewirings or global_step <= run.learn_from:
             return 0
         until = self.args.rewire_stop * self.args.total_timesteps
@@ -515,13 +598,13 @@ class Schedule:
 
     def cycle_learning_rates(self, global_step: int, run: object) -> None:
         """Set the learning rates of this step; where a cycle begins, Adam starts anew and the weights go on."""
-        cycles = (self.args.learning_starts, self.args.total_timesteps, self.args.lr_cycles)
-        starts = [cycle_start(k, *cycles) for k in range(self.args.lr_cycles)]
+        start, end, cycles = self.args.learning_starts, self.args.total_timesteps, self.args.lr_cycles
+        begins = (global_step - start) * cycles % (end - start) < cycles
         optimizers = {net.optimizer: "actor" if name == "actor" else "critic" for name, net in self.nets.items()}
         for optimizer, name in optimizers.items():
-            if global_step in starts:
+            if begins:
                 optimizer.state.clear()
             for group in optimizer.param_groups:
-                group["lr"] = lr_factor(global_step, *cycles) * group.setdefault("initial_lr", group["lr"])
+                group["lr"] = lr_factor(global_step, start, end, cycles) * group.setdefault("initial_lr", group["lr"])
             if global_step % 100 == 0:
                 run.log(global_step, {f"charts/{name}_lr": optimizer.param_groups[0]["lr"]})

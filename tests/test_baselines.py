@@ -2,9 +2,11 @@
 # ruff: noqa: F401, F811 (fixtures of test_masks.py)
 
 import copy
+import functools
 import itertools
 import json
 import math
+import re
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -15,6 +17,8 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import copied, counts, flops_of, generator, inside, mlp, row, same, sizes, stored, train, watch
+from test_resume import again, assert_same_run, child, dies
+from test_run import load
 
 import lab.run
 import sparse_utils as su
@@ -320,8 +324,7 @@ def test_sculpt_prunes_twice_by_magnitude_and_revives_at_the_second_time(train, 
 def test_the_rate_rises_for_a_fifth_of_each_cycle_and_falls_to_zero(start, steps, data):
     cycles, end = data.draw(st.integers(1, steps)), start + steps
     exact = [start + Fraction(steps * k, cycles) for k in range(cycles + 1)]
-    starts = [baselines.cycle_start(k, start, end, cycles) for k in range(cycles)]
-    assert starts == [math.ceil(point) for point in exact[:-1]]
+    starts = [math.ceil(point) for point in exact[:-1]]
     for step in range(start, end):
         k = max(k for k in range(cycles) if starts[k] <= step)
         done = float((step - exact[k]) / (exact[k + 1] - exact[k]))
@@ -334,7 +337,7 @@ CYCLED = [{"method": "dense"}, {"method": "rigl", "rewire_every": 5, "compute": 
 
 @pytest.mark.parametrize("flags", CYCLED, ids=str)
 def test_all_rates_follow_the_cycles_and_adam_starts_anew_in_each(train, watch, script, flags):
-    """Of steps 60 to 159; cycles start at 60, 94 and 127. Each group has its own rate, which cycles."""
+    """Of steps 60 to 159; a cycle lasts 12.5. Each group has its own rate, which cycles."""
     seen, rates = {}, {"learning_rate": 5e-4} if script is td3_tar else {"policy_lr": 5e-4, "q_lr": 2e-3}
 
     def step(optimizer):
@@ -343,11 +346,120 @@ def test_all_rates_follow_the_cycles_and_adam_starts_anew_in_each(train, watch, 
         seen.setdefault(id(optimizer), []).append(([group["lr"] for group in optimizer.param_groups], state))
 
     watch(kernels.Adam, step)
-    nets = train(total_timesteps=160, lr_cycles=3, policy_frequency=1, **rates, **flags).nets
+    nets = train(total_timesteps=160, lr_cycles=8, policy_frequency=1, **rates, **flags).nets
     for name, base in {"qf1": [[*rates.values()][-1]], "actor": [*rates.values()]}.items():
         for now, (found, updates) in zip(range(61, 160), seen[id(nets[name].optimizer)], strict=True):
-            assert found == [baselines.lr_factor(now, 60, 160, 3) * rate for rate in base]
-            assert updates == {now - max(start for start in (60, 93, 126) if start < now)}
+            assert found == [baselines.lr_factor(now, 60, 160, 8) * rate for rate in base]
+            assert updates == {now - max(start for start in (60, 72, 84, 97, 109, 122, 134, 147) if start < now)}
+
+
+# DYNADIAG
+
+
+def learner():
+    """A network with a target whose diagonals are learned, as it is at first, and a copy as it was drawn."""
+    network = mlp(7, 20, 20, 3)
+    drawn, target = copy.deepcopy(network), copy.deepcopy(network)
+    optimizer = kernels.Adam([{"params": network.parameters(), "lr": 0.01}, {"params": [torch.zeros(1)], "lr": 0.1}])
+    net = su.Net(network, target, optimizer, "static", 0.8)
+    su.plan(net, 0)
+    return net, drawn, baselines.Diagonals(net, "er")
+
+
+def test_gates_start_equal_at_what_the_budget_of_their_layer_pays_for():
+    net, drawn, _ = learner()
+    budgets = dict(zip(net.weights, su.er_budgets(net.weights, net.budget), strict=True))
+    for network in (net.network, net.target):
+        for name, weight in su.linear_weights(network).items():
+            gate = max(budgets[name], min(weight.shape)) / weight.numel()
+            torch.testing.assert_close(weight, su.linear_weights(drawn)[name] * gate)
+
+
+def test_values_and_gates_are_learned_as_if_both_were_the_networks_parameters():
+    """Against plain autograd and one torch Adam of V, biases and alpha. T falls from 5 to 0.05; the loss falls too."""
+    net, drawn, learned = learner()
+    own = {name: param.detach().clone().requires_grad_() for name, param in drawn.named_parameters()}
+    alphas = {
+        name: torch.full((max(w.shape),), 1 / max(w.shape), requires_grad=True) for name, w in net.weights.items()
+    }
+    optimizer = torch.optim.Adam([*own.values(), *alphas.values()], lr=0.01)
+    budgets = dict(zip(net.weights, su.er_budgets(net.weights, net.budget), strict=True))
+    x, y, losses = torch.randn(64, 7), torch.randn(64, 3), []
+
+    def products(temperature):
+        found = dict(own)
+        for name, alpha in alphas.items():
+            n_out, n_in = own[f"{name}.weight"].shape
+            k = max(1, budgets[name] / min(n_out, n_in))
+            gates = (k * torch.softmax(alpha / temperature, 0)).clamp(0, 1)
+            spread = torch.stack(
+                [torch.stack([gates[(c - r) % len(gates)] for c in range(n_in)]) for r in range(n_out)]
+            )
+            found[f"{name}.weight"] = own[f"{name}.weight"] * spread
+        return found
+
+    for step in range(150):
+        learned.multiply(stage=min(max(step - 20, 0), 100))
+        expected = products(0.05 + 4.95 * (1 + math.cos(math.pi * learned.stage / 100)) / 2)
+        for name, param in net.network.named_parameters():
+            torch.testing.assert_close(param, expected[name], rtol=1e-3, atol=1e-5)
+        loss = (torch.func.functional_call(drawn, expected, x) - y).square().mean()
+        for of, its in ((optimizer, loss), (net.optimizer, (net.network(x) - y).square().mean())):
+            of.zero_grad()
+            its.backward()
+            of.step()
+        losses.append(loss.item())
+    assert losses[20] < losses[0] and losses[-1] < 0.9 * losses[20]
+    assert all(alpha.std() > 0.01 for alpha in learned.alphas)
+
+
+DYNADIAG = {"criterion": "dynadiag", "prune_at": 100}
+LEARNED = [
+    {"method": "static", "distribution": "uniform", "policy_frequency": 1},
+    {"method": "tar", "critic_method": "dense", "reserve": 0.3},
+    {"method": "tar", "sparsity": 0.8, "compute": "sparse"},
+    {"method": "rigl", "rewire_every": 20, "total_timesteps": 170},
+]
+
+
+@pytest.mark.parametrize("flags", LEARNED, ids=str)
+def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_any_other(train, watch, flags):
+    """With the values that they have without gates; and then nothing tells that there were any."""
+    ended = []
+    watch(baselines.Diagonals, lambda of: ended.append((of.alphas, [v.clone() for v in of.values])) or (yield), "end")
+    seen = train(**DYNADIAG | flags)
+    final, pruning = torch.load(seen.folder / "final.pt", weights_only=True), seen.prunings[100]
+    learned = [name for name, net in seen.nets.items() if net.method != "dense"]
+    assert seen.kernels == {flags.get("compute") == "sparse"}
+    for name, (alphas, values) in zip(learned, ended, strict=True):
+        static, reserve = pruning.static[name], seen.nets[name].reserve
+        k = round((1 - flags.get("sparsity", 0.9)) * sum(sizes(static)))
+        assert sum(counts(static)) == k - reserve and sum(counts(pruning.masks[name])) == k
+        for (layer, mask), alpha, value in zip(static.items(), alphas, values, strict=True):
+            places = su.diagonals(mask)
+            kept = torch.zeros(max(mask.shape)).index_add_(0, places.flatten(), mask.flatten().float())
+            ranked, diagonals = kept[alpha.argsort(descending=True, stable=True)], int(mask.sum()) / min(mask.shape)
+            assert ranked[: int(diagonals)].eq(min(mask.shape)).all() and not ranked[math.ceil(diagonals) :].any()
+            assert alpha.std() > 0  # it was learned
+            trains = pruning.masks[name][layer]
+            assert torch.equal(pruning.after[name][f"{layer}.weight"], value * trains)
+    for name in (name for name in final if name.startswith(("actor", "qf"))):
+        assert all(re.fullmatch(r"fc\d\.(weight|bias)|action_\w+", key) for key in final[name])
+
+
+@pytest.mark.parametrize("flags", [{"method": "tar"}, {"method": "static", "compute": "sparse"}], ids=str)
+def test_a_run_of_dynadiag_that_was_killed_before_and_after_pruning_ends_as_the_undisturbed_one(
+    run, script, tmp_path, flags
+):
+    flags = DYNADIAG | {"env_id": "Short-v0", "eval_frequency": 10, "checkpoint_frequency": 10} | flags
+    undisturbed, begun = run(**flags, runs_dir=str(tmp_path / "a")), 0
+    work = functools.partial(run, **flags, runs_dir=str(tmp_path / "b"))
+    for death in (35, 92, 135):
+        assert child(functools.partial(dies, ReplayBuffer, "add", death - begun, work)) == -9
+        (run_dir,) = (tmp_path / "b").iterdir()
+        begun, work = load(run_dir / "checkpoint.pt")["added"], functools.partial(again, script, run_dir)
+    work()
+    assert_same_run(run_dir, undisturbed)
 
 
 # TINY AND SPARSE INITIALIZATION
@@ -465,6 +577,12 @@ REFUSED = [
     ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
     ({"method": "rigl", "critic_method": "chts", "rewire_every": 20}, "rigl by magnitude and chts by soft; choose one"),
     ({"method": "cht", "regrow": False}, "--method cht stops in a layer where dropped connections grow again"),
+    (DYNADIAG | {"prune_at": 60}, "prunes by what it has learned; set --prune-at above 60"),
+    (DYNADIAG | {"distribution": "global"}, "for the budgets of layers; choose --distribution er or uniform"),
+    (DYNADIAG | {"active_width": 12}, "no --active-width"),
+    (DYNADIAG | {"lr_cycles": 2}, "no --lr-cycles"),
+    (DYNADIAG | {"load": __file__}, "no --load"),
+    (DYNADIAG | TWICE, "no --density-start"),
     ({"method": "tar", "init": "sparse", "prune_at": 90}, "--init sparse does not rescale trained weights"),
 ]
 

@@ -234,6 +234,7 @@ def test_compacting_and_expanding_change_no_bit_and_training_between_is_that_of_
             pruned = contents(nets)
         assert [in_kernels(net.network) for net in nets.values()] == [["sparse"], names, []]
         assert in_kernels(nets["qf1"].target) == names
+        assert all(param.grad is None for param in parameters["qf1"] if param.dim() == 2)  # or Adam would move them
         kernels.compact(nets)  # once more does nothing
         for _ in range(2):
             with kernels.in_torch(nets):
@@ -580,7 +581,9 @@ def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, ca
     sparse_utils.plan(net, 0.0)
     kernels.choose({"net": net}, "auto", 8)
     assert net.in_kernels == (why is None)
-    if why:
+    if why is None:
+        assert kernels.is_chain(net) == (name in ("Adam", "AdamW"))
+    else:
         assert capsys.readouterr().out.startswith(f"compute: net masked, since {why}")
         with pytest.raises(ValueError, match=f"^--compute sparse is not to be had for the net: {why}.*; use --compute"):
             kernels.choose({"net": net}, "sparse", 8)

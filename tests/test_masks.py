@@ -276,7 +276,8 @@ def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(r
 
     def nothing(args, nets, generator):
         does = {"state_dict": dict, "begin_pruning": lambda _: args.criterion, "after_pruning": lambda _: None}
-        return SimpleNamespace(prunings={args.prune_at: args.criterion}, step=lambda *_: 0, **does)
+        does |= {"load_state_dict": lambda _: None, "step": lambda *_: 0}
+        return SimpleNamespace(prunings={args.prune_at: args.criterion}, **does)
 
     def finals():
         folders = [run(method=method, total_timesteps=90) for method in ("tar", "uniform", "static", "dense")]

@@ -232,7 +232,9 @@ def test_every_rule_acts_and_help_tells_of_it(tmp_path):
 
 
 DIFFS = {re.match(r"--- .*: (normalizer|LayerNorm|third|scheduler|trained)", b)[1]: b for b in blocks(LAB, "diff")}
-SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200"
+SMALL = (
+    "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --compute sparse"
+)
 SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.5 --seed 3 --prune-at 70"
 
 

@@ -595,6 +595,16 @@ def test_evaluate_gives_the_last_evaluation_of_the_run_again(finished, script, m
     assert sorted(run_dir.rglob("*")) == before
 
 
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
+def test_evaluate_runs_a_policy_that_was_cut_to_its_active_width(run, script, monkeypatch, capsys, compute):
+    run_dir = run(env_id="Short-v0", active_width=9, compute=compute, total_timesteps=90)
+    assert load(run_dir)["actor"]["fc2.weight"].shape == (9, 9)
+    capsys.readouterr()
+    main(script, monkeypatch, "--evaluate", run_dir)
+    printed = float(capsys.readouterr().out.split("mean ")[1].split(",")[0])
+    assert printed == pytest.approx(scalars(run_dir)["eval/episodic_return"][-1][1], abs=0.06)
+
+
 def test_evaluate_computes_as_the_run_did(run, script, monkeypatch):
     """The networks that the run had in the kernels, though another choice would now be made."""
     monkeypatch.setattr(kernels, "known_times", lambda net, *_: (1.0, 0.5 if net.network.fc1.in_features == 3 else 2.0))
