@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import sparse_utils
 from lab import baselines, kernels
 from lab.environment import make_env
-from lab.flags import Criterion, Distribution, RunFlags, bad_input
+from lab.flags import RunFlags, bad_input
 from lab.record import settle
 from lab.replay import Batch, ReplayBuffer
 from lab.run import Run, main
@@ -47,8 +47,8 @@ class Args(baselines.Flags, RunFlags):
     sparsity: float = 0.9
     critic_sparsity: float | None = None  # Another sparsity for the critics; default: that of the actor.
     reserve: float = 0.1  # The fraction of the active connections that revival places, in [0, 1).
-    criterion: Criterion = "random"
-    distribution: Distribution = "er"
+    criterion: baselines.Criterion = "random"
+    distribution: baselines.Distribution = "er"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
     # [ours] The number of neurons of each hidden layer that get connections, or auto: as many as the budget can feed.
     # The default is all of them, as in the paper.

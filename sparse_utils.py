@@ -238,42 +238,12 @@ def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generat
     return {name: m * torch.outer(o, i) for name, m, o, i in zip(weights, magnitudes, out_of, into, strict=True)}
 
 
-def diagonals(weight: Tensor) -> Tensor:
-    """For each connection of a layer the number of its diagonal, of max(n_out, n_in) that go round the edges."""
-    rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
-    return (columns - rows.unsqueeze(1)) % max(weight.shape)
-
-
-def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
-    has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
-    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one, if nothing was
-    pruned before."""
-    scores = {}
-    for name, mask in masks.items():
-        part = mask[: int(mask.any(1).sum()), : int(mask.any(0).sum())]
-        scores[name] = torch.zeros(mask.shape, dtype=torch.float64)
-        order = torch.randperm(max(part.shape), generator=generator) / max(part.shape)
-        scores[name][: part.shape[0], : part.shape[1]] = order[diagonals(part).cpu()]
-    return {name: s.to(weights[name].device) for name, s in scores.items()}
-
-
-def dynadiag_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """Whole diagonals, by gates that are learned until --prune-at (DynaDiag, Tyagi et al. 2025). The last one may be
-    kept in part. Equal gates, as before learning, rank by number, the lowest first. lab/baselines.py learns them."""
-    alphas = {name: getattr(w, "alpha", w.new_zeros(max(w.shape))) for name, w in weights.items()}
-    ranks = {name: alpha.argsort(descending=True, stable=True).argsort() for name, alpha in alphas.items()}
-    return {name: -ranks[name][diagonals(w)].double() for name, w in weights.items()}
-
-
 CRITERIA = {
     "random": Rule(random_scores),
     "magnitude": Rule(magnitude_scores),
     "snip": Rule(snip_scores, uses_loss=True),
     "grasp": Rule(grasp_scores, uses_loss=True),
     "synflow": Rule(synflow_scores, rounds=100),
-    "diagonal": Rule(diagonal_scores),
-    "dynadiag": Rule(dynadiag_scores),
 }
 
 

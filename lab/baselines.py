@@ -1,9 +1,9 @@
 """What other papers do to a sparse agent, called at the places of the scripts that are marked BASELINES.
 
-Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, learned diagonals (DynaDiag), a density that falls (CHTss,
-SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. Without this file,
-the marked lines and the base class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also serve
-n-step targets (RLx2) and recent transitions (after MAST), which lab/replay.py computes.
+Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, diagonals at random and learned (DynaDiag), a density that
+falls (CHTss, SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. Without this
+file, the marked lines and the base class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also
+serve n-step targets (RLx2) and recent transitions (after MAST), which lab/replay.py computes.
 """
 
 import bisect
@@ -55,6 +55,37 @@ def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
 
 sparse_utils.REVIVALS["tar_ch"] = Revival(tar_ch_budgets, ch_places)
 sparse_utils.UNPRUNED["tiny"] = "Train a dense network so narrow that it has at most K weights"
+
+
+def diagonals(weight: Tensor) -> Tensor:
+    """For each connection of a layer the number of its diagonal, of max(n_out, n_in) that go round the edges."""
+    rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
+    return (columns - rows.unsqueeze(1)) % max(weight.shape)
+
+
+def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
+    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
+    has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
+    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one, if nothing was
+    pruned before."""
+    scores = {}
+    for name, mask in masks.items():
+        part = mask[: int(mask.any(1).sum()), : int(mask.any(0).sum())]
+        scores[name] = torch.zeros(mask.shape, dtype=torch.float64)
+        order = torch.randperm(max(part.shape), generator=generator) / max(part.shape)
+        scores[name][: part.shape[0], : part.shape[1]] = order[diagonals(part).cpu()]
+    return {name: s.to(weights[name].device) for name, s in scores.items()}
+
+
+def dynadiag_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
+    """Whole diagonals, by gates that are learned until --prune-at (DynaDiag, Tyagi et al. 2025). The last one may be
+    kept in part. Equal gates, as before learning, rank by number, the lowest first."""
+    alphas = {name: getattr(w, "alpha", w.new_zeros(max(w.shape))) for name, w in weights.items()}
+    ranks = {name: alpha.argsort(descending=True, stable=True).argsort() for name, alpha in alphas.items()}
+    return {name: -ranks[name][diagonals(w)].double() for name, w in weights.items()}
+
+
+sparse_utils.CRITERIA |= {"diagonal": Rule(diagonal_scores), "dynadiag": Rule(dynadiag_scores)}
 
 
 class Layer(NamedTuple):
@@ -167,6 +198,8 @@ METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils
 Method = one_of(
     METHODS, "How connections are pruned and revived. Every method but dense and tiny trains K connections."
 )
+Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
+Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
     DROPS | {None: "Soft with chts, else magnitude"},
     "For methods that rewire: the worth of a connection; those of the lowest worth are dropped.",
@@ -418,7 +451,7 @@ class Diagonals:
     def __init__(self, net: Net, distribution: str):
         counts = sparse_utils.DISTRIBUTIONS[distribution](net.weights, net.budget - net.reserve)
         self.weights = list(net.weights.values())
-        self.places = [sparse_utils.diagonals(w) for w in self.weights]
+        self.places = [diagonals(w) for w in self.weights]
         self.paid = [max(1, count / min(w.shape)) for w, count in zip(self.weights, counts)]
         self.values = [w.detach().clone().requires_grad_() for w in self.weights]
         self.alphas = [w.new_full([max(w.shape)], 1 / max(w.shape)).requires_grad_() for w in self.weights]

@@ -1,4 +1,4 @@
-"""The flags that every run has, the types of flags that take the name of a rule, and how bad input ends the program."""
+"""The flags that every run has, the type of flags that name a rule, and how bad input ends the program."""
 
 import contextlib
 import math
@@ -10,8 +10,6 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tqdm import tqdm
-
-import sparse_utils
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -40,10 +38,6 @@ def one_of(rules: dict, help: str) -> type:
     """The type of a flag that takes a name of this dictionary, with `help` and the rules' own sentences as its help."""
     names = "; ".join(f"{name}: {first_sentence(rule)}" for name, rule in rules.items())
     return Annotated[Literal[tuple(rules)], tyro.conf.arg(help=f"{help} {names}.")]
-
-
-Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
-Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 
 
 @dataclass

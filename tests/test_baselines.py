@@ -436,7 +436,7 @@ def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_an
         k = round((1 - flags.get("sparsity", 0.9)) * sum(sizes(static)))
         assert sum(counts(static)) == k - reserve and sum(counts(pruning.masks[name])) == k
         for (layer, mask), alpha, value in zip(static.items(), alphas, values, strict=True):
-            places = su.diagonals(mask)
+            places = baselines.diagonals(mask)
             kept = torch.zeros(max(mask.shape)).index_add_(0, places.flatten(), mask.flatten().float())
             ranked, diagonals = kept[alpha.argsort(descending=True, stable=True)], int(mask.sum()) / min(mask.shape)
             assert ranked[: int(diagonals)].eq(min(mask.shape)).all() and not ranked[math.ceil(diagonals) :].any()
