@@ -223,8 +223,6 @@ class Flags:
     # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
     density_start: float | None = None
     # Prune a second time at this environment step, by magnitude, and revive only then (SCULPT). Needs --density-start.
-    # The return falls at once. In TD3 on HalfCheetah-v4, one seed, it was back within 22,000 steps where critics kept a
-    # tenth of their weights; where they kept a twentieth, it was not back when the runs ended.
     final_prune_at: int | None = None
     # The number of cycles in which all learning rates rise and fall. Adam starts anew in each (SCULPT).
     lr_cycles: int | None = None
