@@ -335,6 +335,22 @@ def test_only_what_is_run_as_a_chain_is_computed_as_one_and_the_rest_layer_by_la
     assert torch.equal(torch.get_rng_state(), state) and list(dict(network.named_children())) == ["fc0", "relu1", "fc1"]
 
 
+@pytest.mark.parametrize("kind", [chain, Tanh])
+def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatch, kind):
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    nets = make_nets(kind=kind)
+    nets["qf1"].in_kernels, network = True, nets["qf1"].network
+    with kernels.in_torch(nets):
+        prune(nets)
+        weight = network.fc1.weight.clone()
+    reads = [lambda: network.fc1.weight, lambda: network.fc1.bias]
+    for read in [*reads, lambda: network.fc1(torch.ones(1, 9))] if kind is chain else reads:
+        with pytest.raises(RuntimeError, match=r"read it inside `with kernels.in_torch\(nets\):`"):
+            read()
+    with kernels.in_torch(nets):
+        assert torch.equal(network.fc1.weight, weight)
+
+
 def test_a_layer_with_many_connections_stays_in_torch_unless_it_is_in_a_chain():
     for kind in (Normed, chain):
         net = make_nets(kind=kind)["qf1"]

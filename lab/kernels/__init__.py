@@ -126,12 +126,28 @@ def load_kernels() -> ctypes.CDLL:
     return kernels
 
 
+def not_here(*_: object) -> None:
+    raise RuntimeError(
+        "a layer in the kernels has no weight or bias of its own; read it inside `with kernels.in_torch(nets):`, or "
+        "train with --compute masked"
+    )
+
+
+class InChain:
+    """Has the name of a layer whose place a `SparseMLP` has taken together with others; who uses it, is told so."""
+
+    weight = bias = property(not_here)
+    __call__ = not_here
+
+
 class SparseMLP(nn.Module):
     """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
 
     `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes. The input has shape
     (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
+
+    weight = bias = property(not_here)
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
         super().__init__()
@@ -467,6 +483,7 @@ def compact_part(
     else:
         for name in names:
             delattr(network, name)
+            setattr(network, name, InChain())
         network.add_module("sparse", mlp)
     if optimizer is None:
         return
@@ -487,6 +504,7 @@ def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optim
     if len(mlp.replaced) > 1:
         del network.sparse
     for name, module in mlp.replaced.items():
+        vars(network).pop(name, None)  # of a chain
         network.set_submodule(name, module)
     state = optimizer.state.pop(mlp.flat, {}) if optimizer else {}
     for group in optimizer.param_groups if optimizer else ():
