@@ -136,7 +136,7 @@ def identity(args: dict) -> dict:
 def usual(name: str, args: dict) -> object:
     """The value at which a flag is left out of the name of an arm: that of the flag which it follows, or the default of
     a flag that a script without baselines does not have. Other flags have none: MISSING, which no value equals."""
-    plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None, "load": None}
+    plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None}
     return args.get(FOLLOWS[name]) if name in FOLLOWS else plain.get(name, MISSING)
 
 
