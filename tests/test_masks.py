@@ -394,7 +394,9 @@ def test_static_pruning_keeps_the_exact_count_where_it_may(data, criterion, dist
     assert sum(counts(masks)) == keep and not any((mask & ~among[name]).any() for name, mask in masks.items())
     shapes = [part.shape for part in su.active_part(masks, net.width).values()]
     shares = {"er": [a + b for a, b in shapes], "uniform": [a * b for a, b in shapes]}
-    assert distribution == "global" or counts(masks) == su.allocate(keep, shares[distribution], counts(among))
+    if distribution != "global":  # in rounds, a layer may have been rounded down before
+        off = np.subtract(counts(masks), su.allocate(keep, shares[distribution], counts(among)))
+        assert abs(off).max() <= (su.CRITERIA[criterion].rounds > 1)
     assert same(before, network.state_dict()) and torch.equal(state, torch.get_rng_state())
 
 
