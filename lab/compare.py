@@ -255,6 +255,21 @@ def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
+    """Of each run that revived: `gain`, its final return less that of its seed in the arm in `chosen`, and `cut`, the
+    percentage of the neurons before and after each layer, of all networks, that static pruning left without one."""
+    rows, finals = [], finals_of(runs)
+    for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():
+        other = finals.get((run.env_id, chosen.get(run.arm)), pd.Series(dtype=float)).get(run.seed)
+        layers = [layer for network in run.topology.values() for layer in network["layers"].values()]
+        if other is not None and layers:
+            cut = sum(layer["blind_inputs"][0] + layer["dead_units"][0] for layer in layers)
+            neurons = sum(sum(layer.get("part", layer["shape"])) for layer in layers)
+            own = {"env_id": run.env_id, "label": run.label, "base": f"{run.base} at {run.sparsity}"}
+            rows.append(own | {"cut": 100 * cut / neurons, "gain": run.final - other})
+    return pd.DataFrame(rows)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """With aligned columns, for pages and the console; a value and the ends of its interval are one cell."""
 
@@ -362,7 +377,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     styles = figures.styles_of(runs)
     for algo, of_algo in runs.groupby("algo"):
-        sparse = of_algo[~of_algo.dense]
+        sparse, gains = of_algo[~of_algo.dense], []
         sparsities = sorted(set(sparse.sparsity)) or [0.0]
         if len(sparsities) > 1:
             figures.draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
@@ -372,6 +387,9 @@ def main(args: Args) -> None:
             elsewhere = set(sparse.env_id) - set(sparse.env_id[own])
             group = of_algo[own & ~of_algo.env_id.isin(elsewhere)].sort_values(["env_id", "base", "arm", "seed"])
             write_page(group, notes, against, styles, out / f"{algo}_s{sparsity}")
+            gains.append(gains_of(group, references(group, None)))
+        if sparse.base.nunique() > 1 and len(gained := pd.concat(gains)):
+            figures.draw_gains(gained, out / f"{algo}_gains.png")
     for network, layers in masks.items():
         figures.draw_masks(network, layers, drawn, out / f"masks_{network}.png")
     print(f"wrote {out}")

@@ -1,4 +1,4 @@
-"""The figures of a comparison: learning curves, returns against sparsity, masks before and after revival."""
+"""The figures of a comparison: learning curves, returns against sparsity, gains by revival, masks."""
 
 import io
 import itertools
@@ -18,6 +18,7 @@ from lab.topology import MASK_COLOURS
 # by turns; colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and most also in grey
 COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
+MARKERS = "os^Dv*P"
 THIN_LINES = 5  # up to so many seeds are drawn each, the interval of more as a shade
 MANY_ARMS = 6  # in a panel with more, only means are drawn
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False}
@@ -145,6 +146,25 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
         axes.set(xlabel="sparsity", xticks=range(n), xticklabels=sparsities, xlim=(-0.5, n - 0.5))
         show(axes, np.concatenate(seen))
     finish(figure, path, styles)
+
+
+def draw_gains(gains: pd.DataFrame, path: Path) -> None:
+    """What runs gained by revival, against what static pruning had cut: a point for each seed."""
+    cells = list(gains.groupby(["env_id", "label"]))
+    columns = min(len(cells), 3)
+    size = {"figsize": (9, 0.7 + 3.3 * -(-len(cells) // columns)), "sharey": True, "squeeze": False}
+    figure, grid = plt.subplots(-(-len(cells) // columns), columns, **size)
+    names = sorted(set(gains.base))
+    for axes, (title, own) in itertools.zip_longest(grid.flat, cells, fillvalue=("", gains[:0])):
+        axes.set_visible(len(own) > 0)
+        axes.axhline(0, color="#999999", linewidth=0.8)
+        for name, points in own.groupby("base"):
+            i = names.index(name)
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            axes.plot(points.cut, points.gain, linestyle="", label=name, **look)
+        axes.set(title="\n".join(title), xlabel="neurons cut by static pruning, %", xlim=(-3, 103))
+    plt.setp(grid[:, 0], ylabel="gain by revival, return")
+    finish(figure, path, names)
 
 
 def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], run: str, path: Path) -> None:

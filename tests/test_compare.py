@@ -46,7 +46,7 @@ def make(tmp_path):
     counter = itertools.count(1_700_000_000, 10_000)
 
     def make(final, env_id="A-v1", method="tar", seed=1, steps=STEPS, finished=True, torch="2.0", pace=1.0, flops=1e9,
-             script="td3_tar", segments=({},), late=(0, 0), **args):  # fmt: skip
+             script="td3_tar", segments=({},), late=(0, 0), cut=(0, 0), **args):  # fmt: skip
         flags = {"sparsity": 0.0 if method == "dense" else 0.9, "method": method, "seed": seed} | args
         flags = SETTLED | {"env_id": env_id, "exp_name": script} | flags
         flags = {"critic_method": flags["method"], "critic_sparsity": flags["sparsity"]} | flags
@@ -56,7 +56,9 @@ def make(tmp_path):
         one = {"from_step": 0, "code": "c0de" * 3, "git_commit": "a" * 40, "processor": "a processor", "device": "cpu"}
         segments = [one | {"versions": {"torch": torch}} | segment for segment in segments]
         (run / "config.json").write_text(json.dumps({"args": flags, "script": script, "segments": segments}))
-        (run / "topology.json").write_text('{"actor": {"budget": 7}}')
+        layer = {"shape": [6, 4], "blind_inputs": [cut[0], 0], "dead_units": [cut[1], 0]}
+        layers = {"fc1": layer | {"shape": [8, 8], "part": [6, 4]}, "fc2": layer}  # older runs have no part
+        (run / "topology.json").write_text(json.dumps({"actor": {"budget": 7, "layers": layers}}))
         if finished:
             (run / "final.pt").touch()
         values = [("eval/episodic_return", step, final if step > 900 else final / 2) for step in steps]
@@ -86,7 +88,7 @@ def drawn(monkeypatch):
 @pytest.fixture
 def comparison(tmp_path, monkeypatch, request):
     """The tables of a comparison, by the end of their file names, and its page; figures only for tests with `drawn`."""
-    for name in ("draw_curves", "draw_sparsities") if "drawn" not in request.fixturenames else ():
+    for name in ("draw_curves", "draw_sparsities", "draw_gains") if "drawn" not in request.fixturenames else ():
         monkeypatch.setattr(figures, name, lambda *args: None)
 
     def comparison(folder=tmp_path / "runs", sparsity=0.9, algo="td3_tar", **args):
@@ -355,9 +357,9 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     for tables in (after, again):
         assert all(tables[k].equals(before[k]) if k != "page" else tables[k] == before[k] for k in before)
     runs, original = json.loads((published / "runs.json").read_text()), json.loads((run / "config.json").read_text())
-    assert runs[run.name] == original | {
-        "args": record.identity(original["args"]), "topology": {"actor": {"budget": 7}}, "began": 1_700_040_000.0
-    }  # fmt: skip
+    topology = json.loads((run / "topology.json").read_text())
+    args = record.identity(original["args"])
+    assert runs[run.name] == original | {"args": args, "topology": topology, "began": 1_700_040_000.0}
     lines = (published / "evaluations.csv").read_text().splitlines()
     assert lines[0] == "run,step,return,length,seconds,flops" and f"{run.name},500,3.5,7,500.0,4e+11" in lines
     assert len([line for line in lines if line.split(",")[2] == "16.666666"]) == 10 and len(lines) == 49
@@ -427,6 +429,20 @@ def test_sparsities_stay_apart_and_bars_inside_the_axes(make, comparison, drawn)
         assert [round(x) for x in errors.lines[0].get_xdata()] == [0, 1]
         for segment in errors.lines[2][0].get_segments():
             assert axes.get_ylim()[0] <= segment[:, 1].min() and segment[:, 1].max() <= axes.get_ylim()[1]
+
+
+def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comparison, drawn):
+    for base, seed, cut in (("er", 1, (0, 0)), ("er", 2, (1, 0)), ("global", 1, (4, 1))):
+        make(1000, method="static", seed=seed, distribution=base, cut=(4, 6))
+        for method, final in (("uniform", 1000 + seed), ("tar", 2000), ("set", 5000)):
+            make(final, method=method, seed=seed, distribution=base, cut=cut)
+    make(3000, seed=3)  # has no control
+    comparison()
+    tar, uniform = drawn["td3_tar_gains.png"].axes
+    points = {line.get_label(): line.get_xydata().tolist() for line in tar.lines[1:]}
+    assert points == {"random+er at 0.9": [[0, 1000], [10, 1000]], "random+global at 0.9": [[50, 1000]]}
+    assert [y for line in uniform.lines[1:] for y in line.get_ydata()] == [1, 2, 1]
+    assert (tar.get_title(), uniform.get_title()) == ("A-v1\ntar", "A-v1\nuniform")
 
 
 def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):

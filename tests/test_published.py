@@ -24,7 +24,8 @@ def grids(tmp_path_factory):
     """The runs of each grid by algorithm and sparsity in %, as its comparison has them on a page."""
     grids, out = {}, tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "draw_sparsities", lambda *args: None)
+        for name in ("draw_sparsities", "draw_gains"):
+            patch.setattr(figures, name, lambda *args: None)
         patch.setattr(
             compare,
             "write_page",
