@@ -173,7 +173,7 @@ def rigl_growth(layer: Layer) -> Tensor:
 
 
 def cht_growth(layer: Layer) -> Tensor:
-    """The same, but grow where Cannistraci-Hebb scores of the mask are highest (CHT, Zhang et al. 2024)."""
+    """The same, but grow where Cannistraci-Hebb scores (CH2-L3n) are highest (CHT, Zhang et al. 2024)."""
     return ch_places(layer.mask, layer.generator)
 
 
@@ -440,17 +440,18 @@ def rewiring_steps(args: object) -> range:
 class Diagonals:
     """DynaDiag in one network until pruning. A weight is V * a, a = clamp(k softmax(alpha / T), 0, 1) being the gate of
     its diagonal and k the diagonals that the budget of its layer pays for, at least 1. alpha starts equal, and T falls
-    from 5 to 0.05. The source leaves the last layer dense; here it has its share, as everywhere. All weights train, in
-    torch, so K does not hold yet and no masks are logged.
+    from 5 to 0.05. A layer that stays whole has no gates; in the source that is the last one, here it goes by budget.
+    All weights train, in torch, so K does not hold yet and no masks are logged.
 
     The network holds the products, so it is run and saved like any other, and targets follow these. Only while its
     optimizer steps does it hold V and dL/dV. alpha has an Adam of its own, which does what the network's would."""
 
     def __init__(self, net: Net, distribution: str):
         counts = sparse_utils.DISTRIBUTIONS[distribution](net.weights, net.budget - net.reserve)
-        self.weights = list(net.weights.values())
-        self.places = [diagonals(w) for w in self.weights]
-        self.paid = [max(1, count / min(w.shape)) for w, count in zip(self.weights, counts)]
+        gated = [(weight, count) for weight, count in zip(net.weights.values(), counts) if count < weight.numel()]
+        self.weights = [weight for weight, _ in gated]
+        self.places = [diagonals(weight) for weight in self.weights]
+        self.paid = [max(1, count / min(weight.shape)) for weight, count in gated]
         self.values = [w.detach().clone().requires_grad_() for w in self.weights]
         self.alphas = [w.new_full([max(w.shape)], 1 / max(w.shape)).requires_grad_() for w in self.weights]
         rate = next(group["lr"] for group in net.optimizer.param_groups if self.weights[0] in {*group["params"]})
@@ -465,7 +466,7 @@ class Diagonals:
         return {name: getattr(self, name) for name in ("values", "alphas", "stage", "optimizer")}
 
     def load_state_dict(self, state: dict) -> None:
-        for own, saved in zip(self.values + self.alphas, state["values"] + state["alphas"]):
+        for own, saved in zip(self.values + self.alphas, state["values"] + state["alphas"], strict=True):
             own.data.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
         self.multiply(state["stage"])

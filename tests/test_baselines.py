@@ -357,8 +357,9 @@ def test_all_rates_follow_the_cycles_and_adam_starts_anew_in_each(train, watch, 
 
 
 def learner():
-    """A network with a target whose diagonals are learned, as it is at first, and a copy as it was drawn."""
-    network = mlp(7, 20, 20, 3)
+    """A network with a target whose diagonals are learned, as it is at first, and a copy as it was drawn. The budget
+    leaves its last layer whole."""
+    network = mlp(7, 20, 20, 1)
     drawn, target = copy.deepcopy(network), copy.deepcopy(network)
     optimizer = kernels.Adam([{"params": network.parameters(), "lr": 0.01}, {"params": [torch.zeros(1)], "lr": 0.1}])
     net = su.Net(network, target, optimizer, "static", 0.8)
@@ -372,6 +373,7 @@ def test_gates_start_equal_at_what_the_budget_of_their_layer_pays_for():
     for network in (net.network, net.target):
         for name, weight in su.linear_weights(network).items():
             gate = max(budgets[name], min(weight.shape)) / weight.numel()
+            assert (gate == 1) == (name == [*net.weights][-1])
             torch.testing.assert_close(weight, su.linear_weights(drawn)[name] * gate)
 
 
@@ -379,12 +381,11 @@ def test_values_and_gates_are_learned_as_if_both_were_the_networks_parameters():
     """Against plain autograd and one torch Adam of V, biases and alpha. T falls from 5 to 0.05; the loss falls too."""
     net, drawn, learned = learner()
     own = {name: param.detach().clone().requires_grad_() for name, param in drawn.named_parameters()}
-    alphas = {
-        name: torch.full((max(w.shape),), 1 / max(w.shape), requires_grad=True) for name, w in net.weights.items()
-    }
+    gated = list(net.weights.items())[:-1]
+    alphas = {name: torch.full((max(w.shape),), 1 / max(w.shape), requires_grad=True) for name, w in gated}
     optimizer = torch.optim.Adam([*own.values(), *alphas.values()], lr=0.01)
     budgets = dict(zip(net.weights, su.er_budgets(net.weights, net.budget), strict=True))
-    x, y, losses = torch.randn(64, 7), torch.randn(64, 3), []
+    x, y, losses = torch.randn(64, 7), torch.randn(64, 1), []
 
     def products(temperature):
         found = dict(own)
@@ -435,7 +436,8 @@ def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_an
         static, reserve = pruning.static[name], seen.nets[name].reserve
         k = round((1 - flags.get("sparsity", 0.9)) * sum(sizes(static)))
         assert sum(counts(static)) == k - reserve and sum(counts(pruning.masks[name])) == k
-        for (layer, mask), alpha, value in zip(static.items(), alphas, values, strict=True):
+        gated = [(layer, mask) for layer, mask in static.items() if not mask.all()]
+        for (layer, mask), alpha, value in zip(gated, alphas, values, strict=True):
             places = baselines.diagonals(mask)
             kept = torch.zeros(max(mask.shape)).index_add_(0, places.flatten(), mask.flatten().float())
             ranked, diagonals = kept[alpha.argsort(descending=True, stable=True)], int(mask.sum()) / min(mask.shape)
