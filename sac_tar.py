@@ -9,7 +9,6 @@ import copy
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -163,14 +162,10 @@ def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
     return Flops(actor, batch_size * critic_update, batch_size * (3 * actor + 2 * (qf1 + qf2)))
 
 
-def parameters_of(*networks: nn.Module) -> list[nn.Parameter]:
-    return [param for network in networks for param in network.parameters()]
-
-
 @torch.no_grad()
-def polyak_update(targets: Iterable[nn.Module], networks: Iterable[nn.Module], tau: float) -> None:
+def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
     """target += tau * (network - target), all parameters of all targets in one call."""
-    torch._foreach_lerp_(parameters_of(*targets), parameters_of(*networks), tau)
+    torch._foreach_lerp_(list(targets.parameters()), list(networks.parameters()), tau)
 
 
 def train(args: Args) -> Path:
@@ -199,6 +194,7 @@ def train(args: Args) -> Path:
     qf2 = QNetwork(env, critic_hidden).to(device)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
+    critics, targets = nn.ModuleList([qf1, qf2]), nn.ModuleList([qf1_target, qf2_target])
     log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log()
     log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
     target_entropy = -env.action_space.shape[0]
@@ -206,7 +202,7 @@ def train(args: Args) -> Path:
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor_groups)
-    q_optimizer = kernels.Adam(parameters_of(qf1, qf2), lr=args.q_lr)
+    q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)
 
     # the networks that become sparse, each with the target and the optimizer that have to follow its mask
     nets = {
@@ -304,8 +300,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                for qf in (qf1, qf2):  # the actor's loss needs no gradient of the critics' weights
-                    qf.requires_grad_(False)
+                critics.requires_grad_(False)  # the actor's loss needs no gradient of their weights
                 for _ in range(args.policy_frequency):  # make up for the delay
                     alpha = log_alpha.detach().exp()
                     actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
@@ -319,11 +314,10 @@ def train(args: Args) -> Path:
                     total_loss.backward()
                     actor_optimizer.step()
                     progress["training_flops"] += flops.actor_update
-                for qf in (qf1, qf2):
-                    qf.requires_grad_(True)
+                critics.requires_grad_(True)
 
             if global_step % args.target_network_frequency == 0:
-                polyak_update((qf1_target, qf2_target), (qf1, qf2), args.tau)
+                polyak_update(targets, critics, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:
                 losses = {

@@ -315,15 +315,9 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
     return allocate(reserve, pruned, pruned)
 
 
-class Revival(NamedTuple):
-    """A method that revives. `counts` is a function (masks, R) -> how many of the R connections each layer gets. The
-    first sentence of its docstring is the help of the method."""
-
-    counts: Callable
-    places: Callable | None = None  # (mask, generator) -> scores of where in a layer, highest first; None: at random
-
-
-REVIVALS = {"tar": Revival(tar_budgets), "uniform": Revival(uniform_budgets)}
+# methods that revive: (masks, R) -> how many of the R connections each layer gets
+REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
+PLACES = {}  # by method: (mask, generator) -> scores of where in a layer, highest first; at random without
 CONTROLS = {"static": "Prune to K connections and revive none"}  # compare.py holds the other methods against these
 UNPRUNED = {"dense": "Prune nothing"}
 
@@ -335,7 +329,7 @@ def revival_counts(net: Net) -> list[int]:
     part = active_part(net.static, net.width)
     if not net.reserve:
         return [0] * len(part)
-    counts = list(REVIVALS[net.method].counts(part, net.reserve))
+    counts = list(REVIVALS[net.method](part, net.reserve))
     pruned = [mask.numel() - int(mask.sum()) for mask in part.values()]
     if sum(counts) != net.reserve or any(not 0 <= c <= p for c, p in zip(counts, pruned, strict=True)):
         raise ValueError(
@@ -349,7 +343,7 @@ def revive(net: Net, counts: Sequence[int], generator: torch.Generator) -> Masks
     """Masks that are net.static and `counts` more connections in each layer, all between active neurons: the pruned
     ones drawn uniformly without replacement, or those of highest `places` if the method has such a rule. `generator` is
     on the CPU."""
-    revived, places = {}, REVIVALS[net.method].places if net.reserve else None
+    revived, places = {}, PLACES.get(net.method) if net.reserve else None
     for (name, mask), count in zip(active_part(net.static, net.width).items(), counts, strict=True):
         if places:
             revived[name] = mask | highest(places(mask, generator), count, ~mask)

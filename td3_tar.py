@@ -9,7 +9,6 @@ import copy
 import math
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -141,14 +140,10 @@ def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
     return Flops(actor, batch_size * critic_update, batch_size * (3 * actor + 2 * qf1))
 
 
-def parameters_of(*networks: nn.Module) -> list[nn.Parameter]:
-    return [param for network in networks for param in network.parameters()]
-
-
 @torch.no_grad()
-def polyak_update(targets: Iterable[nn.Module], networks: Iterable[nn.Module], tau: float) -> None:
+def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
     """target += tau * (network - target), all parameters of all targets in one call."""
-    torch._foreach_lerp_(parameters_of(*targets), parameters_of(*networks), tau)
+    torch._foreach_lerp_(list(targets.parameters()), list(networks.parameters()), tau)
 
 
 def train(args: Args) -> Path:
@@ -178,9 +173,11 @@ def train(args: Args) -> Path:
     actor_target = copy.deepcopy(actor).requires_grad_(False)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
+    critics, networks = nn.ModuleList([qf1, qf2]), nn.ModuleList([actor, qf1, qf2])
+    targets = nn.ModuleList([actor_target, qf1_target, qf2_target])
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor.parameters(), lr=args.learning_rate)
-    q_optimizer = kernels.Adam(parameters_of(qf1, qf2), lr=args.learning_rate)
+    q_optimizer = kernels.Adam(critics.parameters(), lr=args.learning_rate)
 
     # the networks that become sparse, each with the target and the optimizer that have to follow its mask
     nets = {
@@ -276,17 +273,15 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                for qf in (qf1, qf2):  # the actor's loss needs no gradient of the critics' weights
-                    qf.requires_grad_(False)
+                critics.requires_grad_(False)  # the actor's loss needs no gradient of their weights
                 actor_loss = policy_loss(actor, qf1, data)
                 progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
                 actor_optimizer.zero_grad()
                 actor_loss.backward()
                 actor_optimizer.step()
                 progress["training_flops"] += flops.actor_update
-                for qf in (qf1, qf2):
-                    qf.requires_grad_(True)
-                polyak_update((actor_target, qf1_target, qf2_target), (actor, qf1, qf2), args.tau)
+                critics.requires_grad_(True)
+                polyak_update(targets, networks, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:
                 losses = {

@@ -20,7 +20,7 @@ from torch import Tensor
 import sparse_utils
 from lab import kernels
 from lab.flags import fail, fraction, one_of, positive, require, within_training
-from sparse_utils import Masks, Net, Revival, Rule, active_part, highest, linear_weights
+from sparse_utils import Masks, Net, Rule, active_part, highest, linear_weights
 
 MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 EARLY_STOP = 0.9  # fraction of the grown connections that were just dropped, above which a layer has settled (CHT)
@@ -53,7 +53,7 @@ def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
     return sparse_utils.tar_budgets(masks, reserve)
 
 
-sparse_utils.REVIVALS["tar_ch"] = Revival(tar_ch_budgets, ch_places)
+sparse_utils.REVIVALS["tar_ch"], sparse_utils.PLACES["tar_ch"] = tar_ch_budgets, ch_places
 sparse_utils.UNPRUNED["tiny"] = "Train a dense network so narrow that it has at most K weights"
 
 

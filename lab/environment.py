@@ -2,7 +2,6 @@
 what it holds between episodes can be saved and put back."""
 
 import copy
-import difflib
 import math
 import os
 import random
@@ -11,6 +10,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -76,9 +76,6 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
         if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
             env = NewWorld(env)
         env = Guard(env)
-    except gym.error.UnregisteredEnv as error:
-        close = difflib.get_close_matches(env_id, gym.registry, n=3)
-        fail(f"unknown --env-id {env_id} ({error}); close names: {', '.join(close) or 'none'}")
     except Exception as error:  # a package of environments may be broken in any way
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         where = "`pip install -r requirements.txt` brings MuJoCo's and Box2D's, PYTHONPATH says where yours is"
@@ -126,16 +123,18 @@ def has_time_limit(env: gym.Env) -> bool:
 
 
 @torch.no_grad()
-def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: str = ""):
+def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
     """Lists of the returns and lengths of noise-free episodes. Reseeded, so that every evaluation starts from the same
-    states (if only resets draw random numbers). With `video`, the first episode is filmed under that name. Without a
+    states (if only resets draw random numbers). With `video`, the first episode is filmed in <video>.mp4. Without a
     time limit episodes are cut after EVALUATION_LIMIT steps, and a signal ends them all: then the result is None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
     limit = math.inf if has_time_limit(env) else EVALUATION_LIMIT
+    if video:
+        env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: False)
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         if video and episode == 0:
-            env.start_recording(video)
+            env.start_recording(video.name)
         done = False
         while not done:
             action = policy(torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0))[0]

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
 
 import sparse_utils
 from lab import baselines
@@ -162,24 +163,18 @@ def hyperparameters(settings: dict, first: dict, metrics: Sequence[str]) -> list
     """What TensorBoard's HParams tab reads of one run. The tab opens with the first five columns by name of those that
     are said to differ between runs, so `first`, five of them, are said to. None is an empty cell. A column of both
     numbers and strings could not be sorted, so `settings` must not make one."""
-    start, infos = SessionStartInfo(), []
+    values, infos = {}, []
     for name, value in (settings | first).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None:
-            setattr(start.hparams[name], "number_value" if number else "string_value", value if number else str(value))
+            values[name] = value if number else str(value)
         kind = api_pb2.DataType.Value("DATA_TYPE_FLOAT64" if number else "DATA_TYPE_STRING")
         infos.append(api_pb2.HParamInfo(name=name, type=kind, differs=name in first))
     infos_of_metrics = [api_pb2.MetricInfo(name=api_pb2.MetricName(tag=metric)) for metric in metrics]
-    end = SessionEndInfo(status=api_pb2.Status.Value("STATUS_SUCCESS"))
-    contents = {
-        metadata.EXPERIMENT_TAG: HParamsPluginData(
-            experiment=api_pb2.Experiment(hparam_infos=infos, metric_infos=infos_of_metrics)
-        ),
-        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=start),
-        metadata.SESSION_END_INFO_TAG: HParamsPluginData(session_end_info=end),
-    }
-    described = {tag: metadata.create_summary_metadata(content) for tag, content in contents.items()}
-    return [Summary(value=[Summary.Value(tag=tag, metadata=content)]) for tag, content in described.items()]
+    columns = HParamsPluginData(experiment=api_pb2.Experiment(hparam_infos=infos, metric_infos=infos_of_metrics))
+    about = metadata.create_summary_metadata(columns)
+    # torch's own first summary has neither `differs` nor empty columns
+    return [Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about)]), *hparams(values, {})[1:]]
 
 
 # CODE

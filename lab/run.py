@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.wrappers import RecordVideo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -358,25 +357,26 @@ class Run:
         self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
-        self.checkpoint, self.returns, sps_seconds, segments, kept = None, {}, 0.0, [], None
+        self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
         with bad_input():
             optimizers = check_parts(state, inspect.currentframe().f_back.f_locals)
         if args.evaluate is not None:
-            kept = self.load_policy()
+            saved = self.load_policy()
         elif args.resume is not None:
             self.folder = Path(args.resume)
             claim(self.folder)
-            self.checkpoint, config = load_state(self.folder / "checkpoint.pt", script), read_config(self.folder)
+            self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
+            config = read_config(self.folder)
             self.restore(self.checkpoint)
             self.returns, sps_seconds = self.checkpoint["returns"], self.checkpoint["sps_seconds"]
             # the parts of the run that are in the checkpoint; in one of step 0 that is none, but for its settings
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
-            kept = past["in_kernels"] if args.compute == config["args"]["compute"] else None
             args.resume = None  # from here on it is that run
         elif args.load is not None:
             path = file_of(args.load)
             self.load_agent(path, load_state(path, script, of_any_script=True))
+        kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept=kept)
         kernels.compact(self.nets)
@@ -408,8 +408,6 @@ class Run:
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args()
-        if args.capture_video:
-            self.eval_env = RecordVideo(self.eval_env, self.folder / "videos", lambda episode: False)
         if not self.limited:
             tqdm.write(
                 f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
@@ -577,9 +575,8 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
 
-    def load_policy(self) -> list[str] | None:
-        """Make the agent, its masks and statistics those of --evaluate. Returns which networks its run computed in the
-        kernels; None if they are to be chosen anew."""
+    def load_policy(self) -> dict:
+        """Make the agent, its masks and statistics those of --evaluate. Returns the content of its file."""
         path = file_of(self.args.evaluate)
         saved = load_state(path, self.script)
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
@@ -590,9 +587,7 @@ class Run:
         self.load_agent(path, saved)
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
-        if self.args.capture_video:
-            self.eval_env = RecordVideo(self.eval_env, path.parent / "videos", lambda episode: False)
-        return saved.get("in_kernels") if self.args.compute == saved["args"]["compute"] else None
+        return saved
 
     def rewind(self, log_sizes: dict[str, int]) -> None:
         """Bring the folder back to its checkpoint: what came later is cut off. Warns if a log is lost."""
@@ -669,7 +664,7 @@ class Run:
         self.eval_env.set_wrapper_attr("global_step", step)
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
         film = f"evaluate-{file_of(self.args.evaluate).stem}" if evaluates_only else f"step-{global_step}"
-        video = film if self.args.capture_video else ""
+        video = self.folder / "videos" / film if self.args.capture_video else None
         played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
         if played is None:
             self.stop(global_step)

@@ -298,7 +298,7 @@ def test_a_bad_revival_rule_is_refused_with_a_sentence_that_names_it(run, monkey
     net = row({"fc1": torch.zeros(9, 9), "fc2": torch.zeros(9, 9), "fc3": torch.zeros(2, 9)}, "greedy", reserve=20)
     net.static = {name: torch.zeros_like(weight).bool() for name, weight in net.weights.items()}
     for bad in ([21, 0, 0], [-1, 21, 0], [0, 0, 20]):
-        monkeypatch.setitem(su.REVIVALS, "greedy", su.Revival(lambda masks, reserve, bad=bad: bad))
+        monkeypatch.setitem(su.REVIVALS, "greedy", lambda masks, reserve, bad=bad: bad)
         with pytest.raises(ValueError, match=r"the revival rule of method greedy gives the layers \[.*must add up to"):
             su.revival_counts(net)
     with pytest.raises(ValueError, match="the revival rule of method greedy"):

@@ -195,6 +195,7 @@ def test_how_networks_are_computed_is_kept_unless_another_way_is_asked_for(run, 
         (2.0, 75, {}),
         (0.5, 25, {}),
         (0.5, 25, {"compute": "sparse"}),
+        (0.5, 5, {"compute": "auto"}),  # dies before its first checkpoint, which is still one of `sparse`
         (0.5, 25, {"compute": "auto"}),
     ):
         monkeypatch.setattr(kernels, "known_times", lambda *_, fast=fast: (fast, 1.0))

@@ -7,7 +7,6 @@
 // __init__.py beside it builds this file with the system's compiler for this processor and calls it through ctypes.
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -24,7 +23,6 @@ constexpr int W = 4, R = 2;
 // W: floats in a vector; R: rows of a dense layer that share what is loaded (more did not gain on AVX-512)
 constexpr int V = 4;  // vectors per tile row: with R rows, or two partial sums, enough to hide the latency
 typedef float vector __attribute__((vector_size(W * sizeof(float))));
-typedef int32_t indices __attribute__((vector_size(W * sizeof(int32_t))));
 
 #define INLINE __attribute__((always_inline)) static inline
 
@@ -101,41 +99,13 @@ static inline float total(vector x) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, indices{__VA_ARGS__})
-#endif
-
-// Transposes a square of W vectors: first all squares of two by two in it, then those of four by four, and so on. `k...`
-// is 0 to W - 1.
-template <int step, int... k>
-INLINE void transpose_square(vector *rows, std::integer_sequence<int, k...> all) {
-    if constexpr (step < W) {
-        for (int r = 0; r < W; r++) {
-            if (r & step) continue;
-            const vector a = rows[r], b = rows[r + step];
-            rows[r] = SHUFFLE(a, b, (k & step ? W + k - step : k)...);
-            rows[r + step] = SHUFFLE(a, b, (k & step ? W + k : k + step)...);
-        }
-        transpose_square<2 * step>(rows, all);
-    }
-}
-
 // Sets to[i * to_step + j] to from[j * from_step + i], for `columns` i and `rows` j, and to zero for j up to `filled`.
 static void transpose(const float *from, int64_t from_step, int64_t rows, int64_t columns, float *to, int64_t to_step,
                       int64_t filled) {
-    for (int64_t j = 0; j < filled; j += W)
-        for (int64_t i = 0; i < columns; i += W)
-            if (j + W <= rows && i + W <= columns) {
-                vector square[W];
-                for (int k = 0; k < W; k++) __builtin_memcpy(square + k, from + (j + k) * from_step + i, sizeof(vector));
-                transpose_square<1>(square, std::make_integer_sequence<int, W>());
-                for (int k = 0; k < W; k++) __builtin_memcpy(to + (i + k) * to_step + j, square + k, sizeof(vector));
-            } else
-                for (int64_t a = i; a < i + W && a < columns; a++)
-                    for (int64_t b = j; b < j + W && b < filled; b++)
-                        to[a * to_step + b] = b < rows ? from[b * from_step + a] : 0.0f;
+    for (int64_t j = 0; j < filled; j += 16)
+        for (int64_t i = 0; i < columns; i++)
+            for (int64_t b = j; b < j + 16 && b < filled; b++)
+                to[i * to_step + b] = b < rows ? from[b * from_step + i] : 0.0f;
 }
 
 // Copies between samples side by side (one row a sample) and a tile; samples past the end of the batch are zero.
