@@ -321,6 +321,8 @@ OWN = {
     "other order": (lambda self, run, x: self[0](self[1](self[2](x))), False),
     "between": (lambda self, run, x: self[2](torch.tanh(self[0](x))), False),
     "collected": (collect, False),
+    "kept": (lambda self, run, x: [run(x), setattr(self, "features", run(x))][0], False),
+    "kept in a list": (lambda self, run, x: [run(x), setattr(self, "features", {"all": [run(x)]})][0], False),
 }
 
 
@@ -343,12 +345,70 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
     with kernels.in_torch(nets):
         prune(nets)
         weight = network.fc1.weight.clone()
-    reads = [lambda: network.fc1.weight, lambda: network.fc1.bias]
-    for read in [*reads, lambda: network.fc1(torch.ones(1, 9))] if kind is chain else reads:
-        with pytest.raises(RuntimeError, match=r"read it inside `with kernels.in_torch\(nets\):`"):
+    reads, of_a_chain = [lambda: network.fc1.weight, lambda: network.fc1.bias], lambda: network.fc1(torch.ones(1, 9))
+    for read in [*reads, of_a_chain, lambda: network.relu1.inplace] if kind is chain else reads:
+        with pytest.raises(RuntimeError, match=r"do it inside `with kernels.in_torch\(nets\):`"):
             read()
     with kernels.in_torch(nets):
         assert torch.equal(network.fc1.weight, weight)
+
+
+def keep(self, run, x):
+    self.features = x = self.fc1(self.relu1(self.fc0(x)))
+    return x[:, :1]
+
+
+def test_what_forward_leaves_in_a_network_is_that_of_its_last_pass():
+    """Though it cannot be copied."""
+    nets = make_nets()
+    net = nets["qf1"]
+    net.network, net.target, net.in_kernels = Own(keep), None, True
+    net.optimizer = kernels.Adam(net.network.parameters())
+    sparse_utils.plan(net, 0.0)
+    for seed in range(3):
+        with kernels.in_torch({"qf1": net}):
+            prune({"qf1": net}, seed)
+        assert torch.equal(net.network(torch.ones(2, 5)), net.network.features[:, :1])
+        net.network.features.square().sum().backward()
+        net.optimizer.step()
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    _, mlp = make_mlp([4, 9, 1], 0.5, 0)
+    x = torch.ones(3, 4, requires_grad=True)
+    torch.autograd.grad(mlp(x).sum(), x)
+    with pytest.raises(RuntimeError, match="no second derivative; train with --compute masked"):
+        torch.autograd.grad(mlp(x).sum(), x, create_graph=True)
+
+
+def test_a_network_that_got_a_hook_after_the_choice_stays_in_torch_and_the_console_says_so(capsys):
+    nets, seen = make_nets(), []
+    nets["qf1"].in_kernels = nets["qf2"].in_kernels = True
+    nets["qf1"].network.fc1.register_forward_hook(lambda *_: seen.append(_))
+    with kernels.in_torch(nets):
+        prune(nets)
+    update(nets)
+    assert seen and [in_kernels(net.network) for net in nets.values()] == [[], [], ["sparse"]]
+    assert capsys.readouterr().out == f"compute: qf1 goes on in torch, since {PLAIN}\n"
+
+
+def test_adam_may_start_anew_in_one_layer_alone(monkeypatch):
+    """Then layers count other steps, and a vector of all has one count."""
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    nets, twins = make_nets(), make_nets()
+    nets["qf1"].in_kernels = True
+    for rows in (nets, twins):
+        with kernels.in_torch(rows):
+            prune(rows)
+        update(rows), update(rows)
+        with kernels.in_torch(rows):
+            for param in rows["qf1"].network.fc1.parameters():
+                rows["qf1"].optimizer.state.pop(param)
+        update(rows), update(rows)
+    assert in_kernels(nets["qf1"].network) == ["fc0", "fc1", "fc2"]
+    with kernels.in_torch(nets):
+        for got, expected in zip(contents(nets), contents(twins), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_layer_with_many_connections_stays_in_torch_unless_it_is_in_a_chain():

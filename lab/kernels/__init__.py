@@ -119,7 +119,7 @@ def load_kernels() -> ctypes.CDLL:
 
 def not_here(*_: object) -> None:
     raise RuntimeError(
-        "a layer in the kernels has no weight or bias of its own; read it inside `with kernels.in_torch(nets):`, or "
+        "a layer in the kernels cannot be read or changed by itself; do it inside `with kernels.in_torch(nets):`, or "
         "train with --compute masked"
     )
 
@@ -127,8 +127,12 @@ def not_here(*_: object) -> None:
 class InChain:
     """Has the name of a layer whose place a `SparseMLP` has taken together with others; who uses it, is told so."""
 
-    weight = bias = property(not_here)
     __call__ = not_here
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):  # which Python asks for, as to copy it
+            raise AttributeError(name)
+        not_here()
 
 
 class SparseMLP(nn.Module):
@@ -225,8 +229,9 @@ class _SparseMLPFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_y):
+        if torch.is_grad_enabled():  # for create_graph=True
+            raise RuntimeError("the kernels have no second derivative; train with --compute masked")
         (x, flat), mlp, grad_y = ctx.saved_tensors, ctx.mlp, grad_y.contiguous()
         grad_x = grad_y.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         grad_flat = torch.empty_like(flat) if ctx.needs_input_grad[1] else None
@@ -250,11 +255,14 @@ class _SparseMLPFunction(torch.autograd.Function):
 
 def trace(network: nn.Module) -> tuple[list | None, set[str]]:
     """What the forward of a network does, step by step, or None where torch.fx cannot follow it, as through an `if` on
-    a value; and the names of the parameters that it reads by itself, as far as torch.fx came."""
+    a value, or where it leaves in the network what it computed; and the names of the parameters that it reads by
+    itself, as far as torch.fx came."""
     tracer, followed = torch.fx.Tracer(), True
     try:
         with torch.random.fork_rng(devices=[]):
-            tracer.trace(copy.deepcopy(network))  # since forward may leave something in the network
+            tracer.trace(traced := copy.deepcopy(network))  # a copy, since forward may leave something there
+        left = {name: value for name, value in vars(traced).items() if name not in vars(nn.Module())}
+        followed = "Proxy(" not in repr(left)  # the type of all that is computed while torch.fx follows
     except Exception:  # of any kind, since forward is given what is no tensor
         followed = False
     nodes = {node: i for i, node in enumerate(tracer.graph.nodes)} if hasattr(tracer, "graph") else {}
@@ -270,10 +278,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and found == expected
 
 
-def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int]]:
-    """Whether a parameter is trained, and the groups of the optimizer that have it."""
+def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int], int]:
+    """Whether a parameter is trained, the groups of the optimizer that have it, and its steps so far."""
     groups = [i for i, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])]
-    return param.requires_grad, groups
+    return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0))
 
 
 def is_chain(net: Net) -> bool:
@@ -281,15 +289,15 @@ def is_chain(net: Net) -> bool:
     before it writes and is used for nothing else: then its forward does the same with all of them in one submodule."""
     children = dict(net.network.named_children())
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
-    if len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
+    steps, _ = trace(net.network)
+    if steps is None or len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
         return False
     training = [training_of(param, net.optimizer) for child in children.values() for param in child.parameters()]
     moved = copy.deepcopy(net.network)
     for name in children:
         delattr(moved, name)
     moved.add_module("sparse", nn.Sequential(OrderedDict(children)))
-    steps, _ = trace(net.network)
-    return all(t == training[0] for t in training) and steps is not None and steps == trace(moved)[0]
+    return all(t == training[0] for t in training) and steps == trace(moved)[0]
 
 
 def parts(net: Net, masks: Masks) -> list[list[str]]:
@@ -431,10 +439,17 @@ def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] 
 
 def compact(nets: dict[str, Net]) -> None:
     """Compute each network that is `in_kernels` and has masks, and its target, by a `SparseMLP` in the place of each of
-    its `parts`, whose vector is trained in the place of their parameters."""
-    for net in nets.values():
+    its `parts`, whose vector is trained in the place of their parameters. A network that was changed since it was
+    chosen, as by a hook, may have to stay in torch, which the console says."""
+    for name, net in nets.items():
         compact_already = any(isinstance(module, SparseMLP) for module in net.network.modules())
-        for names in parts(net, net.masks) if net.in_kernels and net.masks and not compact_already else ():
+        if not (net.in_kernels and net.masks) or compact_already:
+            continue
+        if why_not := why_not_in_kernels(net, nets):
+            tqdm.write(f"compute: {name} goes on in torch, since {why_not}")
+            net.in_kernels = False
+            continue
+        for names in parts(net, net.masks):
             compact_part(net.network, names, net.masks, net.optimizer)
             if net.target is not None:
                 compact_part(net.target, names, net.masks)
