@@ -20,6 +20,7 @@ from lab.flags import fail
 
 EVALUATION_LIMIT = 10_000  # steps after which an evaluation episode of an environment without a time limit is cut
 STOP_SIGNALS = []  # SIGINT or SIGTERM, once received
+GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
 
 # MAKING ONE
 
@@ -171,11 +172,10 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
     found = {"python": random, "numpy": np.random, "torch": torch.default_generator}
     if torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
-    kinds = (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)
     for which, one in (("training", env), ("evaluation", eval_env)):
         for name, part in attributes(one).items():
             part = part.np_random if isinstance(part, gym.Space) else part
-            if isinstance(part, kinds):
+            if isinstance(part, GENERATORS):
                 found[f"{which} {name}"] = part
     return found
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import sparse_utils
 from lab import baselines, environment, kernels, topology
-from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, has_time_limit, make_eval_env, play
+from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, has_time_limit, make_eval_env, play
 from lab.flags import bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, of_today, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
@@ -56,11 +56,12 @@ OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
 # what a file holds beside parts of `state`
 ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
-    "added", "sps_seconds", "log_sizes",
+    "added", "replay", "sps_seconds", "log_sizes",
 }  # fmt: skip
 # flags that stand elsewhere in the name of a run's folder, or in no name
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ARRAY = "an array of NumPy"  # marks one in a file
+SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -177,18 +178,23 @@ def is_of_the_policy(name: str, part: object) -> bool:
 
 
 def pack(part: object) -> object:
-    """What a checkpoint keeps of a part of the agent, on the CPU, in types that torch.load takes as data."""
+    """What a checkpoint keeps of a part of the agent, on the CPU, in types that torch.load takes as data. Ends the
+    program with one sentence if there is none."""
     if hasattr(part, "state_dict"):
         part = part.state_dict()
-    if isinstance(part, torch.Generator):
-        return part.get_state()
+    if isinstance(part, GENERATORS):
+        part = environment.random_state(part)
     if isinstance(part, (np.ndarray, np.generic)):
         return {ARRAY: torch.from_numpy(np.array(part))}
     if isinstance(part, Tensor):
         return part.detach().cpu()
     if isinstance(part, dict):
         return {name: pack(value) for name, value in part.items()}
-    return type(part)(pack(value) for value in part) if type(part) in (list, tuple) else part
+    if type(part) in (list, tuple):
+        return type(part)(map(pack, part))
+    if not isinstance(part, SIMPLE):
+        fail(f"no checkpoint can keep a {type(part).__name__}; give it state_dict() or hold its content in a list")
+    return part
 
 
 def unpacked(packed: object) -> object:
@@ -203,14 +209,16 @@ def put_back(part: object, saved: object) -> object:
     """Put what a checkpoint holds of a part back, in place where it can be. Returns the part."""
     if hasattr(part, "load_state_dict"):
         part.load_state_dict(saved)
-    elif isinstance(part, torch.Generator):
-        part.set_state(saved)
+    elif isinstance(part, GENERATORS):
+        environment.set_random_state(part, saved)
     elif isinstance(part, Tensor):
         part.data.copy_(saved)
     elif isinstance(part, np.ndarray):
         part[...] = saved
     elif isinstance(part, dict):
         part.update({name: put_back(part.get(name), value) for name, value in saved.items()})
+    elif type(part) in (list, tuple):
+        return type(part)(put_back(*pair) for pair in itertools.zip_longest(part[: len(saved)], saved))
     else:
         return saved
     return part
@@ -220,7 +228,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     """The kinds of the optimizers, by name. Raises ValueError if something with a state among the `variables` of train,
     or a parameter that an optimizer trains, would be in no checkpoint, or if a part of `state` could not be put back.
     """
-    parts, optimizers, held = {id(part) for part in state.values()}, {}, set()
+    parts, optimizers, held = {id(state), *map(id, state.values())}, {}, set()
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, nn.Module):
@@ -229,21 +237,25 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
             held.add(part.data_ptr())
         elif isinstance(part, torch.optim.Optimizer):
             optimizers[name] = part
-        elif not hasattr(part, "load_state_dict") and not isinstance(part, (torch.Generator, np.ndarray, dict)):
+        elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
     def is_lost(value: object) -> bool:
+        if id(value) in parts:
+            return False
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            return any(map(is_lost, value.state_dict(keep_vars=True).values()))
+            value = value.state_dict(keep_vars=True)
+        if isinstance(value, (list, tuple, dict)):
+            return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
             return value.requires_grad and value.data_ptr() not in held
-        return isinstance(value, torch.Generator) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
-    lost = [name for name, value in variables.items() if id(value) not in parts and is_lost(value)]
+    lost = [name for name, value in variables.items() if is_lost(value)]
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
-        raise ValueError(f"{what} is in no part of the dictionary `state`, so a resumed run would lose it; add it")
+        raise ValueError(f"{what} is in no part of the `state` that Run gets, so a resumed run would lose it; add it")
     return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
 
 
@@ -295,7 +307,8 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
             saved = of_today(load_state(file_of(named), script)["args"]) | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        return arguments(**saved)
+        usual = asdict(arguments())
+        return arguments(**{n: type(usual[n])(v) if isinstance(v, list) and usual[n] else v for n, v in saved.items()})
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
@@ -357,6 +370,7 @@ class Run:
         self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
+        self.known = {*state}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
         with bad_input():
             optimizers = check_parts(state, inspect.currentframe().f_back.f_locals)
@@ -372,6 +386,8 @@ class Run:
             # the parts of the run that are in the checkpoint; in one of step 0 that is none, but for its settings
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
+            if (before := past.get("optimizers", optimizers)) != optimizers:
+                fail(f"the run has the optimizers {before} and the script {optimizers}; use the script that saved it")
             args.resume = None  # from here on it is that run
         elif args.load is not None:
             path = file_of(args.load)
@@ -398,7 +414,7 @@ class Run:
             claim(self.folder)
         else:
             self.rewind(self.checkpoint["log_sizes"])
-            for what in ("code", "optimizers", "processor", "device", "in_kernels", "versions"):
+            for what in ("code", "processor", "device", "in_kernels", "versions"):
                 if past.get(what) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
@@ -452,7 +468,12 @@ class Run:
     # checkpoints
 
     def steps(self) -> Iterator[int]:
-        """The steps from `start_step` to --total-timesteps, both included, with a progress bar."""
+        """The steps from `start_step` to --total-timesteps, both included, with a progress bar. Ends the program with
+        one sentence if anything that came into `train` after the constructor would be in no checkpoint."""
+        with bad_input(), kernels.in_torch(self.nets):
+            check_parts(self.state, inspect.currentframe().f_back.f_locals)
+        if late := self.state.keys() - self.known:
+            fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for step in self.bar:
             self.env.set_wrapper_attr("global_step", step)
             if step == self.sps_from:
@@ -493,12 +514,13 @@ class Run:
         return obs
 
     def save(self, global_step: int, begun: dict) -> None:
-        """Write a checkpoint as a whole, unless a weight is not finite: then end the program, the last one kept."""
+        """Write a checkpoint as a whole, unless `check_weights` ends the program: then the last one is kept."""
         self.writer.flush()
         with kernels.in_torch(self.nets):
             self.check_weights(global_step)
             checkpoint = {name: pack(part) for name, part in self.state.items()}
         checkpoint |= self.about(global_step) | begun | {"returns": self.returns, "added": self.rb.added}
+        checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
         if with_buffer := self.has_buffer(global_step):
             write_replay(self.folder, self.rb)
@@ -526,10 +548,17 @@ class Run:
         return [name for name, net in self.nets.items() if net.in_kernels]
 
     def check_weights(self, global_step: int) -> None:
+        """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
         for name, part in self.state.items():
             params = part.parameters() if isinstance(part, nn.Module) else ()  # of which what is not trained may be
             if not all(param.isfinite().all() for param in params if param.requires_grad):  # infinite: log 0, of alpha
                 self.diverged(f"a weight of {name} is not finite at step {global_step}")
+        for name, layer, mask in ((name, *item) for name, net in self.nets.items() for item in net.masks.items()):
+            if self.nets[name].weights[layer][~mask].any():
+                self.writer.close()
+                why = "since something beside its row in `nets` changes them, as another optimizer or a shared layer"
+                where = f"the last checkpoint is in {self.folder}"
+                fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
 
     def diverged(self, what: str) -> NoReturn:
         self.writer.close()
@@ -552,6 +581,7 @@ class Run:
         if lost := sorted({*self.state, "random", "fingerprint", "added", "log_sizes"} - checkpoint.keys()):
             fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
         if self.has_buffer(self.start_step):
+            put_back(vars(self.rb), checkpoint.get("replay", {}))
             read_replay(self.folder, self.rb, checkpoint["added"])
         else:  # collect anew before learning goes on
             self.learn_from += self.start_step
@@ -715,6 +745,8 @@ def main(arguments: type, train: Callable) -> None:
     and with --resume, flags that are not given are those of the run."""
     module = sys.modules[train.__module__]
     script = Path(module.__file__)
+    if inspect.currentframe().f_back.f_globals["__name__"] != train.__module__:
+        fail(f"`train` is that of {script.name}, so the record would not know this script; edit a copy of that one")
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
     if args.evaluate is not None or args.resume is not None:
         saved = saved_args(arguments, args, script)

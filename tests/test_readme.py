@@ -39,7 +39,7 @@ def blocks(page, language):
 
 def test_the_pages_are_short():
     words = {name: len(page.split()) for name, page in PAGES.items()}
-    assert words["README.md"] <= 1200 and words["lab/README.md"] <= 2050 and sum(words.values()) <= 6000, words
+    assert words["README.md"] <= 1200 and words["lab/README.md"] <= 2100 and sum(words.values()) <= 6000, words
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -448,6 +448,8 @@ ADDED = [
     second = torch.optim.SGD([temperature := nn.Parameter(torch.ones(2))], 0.1, momentum=0.9)
     state |= schedulers | {"mean": mean, "seen": seen, "second": second, "batch_norm": nn.BatchNorm1d(3)}
     state |= {"more": nn.ParameterList([temperature]), "array": np.zeros(2), "tensor": torch.zeros(2)}
+    state |= {"all": {"these": [nn.BatchNorm1d(3), np.random.default_rng(1), 0]}, "other": random.Random(2)}
+    rb.priorities = np.zeros(3)
 """
         + RUN_BEGINS,
     ),
@@ -458,6 +460,9 @@ ADDED = [
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["tensor"][1] += state["array"][0]
+        norm, generator, _ = state["all"]["these"]
+        norm.running_mean += generator.random() + state["other"].random()
+        rb.priorities[1] += norm.running_mean[0]
         if global_step > 60:
             second.zero_grad()
             (temperature * temperature.detach().exp() * schedulers["cosine"].get_last_lr()[0]).sum().backward()
@@ -487,7 +492,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     again(mine, run_dir, total_timesteps=90)
     resumed = load(run_dir / "checkpoint.pt")
     of_the_process = {"sps_seconds", "log_sizes", "args", "random"}  # spaces of which nobody draws are seeded anew
-    assert whole.keys() == resumed.keys() and whole.keys() > {"cosine", "steps", "falls", "mean", "array"}
+    assert whole.keys() == resumed.keys() and whole.keys() > {"cosine", "steps", "falls", "mean", "array", "all"}
+    assert whole["replay"]["priorities"]["an array of NumPy"][1] > 60
     assert same(whole["random"]["torch"], resumed["random"]["torch"])
     assert [name for name in whole.keys() - of_the_process if not same(whole[name], resumed[name])] == []
 
@@ -503,6 +509,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
             "a parameter that an optimizer trains",
         ),
         ("generator = torch.Generator()", "generator is in no part"),
+        ("generator = np.random.default_rng(1)", "generator is in no part"),
+        ("several = {'all': [nn.BatchNorm1d(3)]}", "several is in no part"),
         ("del state['log_prob'], state['q_optimizer']", "q_optimizer is in no part"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act = actor.fc1, nn.Tanh()", None),
@@ -518,6 +526,49 @@ def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, 
         return
     assert sentence in refused(capsys, mine.train, mine.Args(**given))
     assert not (tmp_path / "runs").exists()
+
+
+STATE = "env, state, rb)"
+BROKEN = [
+    (STATE, f"{STATE}; state['late'] = {{}}", "late came into `state` after Run(...), too late to be resumed", 2),
+    (
+        RUN_BEGINS,
+        f"    progress['added'] = {{'all': [np.random]}}\n{RUN_BEGINS}",
+        "no checkpoint can keep a module; give",
+        2,
+    ),
+    (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}", "of qf2.fc2 are not zero at step 80, since", 1),
+]
+
+
+@pytest.mark.parametrize("before, after, sentence, code", BROKEN)
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
+    run, tmp_path, capsys, before, after, sentence, code
+):
+    mine = edited(tmp_path, (before, after))
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
+    small |= {"checkpoint_frequency": 10, "runs_dir": str(tmp_path / "other")}
+    assert sentence in refused(capsys, mine.train, mine.Args(**small), code=code)
+    assert bool([*tmp_path.glob("other/*/checkpoint.pt")]) == (code == 1)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
+    flag = ("    tau: float", "    betas: tuple[float, float] = (0.9, 0.99)\n    tau: float")
+    mine = edited(tmp_path, flag)
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
+    run_dir = mine.train(mine.Args(**small | {"checkpoint_frequency": 10, "runs_dir": str(tmp_path / "other")}))
+    main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
+    assert "--betas (0.9, 0.9) contradicts" in refused(
+        capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
+    )
+    mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "torch.optim.SGD(critics.parameters()"))
+    message = refused(capsys, again, mine, run_dir)
+    assert "'q_optimizer': 'Adam'} and the script {" in message and "'SGD'}; use the script that saved it" in message
+    mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
+    message = refused(capsys, exec, "main(Args, train)", mine)
+    assert "`train` is that of sac_tar.py" in message
 
 
 # begin from a trained policy

@@ -61,7 +61,7 @@ def main(script, monkeypatch, *flags):
     """The script's command line in this process."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
     monkeypatch.setattr(lab.run.signal, "signal", lambda *_: None)
-    lab.run.main(script.Args, script.train)
+    exec("main(Args, train)", vars(script))
 
 
 # what a run leaves
