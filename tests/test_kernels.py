@@ -418,6 +418,7 @@ def test_a_layer_with_many_connections_stays_in_torch_unless_it_is_in_a_chain():
         with kernels.in_torch({"qf1": net}):
             prune({"qf1": net})
         few = [name for name, mask in net.masks.items() if mask.float().mean() <= kernels.MOST_BY_LAYER]
+        assert bool(kernels.choose({"qf1": make_nets(kind=kind)["qf1"]}, "auto", 8)) == (kind is chain)  # it has 40%
         assert in_kernels(net.network) == (few if kind is Normed else ["sparse"]) and 0 < len(few) < len(net.masks)
 
 
