@@ -15,7 +15,8 @@ PROJECT = Path(__file__).parent.parent
 GRIDS = sorted(path.parent.name for path in PROJECT.glob("runs/*/runs.json") if path.parent.name in
                ("evidence", "loaded", "metric", "parity", "published", "variants", "width"))  # fmt: skip
 # each page with the grid from which its numbers are
-PAGES = {"runs/README.md": "evidence"} | {f"runs/{grid}/README.md": grid for grid in ("evidence", "loaded", "published")}
+WITH_A_PAGE = ("evidence", "loaded", "published")
+PAGES = {"runs/README.md": "evidence"} | {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}
 FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=sparse", "--no-regrow": "regrow=False"}
 
 
