@@ -531,7 +531,7 @@ def test_adam_is_torchs_to_the_bit(case, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", torch.optim.Adam.step.__wrapped__)  # as if torch had made no Adam yet
     runs.append(train(kernels.Adam, case, **flags))
     if not CASES[case].keys() & {"hook", "at"} and case not in ("closure", "scaler"):
-        monkeypatch.setattr(torch.optim.Adam, "step", None)  # the plain step does without what is wrapped around it
+        monkeypatch.setattr(torch.optim.Adam, "step", None)  # the short step does without
         runs.append(train(kernels.Adam, case, **flags))
     assert len(expected) > 4 and all(same(run, expected) for run in runs)
 
