@@ -651,6 +651,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, capsys, compiler, name):
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
     monkeypatch.setattr(kernels, "time_passes", lambda *_: (1.0, 0.5))
     make, optimize, why = REFUSALS[name]
     network = make()
