@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ class Args:
     against: str | None = None
     env_id: tuple[str, ...] = ()  # Compare in these environments only.
     arm: tuple[str, ...] = ()  # Compare only these arms, or those whose names contain one of these.
+    # Against which costs to compare returns too. Time says nothing where runs shared their cores with other work.
+    costs: tuple[Literal["time", "flops"], ...] = ("time", "flops")
     separate_code: bool = False  # Make runs of one arm that different code made arms of their own.
     publish: Path | None = None  # First add the finished runs to the published grid in this folder, and compare that.
     events: Path | None = None  # Only write the runs as event files with their hyperparameters into this folder.
@@ -257,7 +260,7 @@ def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     """Of each run that revived: `gain`, its final return less that of its seed in the arm in `chosen`, and `cut`, the
-    percentage of the neurons before and after each layer, of all networks, that static pruning left without one."""
+    percentage of the neurons before and after each layer, of all networks, that static pruning left unconnected."""
     rows, finals = [], finals_of(runs)
     for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():
         other = finals.get((run.env_id, chosen.get(run.arm)), pd.Series(dtype=float)).get(run.seed)
@@ -305,13 +308,17 @@ cheapest run in the environment took (upright line). Pruned weights are not coun
 }  # fmt: skip
 
 
-def write_page(group: pd.DataFrame, notes: list[str], against: str | None, styles: dict, path: Path) -> None:
+def write_page(
+    group: pd.DataFrame, notes: list[str], args: Args, against: str | None, styles: dict, path: Path
+) -> None:
     """The page of one algorithm and sparsity, its tables and figures; its caveats and main table on the console too."""
     chosen, later = references(group, against), []
     tables = {"returns": returns_table(group, chosen), "aggregate": aggregate_table(group, chosen)}
     tables |= {"wins": wins_table(group)}
     figures.draw_curves(group, styles, "step", f"{path}_curves.png")
     for cost, end in COSTS.items() if group.arm.nunique() > 1 else ():
+        if end not in args.costs:
+            continue
         missing = group.curve.map(lambda curve, cost=cost: curve[cost].isna().any() or curve[cost].iloc[-1] <= 0)
         reasons = {f"they have no {cost}": missing}
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
@@ -386,7 +393,7 @@ def main(args: Args) -> None:
             # dense runs alone bring no environment to a page
             elsewhere = set(sparse.env_id) - set(sparse.env_id[own])
             group = of_algo[own & ~of_algo.env_id.isin(elsewhere)].sort_values(["env_id", "base", "arm", "seed"])
-            write_page(group, notes, against, styles, out / f"{algo}_s{sparsity}")
+            write_page(group, notes, args, against, styles, out / f"{algo}_s{sparsity}")
             gains.append(gains_of(group, references(group, None)))
         if sparse.base.nunique() > 1 and len(gained := pd.concat(gains)):
             figures.draw_gains(gained, out / f"{algo}_gains.png")

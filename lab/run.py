@@ -307,8 +307,9 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
             saved = of_today(load_state(file_of(named), script)["args"]) | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        usual = asdict(arguments())
-        return arguments(**{n: type(usual[n])(v) if isinstance(v, list) and usual[n] else v for n, v in saved.items()})
+        return arguments(
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        )  # JSON has lists
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
@@ -553,12 +554,15 @@ class Run:
             params = part.parameters() if isinstance(part, nn.Module) else ()  # of which what is not trained may be
             if not all(param.isfinite().all() for param in params if param.requires_grad):  # infinite: log 0, of alpha
                 self.diverged(f"a weight of {name} is not finite at step {global_step}")
-        for name, layer, mask in ((name, *item) for name, net in self.nets.items() for item in net.masks.items()):
-            if self.nets[name].weights[layer][~mask].any():
-                self.writer.close()
-                why = "since something beside its row in `nets` changes them, as another optimizer or a shared layer"
-                where = f"the last checkpoint is in {self.folder}"
-                fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
+        for name, net in self.nets.items():
+            for layer, mask in net.masks.items():
+                if net.weights[layer][~mask].any():
+                    self.writer.close()
+                    why = (
+                        "since something beside its row in `nets` changes them, as another optimizer or a shared layer"
+                    )
+                    where = f"the last checkpoint is in {self.folder}"
+                    fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
 
     def diverged(self, what: str) -> NoReturn:
         self.writer.close()

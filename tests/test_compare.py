@@ -196,6 +196,13 @@ def test_return_at_equal_time_and_flops(make, comparison):
     assert flops["return then"]["tar random+er"] == pytest.approx((50 + 50 + 300) / 3)
 
 
+def test_only_the_costs_that_are_asked_for_are_compared(make, comparison):
+    for method in ("static", "tar"):
+        make(5, method=method)
+    assert {"time", "flops"} & comparison(costs=("flops",)).keys() == {"flops"}
+    assert {"time", "flops"} <= comparison().keys()
+
+
 def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_count(make, comparison):
     """Between steps 500 and 600 an hour passes, or, where the run says that it was resumed at 600, a minute more."""
     make(5, method="static", late=(600, 3600))

@@ -27,8 +27,8 @@ import td3_tar
 from lab import baselines, compare, record, sweep
 
 PROJECT = Path(__file__).parent.parent
-README, LAB = ((PROJECT / folder / "README.md").read_text() for folder in (".", "lab"))
-WHERE = ("*.md", "lab/**/README.md", "runs/**/README.md", "runs/**/NOTES.md")
+README, LAB, FIELD = ((PROJECT / page).read_text() for page in ("README.md", "lab/README.md", "lab/systems.md"))
+WHERE = ("*.md", "lab/**/*.md", "runs/**/README.md", "runs/**/NOTES.md")
 PAGES = {path.relative_to(PROJECT).as_posix(): path.read_text() for at in WHERE for path in PROJECT.glob(at)}
 COMMANDS = {"sac_tar.py": sac_tar, "td3_tar.py": td3_tar, "lab/sweep.py": sweep, "lab/compare.py": compare}
 
@@ -39,7 +39,7 @@ def blocks(page, language):
 
 def test_the_pages_are_short():
     words = {name: len(page.split()) for name, page in PAGES.items()}
-    assert words["README.md"] <= 1200 and words["lab/README.md"] <= 2100 and sum(words.values()) <= 6000, words
+    assert words["README.md"] <= 1200 and words["lab/README.md"] <= 1800 and sum(words.values()) <= 6000, words
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -59,7 +59,7 @@ def test_no_placeholder_is_left_every_table_holds_together_and_every_link_leads_
 
 def test_every_flag_rule_and_file_that_is_named_exists_and_none_is_left_out():
     known = {field.name for module in COMMANDS.values() for field in fields(module.Args)}
-    said = {flag.removeprefix("no-").replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", README + LAB)}
+    said = {flag.removeprefix("no-").replace("-", "_") for flag in re.findall(r"--([a-z][\w-]*)", README + LAB + FIELD)}
     assert said - known == {"help", "logdir", "head", "port", "address"}  # of tensorboard and Ray
     assert {field.name for field in fields(baselines.Flags)} <= said
     table = README.split("| `--method` |")[1].split("\n\n")[0]
@@ -153,7 +153,7 @@ def test_the_tables_name_every_tag_every_file_and_every_key_of_a_run(run, script
     assert not [name for name in names - {"layers"} if f"`{name}`" not in files]
 
 
-SYSTEMS = dict(re.findall(r"^\| ([^|]*?) \(.*?\) \| `(--.*?)` \|", LAB, re.M))
+SYSTEMS = dict(re.findall(r"^\| ([^|]*?) \(.*?\) \| `(--.*?)` \|", FIELD, re.M))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
