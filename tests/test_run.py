@@ -52,7 +52,8 @@ def refused(capsys, call, *arguments, code=2, **flags):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(*arguments, **flags)
-    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    lines = capsys.readouterr().err.replace("\x1b[A", "").splitlines()  # a bar of another test moves the cursor
+    (message,) = [line for line in lines if line.startswith("error: ")]
     assert stop.value.code == code
     return message
 
