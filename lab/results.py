@@ -88,7 +88,7 @@ def write_events(runs: pd.DataFrame, folder: Path) -> None:
     for run in runs.itertuples():
         first = {name: getattr(run, name) for name in ("base", "env_id", "method", "seed", "sparsity")}
         own = {n: str(value) if n in words and value is not None else value for n, value in run.settings.items()}
-        settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script} | own
+        settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script, "code": run.code} | own
         events = [Event(wall_time=run.began, file_version="brain.Event:2")]
         events += [Event(wall_time=run.began, summary=s) for s in record.hyperparameters(settings, first, metrics)]
         rows = run.evaluations.rename(columns=TAGS).to_dict("records")

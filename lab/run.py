@@ -424,7 +424,7 @@ class Run:
         keep_code(self.folder / "code" / now["code"], script, args.env_id)
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
-            self.log_args()
+            self.log_args(now["code"])
         if not self.limited:
             tqdm.write(
                 f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
@@ -648,12 +648,12 @@ class Run:
         if "charts/episodic_return" in values:
             self.bar.set_postfix({"return": f"{values['charts/episodic_return']:.1f}"}, refresh=False)
 
-    def log_args(self) -> None:
-        """All flags as a table, and those that act on the result for TensorBoard's HParams tab."""
+    def log_args(self, code: str) -> None:
+        """All flags as a table; those that act on the result, the script and its code for TensorBoard's HParams tab."""
         given = asdict(self.args)
         rows = "\n".join(f"|{key}|{value}|" for key, value in given.items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
-        settings = identity(given) | dict.fromkeys(unused(self.args))
+        settings = identity(given) | dict.fromkeys(unused(self.args)) | {"script": self.script.stem, "code": code[:7]}
         for flag in fields(self.args):  # a flag whose default is no number may be a word in another run
             if settings.get(flag.name) is not None and not isinstance(flag.default, (int, float)):
                 settings[flag.name] = str(settings[flag.name])

@@ -398,6 +398,7 @@ def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_
         assert {info.name for info in columns if info.differs} == {"base", "env_id", "method", "seed", "sparsity"}
         start = metadata.parse_session_start_info_plugin_data(contents[1]).hparams
         shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in start.items()}
+        assert shown["script"] == "td3_tar" and shown["code"] == "c0dec0d"
         assert shown["seed"] == 1 and shown["policy_noise"] == 0.2 and "runs_dir" not in shown
         assert shown["base"] == ("" if shown["method"] == "dense" else "random+er")
         assert ("reserve" in shown) == (shown["method"] == "tar")

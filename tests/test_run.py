@@ -131,7 +131,7 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
     args = sac_tar.Args(env_id="A-v1", **given)
     record.settle(args)
     with SummaryWriter(tmp_path) as writer:
-        lab.run.Run.log_args(SimpleNamespace(args=args, writer=writer))
+        lab.run.Run.log_args(SimpleNamespace(args=args, writer=writer, script=Path("my_sac.py")), "c0dec0dec0de")
     contents = {tag: about.plugin_data.content for tag, about in events(tmp_path).summary_metadata.items()}
     infos = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG]).hparam_infos
     columns = sorted(infos, key=lambda info: (not info.differs, info.name))
@@ -140,8 +140,9 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
     assert [info.name for info in columns[:5]] == ["base", "env_id", "method", "seed", "sparsity"]
     assert [shown[info.name] for info in columns[:5]] == opens_with
     assert (shown.get("reserve"), shown.get("active_width")) == (reserve, active_width)
+    assert (shown["script"], shown["code"]) == ("my_sac", "c0dec0d")  # an edited script is told apart
     # the same columns in every run, since TensorBoard takes those of any one run
-    assert {info.name for info in columns} == {"base"} | vars(args).keys() - record.NOT_OF_THE_RESULT
+    assert {info.name for info in columns} == {"base", "script", "code"} | vars(args).keys() - record.NOT_OF_THE_RESULT
 
 
 # the folder
