@@ -370,9 +370,9 @@ def zero_pruned(net: Net) -> None:
 
 
 def mask_gradients(net: Net) -> None:
-    """Hook each weight so that its gradient is zero outside the mask as soon as `backward()` returns. Adam's moments
-    steps there are then exactly zero, so what `zero_pruned` zeroed stays zero. The hooks read net.masks when they run.
-    A network that is all active needs no hook."""
+    """Hook each weight so that its gradient is zero outside the mask as soon as `backward()` returns. Then Adam's steps
+    there are exactly zero, and what `zero_pruned` zeroed stays zero. The hooks read net.masks when they run. A network
+    that is all active needs no hook."""
 
     def zero_gradient(name: str, weight: nn.Parameter) -> None:
         weight.grad.mul_(net.masks[name])

@@ -228,22 +228,18 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
 
 
 def wins_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """P(better) of each arm against each other. Empty for two arms, of which the first table has it."""
-    finals, arms, rows = finals_of(runs), arms_of(runs), []
-    for arm, other in itertools.permutations(arms, 2) if len(arms) > 2 else ():
-        both = set(runs.env_id[runs.arm == arm]) & set(runs.env_id[runs.arm == other])
-        row = {"arm": arm, "against": other, "environments": len(both)}
-        rows += [row | better(finals, arm, other, sorted(both))] if both else []
-    return pd.DataFrame(rows)
-
-
-def crossed(wins: pd.DataFrame) -> pd.DataFrame:
-    """That table as a square, its columns numbered; a star where it is over fewer environments than elsewhere."""
-    arms, most = list(dict.fromkeys([*wins.arm, *wins.against])), wins.environments.max()
-    cells = {tuple(row[:2]): f"{row[3]:.2f}" + ("*" if row[2] < most else "") for row in wins.itertuples(index=False)}
-    cells |= {(arm, arm): "itself" for arm in arms}
-    square = {str(i): [cells.get((arm, other), "none") for arm in arms] for i, other in enumerate(arms, 1)}
-    return pd.DataFrame({"arm": [f"{i}. {arm}" for i, arm in enumerate(arms, 1)]} | square)
+    """P(better) of the arm of a row against that of a column, over the environments that both have; a star where these
+    are fewer than those of other pairs. Empty for two arms, of which the first table has it."""
+    finals, arms, both, cells = finals_of(runs), arms_of(runs), {}, {}
+    for pair in itertools.permutations(arms, 2):
+        both[pair] = [env_id for env_id in sorted(set(runs.env_id)) if {(env_id, arm) for arm in pair} <= finals.keys()]
+    for pair, env_ids in both.items():
+        samples = [finals[env_id, arm].to_numpy() for arm in pair for env_id in env_ids]
+        star = "*" if len(env_ids) < max(map(len, both.values())) else ""
+        cells[pair] = f"{improvement(*samples, axis=-1):.2f}{star}" if env_ids else "none"
+    columns = {str(i): [cells.get((arm, other), "itself") for arm in arms] for i, other in enumerate(arms, 1)}
+    square = pd.DataFrame({"arm": [f"{i}. {arm}" for i, arm in enumerate(arms, 1)]} | columns)
+    return square if len(arms) > 2 else square[:0]
 
 
 def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -338,9 +334,10 @@ def write_page(
     page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}", "\n".join(caveats[:CAVEATS_ON_TOP])]
     for kind, table in tables.items():
         if len(table):
-            table.to_csv(f"{path}_{kind}.csv", index=False)
+            if kind != "wins":
+                table.to_csv(f"{path}_{kind}.csv", index=False)
             title, figure, text = SECTIONS[kind]
-            page += [f"## {title}", markdown(crossed(table) if kind == "wins" else table)]
+            page += [f"## {title}", markdown(table)]
             page += [f"![{title}]({path.name}_{figure}.png)", text] if figure else [text]
     page += ["## Further caveats", "\n".join(caveats[CAVEATS_ON_TOP:])] if caveats[CAVEATS_ON_TOP:] else []
     arms = ("arm", lambda arms: "; ".join(f"{arm} ({n})" for arm, n in arms.value_counts(sort=False).items()))
