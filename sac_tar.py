@@ -154,12 +154,12 @@ class Flops(NamedTuple):
 
 def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
     """Floating-point operations as the field counts them (Evci et al. 2020). Per active connection and sample: 2
-    forward, 2 backward to the inputs and 2 for the gradient of the weights. A critic update runs the actor and both
-    targets forward, and both critics forward and backward. An actor update runs the actor forward and backward, and
-    both critics forward and back to their inputs. Biases, activations, optimizers and one-off pruning are left out."""
-    actor, qf1, qf2 = (2 * nets[name].active for name in ("actor", "qf1", "qf2"))
-    critic_update = actor + 4 * (qf1 + qf2)
-    return Flops(actor, batch_size * critic_update, batch_size * (3 * actor + 2 * (qf1 + qf2)))
+    forward, 2 backward to the inputs and 2 for the gradient of the weights. A critic update runs the actor and the
+    targets forward, and the critics forward and backward. An actor update runs the actor forward and backward, and the
+    critics forward and back to their inputs. Biases, activations, optimizers and one-off pruning are left out."""
+    actor, *critics = (2 * net.active for net in nets.values())
+    critic_update = actor + 4 * sum(critics)
+    return Flops(actor, batch_size * critic_update, batch_size * (3 * actor + 2 * sum(critics)))
 
 
 @torch.no_grad()

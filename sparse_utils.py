@@ -266,6 +266,8 @@ def static_prune(
         raise ValueError(f"criterion {criterion} uses the loss of the dense network, so it can have one round only")
     everything = embed({name: torch.ones_like(w) for name, w in active_part(weights, net.width).items()}, weights)
     masks = net.masks or everything
+    if masks.keys() != weights.keys():
+        raise ValueError("some layers are in the kernels; prune inside `with kernels.in_torch(nets):`")
     size = sum(int(mask.sum()) for mask in masks.values())
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)

@@ -590,7 +590,7 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        return self.prunings[global_step]
+        return self.prunings.get(global_step, "magnitude")
 
     def after_pruning(self, global_step: int) -> None:
         """Rescale the weights that are left, with --init sparse."""

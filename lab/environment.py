@@ -225,11 +225,18 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
     set_statistics(env, saved["statistics"])
 
 
-def fingerprint(env: gym.Env) -> dict[str, int]:
-    """Checksums of the numbers, arrays and collections that layers other than Gymnasium's and ours hold, by which it
-    shows whether a resumed environment has the state of before."""
+def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
+    """Checksums by which it shows whether a resumed run has the state of before: of the numbers, arrays and collections
+    that layers of the environment other than Gymnasium's and ours hold, and of numbers, texts and lists of these among
+    the `variables` of train."""
+
+    def is_plain(value: object) -> bool:
+        return isinstance(value, (int, float, str)) or (
+            isinstance(value, (list, tuple, deque)) and all(map(is_plain, value))
+        )
+
+    found = {f"`{n}` in train": zlib.crc32(repr(v).encode()) for n, v in variables.items() if is_plain(v)}
     simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
-    found = {}
     for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
         for name, value in vars(layer).items():
             if isinstance(value, simple) and " at 0x" not in repr(value):  # of the address of an object

@@ -255,8 +255,36 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
-        raise ValueError(f"{what} is in no part of the `state` that Run gets, so a resumed run would lose it; add it")
+        raise ValueError(f"no part of the `state` that Run gets has {what}, so a resumed run would lose it; add it")
     return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
+
+
+def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
+    """By network, why the kernels cannot replace its layers: one of the `variables` of train is a list, tuple or
+    dictionary that holds layers or parameters of it, and would go on holding these. Those of its optimizer follow."""
+    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
+
+    def holds(value: object, inner: set[int]) -> bool:
+        if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
+            return any(holds(part, inner) for part in (value.values() if isinstance(value, dict) else value))
+        return id(value) in inner
+
+    found = {}
+    for name, net in nets.items():
+        networks = [network for network in (net.network, net.target) if network is not None]
+        inner = {id(part) for network in networks for part in (*network.parameters(), *[*network.modules()][1:])}
+        for variable, value in variables.items():
+            if isinstance(value, (list, tuple, dict)) and holds(value, inner):
+                found[name] = f"`{variable}` in train holds layers or parameters of it"
+    return found
+
+
+def without_masks(state: dict) -> list[str]:
+    """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
+    rows = [network for net in state["nets"].values() for network in (net.network, net.target) if network is not None]
+    pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
+    linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
+    return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -371,10 +399,14 @@ class Run:
         self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
-        self.known = {*state}
+        variables = inspect.currentframe().f_back.f_locals
+        self.known, self.variables = {*state}, {*variables}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
         with bad_input():
-            optimizers = check_parts(state, inspect.currentframe().f_back.f_locals)
+            optimizers = check_parts(state, variables)
+        held = held_apart(self.nets, [state[name] for name in optimizers], variables)
+        if dense := without_masks(state):
+            tqdm.write(f"warning: nothing prunes {', '.join(dense)}, with layers that are in no row of `nets`")
         if args.evaluate is not None:
             saved = self.load_policy()
         elif args.resume is not None:
@@ -395,7 +427,7 @@ class Run:
             self.load_agent(path, load_state(path, script, of_any_script=True))
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
-            milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept=kept)
+            milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
         kernels.compact(self.nets)
         if args.evaluate is not None:
             return
@@ -425,6 +457,10 @@ class Run:
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args(now["code"])
+        of_evaluation = {type(layer) for layer in environment.layers(self.eval_env)}
+        if alone := [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]:
+            where = "put what both need into make_env in lab/environment.py"
+            tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
         if not self.limited:
             tqdm.write(
                 f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
@@ -471,10 +507,15 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps from `start_step` to --total-timesteps, both included, with a progress bar. Ends the program with
         one sentence if anything that came into `train` after the constructor would be in no checkpoint."""
+        variables = inspect.currentframe().f_back.f_locals
         with bad_input(), kernels.in_torch(self.nets):
-            check_parts(self.state, inspect.currentframe().f_back.f_locals)
+            check_parts(self.state, variables)
+            new = {name: value for name, value in variables.items() if name not in self.variables}
+            held = held_apart({name: self.nets[name] for name in self.in_kernels()}, [], new)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
+        for name, why in held.items():
+            fail(f"{why}, the {name}, which the kernels replace; make it before Run(...), or use --compute masked")
         for step in self.bar:
             self.env.set_wrapper_attr("global_step", step)
             if step == self.sps_from:
@@ -498,14 +539,17 @@ class Run:
             environment.restore(self.env, self.eval_env, saved)
         begun = environment.state_of(self.env, self.eval_env)
         obs, _ = self.env.reset(seed=self.args.seed if global_step == 0 else None)
-        begun["fingerprint"] = environment.fingerprint(self.env) | {"the observation": obs.tolist()}
+        begun["fingerprint"] = environment.fingerprint(self.env, inspect.currentframe().f_back.f_locals)
+        begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
-            if other := [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]:
+            other = [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]
+            one_sided = before.keys() ^ now.keys()  # a variable that train sets in its loop is not there yet
+            if other := [name for name in other if name not in one_sided or not name.endswith("` in train")]:
                 tqdm.write(
-                    f"warning: the environment begins its episode at step {global_step} with another value of "
-                    f"{', '.join(other)} than before the interruption. Checkpoints hold its random generators and "
-                    "running statistics and no other state that outlives a reset, so this may be another run."
+                    f"warning: the episode at step {global_step} begins with another value of {', '.join(other)} than "
+                    "before the interruption. Checkpoints hold what is in `state`, random generators, and the running "
+                    "statistics of the environment, so this may be another run."
                 )
         due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
         if due or STOP_SIGNALS:
@@ -699,7 +743,9 @@ class Run:
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
         film = f"evaluate-{file_of(self.args.evaluate).stem}" if evaluates_only else f"step-{global_step}"
         video = self.folder / "videos" / film if self.args.capture_video else None
-        played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed)  # for a policy that draws
+            played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
         if played is None:
             self.stop(global_step)
         if evaluates_only:

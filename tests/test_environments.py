@@ -330,7 +330,7 @@ def test_a_run_with_randomness_and_statistics_of_its_own_is_resumed_exactly(
     (run_dir,) = (tmp_path / "b").iterdir()
     capsys.readouterr()
     again(script, run_dir)
-    assert "warning: the environment" not in capsys.readouterr().out
+    assert "warning: the episode" not in capsys.readouterr().out
     assert_same_run(run_dir, undisturbed)
 
 
@@ -358,8 +358,8 @@ def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, script, reg
     register(kind)
     (run_dir,) = (tmp_path / "runs").iterdir()
     again(script, run_dir)
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the environment")]
-    assert f"at step 80 with another value of {names} than before" in warning
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the episode")]
+    assert f"at step 80 begins with another value of {names} than before" in warning
 
 
 IDS = [
@@ -386,12 +386,12 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     first, second, other = make_env(env_id), make_env(env_id), make_env("Pendulum-v1")
     for seed in (1, None):
         episode(first, first.reset(seed=seed)[0], np.random.default_rng(0), 2000)
-    saved, obs, begun = lab.run.unpacked(lab.run.pack(state_of(first, other))), first.reset()[0], fingerprint(first)
+    saved, obs, begun = lab.run.unpacked(lab.run.pack(state_of(first, other))), first.reset()[0], fingerprint(first, {})
     expected = episode(first, obs, np.random.default_rng(1))
     second.reset(seed=1)
     restore(second, other, saved)
     obs = second.reset()[0]
-    assert fingerprint(second) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
+    assert fingerprint(second, {}) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
 
 
 def test_evaluations_normalize_with_the_statistics_of_training(run, script, register, monkeypatch, capsys):

@@ -645,6 +645,7 @@ REFUSALS = {
     "one weight": (edited(tie, fc1=nn.Linear(9, 9), fc2=nn.Linear(9, 9)), kernels.Adam, SHARED),
     "read": (edited(kind=Reader), kernels.Adam, "its forward reads fc1.bias by itself"),
     "a layer alone": (lambda: nn.Linear(5, 2), kernels.Adam, PLAIN.replace("fc1", "itself")),
+    "compiled": (lambda: torch.compile(edited()()), kernels.Adam, "torch.compile has wrapped it"),
     "meta": (edited(fc0=nn.Linear(5, 9, device="meta")), kernels.Adam, META),
 }  # fmt: skip
 

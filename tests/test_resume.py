@@ -491,7 +491,7 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert config["segments"][0]["optimizers"] == kinds and "__my_sac__tar__" in run_dir.name
     again(mine, run_dir, total_timesteps=90)
     resumed = load(run_dir / "checkpoint.pt")
-    of_the_process = {"sps_seconds", "log_sizes", "args", "random"}  # spaces of which nobody draws are seeded anew
+    of_the_process = {"sps_seconds", "log_sizes", "args", "fingerprint", "random"}  # unused spaces are seeded anew
     assert whole.keys() == resumed.keys() and whole.keys() > {"cosine", "steps", "falls", "mean", "array", "all"}
     assert whole["replay"]["priorities"]["an array of NumPy"][1] > 60
     assert same(whole["random"]["torch"], resumed["random"]["torch"])
@@ -501,17 +501,17 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "scheduler is in no part"),
-        ("normalizer = nn.BatchNorm1d(3)", "normalizer is in no part"),
-        ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "scale, extra is in no part"),
+        ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "has scheduler, so"),
+        ("normalizer = nn.BatchNorm1d(3)", "has normalizer, so"),
+        ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "has scale, extra, so"),
         (
             "state['other'] = torch.optim.SGD([torch.ones(2, requires_grad=True)])",
             "a parameter that an optimizer trains",
         ),
-        ("generator = torch.Generator()", "generator is in no part"),
-        ("generator = np.random.default_rng(1)", "generator is in no part"),
-        ("several = {'all': [nn.BatchNorm1d(3)]}", "several is in no part"),
-        ("del state['log_prob'], state['q_optimizer']", "q_optimizer is in no part"),
+        ("generator = torch.Generator()", "has generator, so"),
+        ("generator = np.random.default_rng(1)", "has generator, so"),
+        ("several = {'all': [nn.BatchNorm1d(3)]}", "has several, so"),
+        ("del state['log_prob'], state['q_optimizer']", "has q_optimizer, so"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act = actor.fc1, nn.Tanh()", None),
     ],
@@ -569,6 +569,76 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
     assert "`train` is that of sac_tar.py" in message
+
+
+HOLDS = [
+    (
+        RUN_BEGINS,
+        "params = [*critics.parameters()]",
+        "had for the qf1: `params` in train holds layers or parameters of",
+    ),
+    (
+        "    done = True",
+        "kept = {'of all': [qf1_target.fc1]}",
+        "`kept` in train holds layers or parameters of it, the qf1",
+    ),
+]
+
+
+@pytest.mark.parametrize("place, line, sentence", HOLDS)
+@pytest.mark.parametrize("script", [sac_tar])
+def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
+    mine = edited(tmp_path, (place, f"    {line}\n{place}"))
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
+    assert sentence in refused(capsys, mine.train, mine.Args(**small | {"compute": "sparse"}))
+    assert mine.train(mine.Args(**small)).exists()
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
+    """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
+    lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
+    wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
+    edits = [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{STEP}")]
+    mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)\n", wrapped))
+    plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
+    again(sac_tar, plain, total_timesteps=90)
+    assert "warning" not in capsys.readouterr().out.replace("warning: the run's", "")
+    small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
+    run_dir = mine.train(mine.Args(**small))
+    out = capsys.readouterr().out
+    assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
+    again(mine, run_dir, total_timesteps=90)
+    assert "begins with another value of `level` in train than before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
+    mine = edited(tmp_path, ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs)[0], progress"))
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
+    often, seldom = (mine.train(mine.Args(**small | {"eval_frequency": n})) for n in (20, 1000))
+    assert same(load(often)["actor"], load(seldom)["actor"])
+    capsys.readouterr()
+    main(mine, monkeypatch, "--evaluate", often)
+    assert f"mean {scalars(often)['eval/episodic_return'][-1][1]:.1f}," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path):
+    again_at_80 = ("if global_step in schedule.prunings:", "if global_step in schedule.prunings or global_step == 80:")
+    once = run(env_id="Short-v0", total_timesteps=90)
+    small = record.read_config(once)["args"] | {"exp_name": "my_sac"}
+    mine = edited(tmp_path, again_at_80)
+    twice = mine.train(mine.Args(**small | {"compute": "sparse"}))
+    one, other = (torch.cat([mask.flatten() for mask in load(path)["masks"]["qf1"].values()]) for path in (once, twice))
+    assert one.sum() == other.sum() and not torch.equal(one, other)
+    mine = edited(
+        tmp_path,
+        again_at_80,
+        ("with kernels.in_torch(nets):  # KERNELS", "with kernels.in_torch(nets if global_step < 80 else {}):"),
+    )
+    with pytest.raises(ValueError, match="prune inside `with kernels"):
+        mine.train(mine.Args(**small | {"compute": "sparse"}))
 
 
 # begin from a trained policy

@@ -325,6 +325,8 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
     adams = (Adam, torch.optim.Adam, torch.optim.AdamW)
     if type(net.optimizer) not in adams or any(group["amsgrad"] for group in net.optimizer.param_groups):
         return "its optimizer is not plain Adam"
+    if hasattr(net.network, "_orig_mod"):
+        return "torch.compile has wrapped it; network.compile() does not"
     networks = [network for row in nets.values() for network in (row.network, row.target) if network is not None]
     uses = Counter(id(p) for network in networks for _, p in network.named_parameters(remove_duplicate=False))
     _, read = trace(net.network)
@@ -405,9 +407,15 @@ def known_times(net: Net, batch_size: int) -> Times:
     return read() or times
 
 
-def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] | None = None) -> dict[str, Times]:
-    """Set `in_kernels` of each network, and say on the console which networks these are and why. Returns the
-    `time_passes` of those that were measured.
+def choose(
+    nets: dict[str, Net],
+    compute: str,
+    batch_size: int,
+    kept: list[str] | None = None,
+    held: dict[str, str] | None = None,
+) -> dict[str, Times]:
+    """Set `in_kernels` of each network, and say on the console which networks these are and why. `held` says, by
+    network, why its layers cannot be replaced. Returns the `time_passes` of those that were measured.
 
     `auto` takes a network whose training passes take less time there; or, if a resumed run had `kept` in the kernels,
     those. `sparse` does not ask for the time, and raises ValueError where there are no kernels. `masked` takes none.
@@ -419,7 +427,7 @@ def choose(nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] 
         in_torch = "dense" if net.budget == net.size else "masked"
         if compute == "masked":
             return in_torch, "--compute masked asks for it"
-        if why_not := why_not_in_kernels(net, nets):
+        if why_not := (held or {}).get(name) or why_not_in_kernels(net, nets):
             if compute == "sparse":
                 raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
             return in_torch, why_not
