@@ -46,8 +46,8 @@ class Args(baselines.Flags, RunFlags):
     sparsity: float = 0.9
     critic_sparsity: float | None = None  # Another sparsity for the critics; default: that of the actor.
     reserve: float = 0.1  # The fraction of the active connections that revival places, in [0, 1).
-    criterion: baselines.Criterion = "random"
-    distribution: baselines.Distribution = "er"
+    criterion: baselines.Criterion = "magnitude"
+    distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
     # [ours] The number of neurons of each hidden layer that get connections, or auto: as many as the budget can feed.
     # The default is all of them, as in the paper.

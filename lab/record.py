@@ -150,7 +150,7 @@ def of_today(args: dict) -> dict:
     given["method"], given["sparsity"] = args["actor_method"], args["actor_sparsity"]
     pruned = "critic" if args["actor_method"] in sparse_utils.UNPRUNED else "actor"
     given["init"] = args.get(f"{pruned}_init", "dense")
-    defaults = {"reserve": 0.1, "criterion": "random", "distribution": "er", "alpha": 0.2, "active_width": None}
+    defaults = {"reserve": 0.1, "criterion": "magnitude", "distribution": "global", "alpha": 0.2, "active_width": None}
     names = given.keys() - {flag.name for flag in fields(baselines.Flags)}
     kinds = [(name, object, field(default=defaults.get(name))) for name in names]
     flags = make_dataclass("FlagsOfBefore", kinds, bases=(baselines.Flags,))(**given)

@@ -120,10 +120,15 @@ def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys
 @pytest.mark.parametrize(
     "given, opens_with, reserve, active_width",
     [
-        ({"seed": 3}, ["random+er", "A-v1", "tar", 3, 0.9], 0.1, None),
+        ({"seed": 3}, ["magnitude+global", "A-v1", "tar", 3, 0.9], 0.1, None),
         ({"method": "dense"}, ["", "A-v1", "dense", 1, 0.0], None, None),
-        ({"sparsity": 0.5, "critic_method": "dense"}, ["random+er", "A-v1", "tar+dense", 1, 0.5], 0.1, None),
-        ({"method": "static", "active_width": 24}, ["random+er", "A-v1", "static", 1, 0.9], None, "24"),
+        ({"sparsity": 0.5, "critic_method": "dense"}, ["magnitude+global", "A-v1", "tar+dense", 1, 0.5], 0.1, None),
+        (
+            {"method": "static", "active_width": 24, "criterion": "snip"},
+            ["snip+global", "A-v1", "static", 1, 0.9],
+            None,
+            "24",
+        ),
     ],
 )
 def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, given, opens_with, reserve, active_width):
@@ -158,10 +163,10 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
     (tmp_path / "agent.pt").write_bytes(b"")
     at_work = {"method": "rigl", "n_step": 2, "recent_fraction": 0.5}  # so that flags of these make a difference
     plain = folder_of(tmp_path, script, **at_work)
-    assert plain == f"A-v1__{script.__name__}__rigl__random-er__s0.9__n_step-2__recent_fraction-0.5__1"
+    assert plain == f"A-v1__{script.__name__}__rigl__magnitude-global__s0.9__n_step-2__recent_fraction-0.5__1"
     others = {  # None: a flag of another method
         "env_id": "B-v1", "exp_name": "mine", "method": "set", "critic_method": "tar", "criterion": "snip",
-        "distribution": "global", "active_width": "auto", "drop_criterion": "random", "density_start": 0.5,
+        "distribution": "er", "active_width": "auto", "drop_criterion": "random", "density_start": 0.5,
         "prune_at": 600, "final_prune_at": None, "lr_cycles": 3, "gamma": 0.9, "tau": 0.5, "rewire_fraction": 0.4,
         "rewire_stop": 0.5, "recent_fraction": 0.4, "sparsity": 0.5, "critic_sparsity": 0.8, "init": "sparse",
         "reserve": None, "alpha": None, "load": str(tmp_path / "agent.pt"),
@@ -174,8 +179,8 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
         assert name not in names, flag.name
         names.add(name)
     tar = {folder_of(tmp_path, script), folder_of(tmp_path, script, reserve=0.2)}
-    assert len(tar) == 2 and f"A-v1__{script.__name__}__tar__random-er__s0.9__1" in tar
-    assert folder_of(tmp_path, script, critic_method="dense").endswith("__tar+dense__random-er__s0.9+0.0__1")
+    assert len(tar) == 2 and f"A-v1__{script.__name__}__tar__magnitude-global__s0.9__1" in tar
+    assert folder_of(tmp_path, script, critic_method="dense").endswith("__tar+dense__magnitude-global__s0.9+0.0__1")
     assert folder_of(tmp_path, script, method="dense", sparsity=0.5) == f"A-v1__{script.__name__}__dense__s0.0__1"
     assert folder_of(tmp_path, script, env_id="mine:a/B-v0").startswith("mine-a-B-v0__")
     assert len(folder_of(tmp_path, script, exp_name="x" * 300)) == 200

@@ -144,13 +144,17 @@ def test_the_grid_is_seed_by_seed_with_dense_once_and_tiny_once_per_sparsity(cli
 def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
     axes = "--vary reserve=0.05,0.30 autotune=True,false critic-method=none,set"
     _, text = cli("--env-id E --method static tar --seeds 1 --dry-run", axes)
-    rest = "--criterion random --distribution er --sparsity 0.9 --seed 1 --total-timesteps 1000000 --runs-dir runs"
+    rest = (
+        "--criterion magnitude --distribution global --sparsity 0.9 --seed 1 --total-timesteps 1000000 --runs-dir runs"
+    )
     arms = (("static", ""), ("tar", " --reserve 0.05"), ("tar", " --reserve 0.30"))
     more = [f"{tune}{critic}" for tune in ("--autotune", "--no-autotune") for critic in ("", " --critic-method set")]
     expected = [f"{method} {rest} --torch-threads 1{reserve} {words}" for method, reserve in arms for words in more]
     assert commands(text) == [f"--env-id E --method {words}" for words in expected]
     run = one(vary=("reserve=0.30", "critic_method=set"))
-    assert run.log.name.startswith("sac_tar__Pendulum-v1__tar__random__er__0.9__1__reserve=0.3__critic_method=set__")
+    assert run.log.name.startswith(
+        "sac_tar__Pendulum-v1__tar__magnitude__global__0.9__1__reserve=0.3__critic_method=set__"
+    )
     # the sparsity of an actor that is dense is that of its critics
     runs = sweep.plan(sweep.Args(method=("dense",), seeds=1, sparsity=(0.8, 0.95), vary=("critic_method=static",)), [])
     assert [run.args["critic_sparsity"] for run in runs] == [0.8, 0.95]
@@ -320,7 +324,7 @@ def test_failures_are_tried_again_from_the_checkpoint_and_end_with_their_last_li
         resumed = "resumed from its checkpoint after exit code -9: step 5 and then the power failed (runs/sweep_logs/"
         assert (resumed in text) == (not finished) and did() == ["start", "resume", "end"]
         assert "failed: exit code 2: error: this seed cannot work (runs/sweep_logs/fake__" in text
-    (log,) = Path().glob("runs/sweep_logs/fake__Hopper-v4__tar__random__er__0.9__2__*")
+    (log,) = Path().glob("runs/sweep_logs/fake__Hopper-v4__tar__magnitude__global__0.9__2__*")
     assert log.read_text().count("this seed cannot work") == 2
     assert "failed: exit code -9: step 1 and" in cli(words, "1 -- --crash-at 1")[1] and did()[3:] == ["start"] * 3
     assert "no folder with a final.pt records the flags" in cli(words, "1 -- --forgets gamma")[1] and len(did()) == 8

@@ -52,7 +52,8 @@ def steps_per_second(framework: str, algorithm: str, env_id: str, threads: int, 
         with tempfile.TemporaryDirectory() as folder:
             args = script.Args(
                 env_id=env_id, runs_dir=folder, torch_threads=threads, total_timesteps=total + 1,
-                learning_starts=LEARNING_STARTS, eval_frequency=10**9, eval_episodes=1, **flags,
+                learning_starts=LEARNING_STARTS, eval_frequency=10**9, eval_episodes=1,
+                criterion="random", distribution="er", **flags,
             )  # fmt: skip
             return EventAccumulator(str(script.train(args))).Reload().Scalars("charts/SPS")[-1].value
     import torch
