@@ -233,9 +233,10 @@ def wins_table(runs: pd.DataFrame) -> pd.DataFrame:
     finals, arms, both, cells = finals_of(runs), arms_of(runs), {}, {}
     for pair in itertools.permutations(arms, 2):
         both[pair] = [env_id for env_id in sorted(set(runs.env_id)) if {(env_id, arm) for arm in pair} <= finals.keys()]
+    most = max(map(len, both.values()), default=0)
     for pair, env_ids in both.items():
         samples = [finals[env_id, arm].to_numpy() for arm in pair for env_id in env_ids]
-        star = "*" if len(env_ids) < max(map(len, both.values())) else ""
+        star = "*" if len(env_ids) < most else ""
         cells[pair] = f"{improvement(*samples, axis=-1):.2f}{star}" if env_ids else "none"
     columns = {str(i): [cells.get((arm, other), "itself") for arm in arms] for i, other in enumerate(arms, 1)}
     square = pd.DataFrame({"arm": [f"{i}. {arm}" for i, arm in enumerate(arms, 1)]} | columns)

@@ -261,7 +261,8 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
     """By network, why the kernels cannot replace its layers: one of the `variables` of train is a list, tuple or
-    dictionary that holds layers or parameters of it, and would go on holding these. Those of its optimizer follow."""
+    dictionary that holds layers or parameters of it, and would go on holding these. The groups of an optimizer follow
+    the kernels, so they do not count."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int]) -> bool:
@@ -506,7 +507,8 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps from `start_step` to --total-timesteps, both included, with a progress bar. Ends the program with
-        one sentence if anything that came into `train` after the constructor would be in no checkpoint."""
+        one sentence if anything that came into `train` after the constructor would be in no checkpoint, or holds what
+        the kernels replace."""
         variables = inspect.currentframe().f_back.f_locals
         with bad_input(), kernels.in_torch(self.nets):
             check_parts(self.state, variables)
@@ -602,9 +604,7 @@ class Run:
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
                     self.writer.close()
-                    why = (
-                        "since something beside its row in `nets` changes them, as another optimizer or a shared layer"
-                    )
+                    why = "since something beside its row in `nets` changes them, as an optimizer or a shared layer"
                     where = f"the last checkpoint is in {self.folder}"
                     fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
 

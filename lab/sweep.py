@@ -49,9 +49,7 @@ class Args:
     env_id: tuple[str, ...] = ("Hopper-v4",)  # The environments.
     # The methods. The sweep runs dense once for each environment and seed, and tiny once for each sparsity besides.
     method: tuple[str, ...] = ("static", "tar")
-    base: tuple[str, ...] = (
-        "magnitude+global",
-    )  # The rules of static pruning, each given as <criterion>+<distribution>.
+    base: tuple[str, ...] = ("magnitude+global",)  # The rules of static pruning, as <criterion>+<distribution>.
     sparsity: tuple[float, ...] = (0.9,)  # The fractions of weights that are pruned.
     # Further axes, each a flag of the scripts as <name>=<value>,<value>. Where the default is None, none stands for it.
     vary: tuple[str, ...] = ()

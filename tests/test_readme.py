@@ -78,6 +78,13 @@ def commands(page):
                 yield words[1], words[2:]
 
 
+@pytest.mark.parametrize("module", COMMANDS.values())
+def test_every_flag_has_a_help_of_its_own(module):
+    actions = tyro.extras.get_parser(module.Args)._actions
+    helps = [str(action.help).partition(" (default")[0] for action in actions]
+    assert len(helps) > 5 and len({*helps}) == len(helps) and not {"", "None"} & {*helps}
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_commands_are_understood(name):
     found = list(commands(PAGES[name]))
