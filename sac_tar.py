@@ -300,7 +300,8 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                critics.requires_grad_(False)  # the actor's loss needs no gradient of their weights
+                # the actor's loss needs no gradient of the critics' weights
+                trained = [param.requires_grad_(False) for param in critics.parameters() if param.requires_grad]
                 for _ in range(args.policy_frequency):  # make up for the delay
                     alpha = log_alpha.detach().exp()
                     actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
@@ -314,7 +315,8 @@ def train(args: Args) -> Path:
                     total_loss.backward()
                     actor_optimizer.step()
                     progress["training_flops"] += flops.actor_update
-                critics.requires_grad_(True)
+                for param in trained:
+                    param.requires_grad_(True)
 
             if global_step % args.target_network_frequency == 0:
                 polyak_update(targets, critics, args.tau)

@@ -24,8 +24,10 @@ AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto ask
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense."""
-    return {name: layer.weight for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. Raises
+    RuntimeError if a layer is in the kernels."""
+    layers = network.named_modules()
+    return {name: layer.weight for name, layer in layers if getattr(layer, "prunable", isinstance(layer, nn.Linear))}
 
 
 @dataclass(eq=False)
@@ -48,8 +50,7 @@ class Net:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of this row; networks and optimizers are saved by themselves."""
-        names = ("static", "masks", "budget", "reserve", "in_kernels")
-        return {name: getattr(self, name) for name in names}
+        return {name: part for name, part in vars(self).items() if name not in ("network", "target", "optimizer")}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back, in place, what `state_dict` gave."""
@@ -249,9 +250,12 @@ CRITERIA = {
 
 def highest(scores: Tensor, count: int, among: Tensor) -> Tensor:
     """A mask of the `count` highest scores among the connections of another mask. By rank, ties to the lower index, so
-    the count is exact whatever the scores."""
+    the count is exact whatever the scores. Raises ValueError if one is not a number."""
     indices = among.flatten().nonzero().squeeze(1)
-    top = indices[scores.flatten()[indices].sort(descending=True, stable=True).indices[:count]]
+    ranked = scores.flatten()[indices]
+    if ranked.isnan().any():
+        raise ValueError("a score is not a number, so it has no rank")
+    top = indices[ranked.sort(descending=True, stable=True).indices[:count]]
     return torch.zeros_like(among).flatten().index_fill_(0, top, True).view_as(among)
 
 
@@ -266,15 +270,16 @@ def static_prune(
         raise ValueError(f"criterion {criterion} uses the loss of the dense network, so it can have one round only")
     everything = embed({name: torch.ones_like(w) for name, w in active_part(weights, net.width).items()}, weights)
     masks = net.masks or everything
-    if masks.keys() != weights.keys():
-        raise ValueError("some layers are in the kernels; prune inside `with kernels.in_torch(nets):`")
     size = sum(int(mask.sum()) for mask in masks.values())
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
         # minus infinity, so that what is pruned stays pruned even where an active connection scores zero
         scores = {name: s.masked_fill(~masks[name], -math.inf) for name, s in scores.items()}
         scores, left = active_part(scores, net.width), active_part(masks, net.width)
-        counts = DISTRIBUTIONS[distribution](scores, round(size * (keep / size) ** (i / rule.rounds)))
+        count = round(size * (keep / size) ** (i / rule.rounds))
+        counts = DISTRIBUTIONS[distribution](scores, count)
+        if sum(counts) != count:
+            raise ValueError(f"distribution {distribution} gives the layers {counts} connections in place of {count}")
         masks = embed({name: highest(scores[name], n, left[name]) for name, n in zip(left, counts)}, weights)
     return masks
 
@@ -382,13 +387,13 @@ def mask_gradients(net: Net) -> None:
     if all(mask.all() for mask in net.masks.values()):
         return
     for name, weight in net.weights.items():
-        if not hasattr(weight, "mask_hook"):
+        if weight.requires_grad and not hasattr(weight, "mask_hook"):
             weight.mask_hook = weight.register_post_accumulate_grad_hook(partial(zero_gradient, name))
 
 
 def fix_masks(nets: dict[str, Net]) -> None:
     """From here on each network and its target train within its masks: what is pruned is zeroed once, Adam's moments
-    included, and then the gradient there is zero as soon as `backward()` returns."""
+    included, so it begins at zero if it is revived later, and its gradient is zero as soon as `backward()` returns."""
     for net in nets.values():
         zero_pruned(net)
         mask_gradients(net)

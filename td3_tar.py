@@ -273,14 +273,16 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                critics.requires_grad_(False)  # the actor's loss needs no gradient of their weights
+                # the actor's loss needs no gradient of the critics' weights
+                trained = [param.requires_grad_(False) for param in critics.parameters() if param.requires_grad]
                 actor_loss = policy_loss(actor, qf1, data)
                 progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
                 actor_optimizer.zero_grad()
                 actor_loss.backward()
                 actor_optimizer.step()
                 progress["training_flops"] += flops.actor_update
-                critics.requires_grad_(True)
+                for param in trained:
+                    param.requires_grad_(True)
                 polyak_update(targets, networks, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:

@@ -108,7 +108,10 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
     runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
     again = runs.duplicated([*CELL, "seed"], keep="last")
-    left_out = {"not finished": unfinished, "run again later": [path.name for path in runs.path[again]]}
+    other = runs.code != runs.groupby([*CELL, "seed"]).code.transform("last")
+    left_out = {"not finished": unfinished, "run again later": [path.name for path in runs.path[again & ~other]]}
+    by_other = "run again later by other code (with --separate-code each code has an arm)"
+    left_out[by_other] = [path.name for path in runs.path[again & other]]
     notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
     return runs[~again].sort_values([*CELL, "seed"])
 

@@ -227,15 +227,23 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
 
 def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
     """Checksums by which it shows whether a resumed run has the state of before: of the numbers, arrays and collections
-    that layers of the environment other than Gymnasium's and ours hold, and of numbers, texts and lists of these among
-    the `variables` of train."""
+    that layers of the environment other than Gymnasium's and ours hold, and of numbers, texts, arrays, tensors, running
+    statistics and lists of these among the `variables` of train."""
 
-    def is_plain(value: object) -> bool:
-        return isinstance(value, (int, float, str)) or (
-            isinstance(value, (list, tuple, deque)) and all(map(is_plain, value))
-        )
+    def content(value: object) -> bytes | None:
+        if isinstance(value, (int, float, str)):
+            return repr(value).encode()
+        if isinstance(value, torch.Tensor):
+            return content(value.detach().cpu().double().numpy())
+        if isinstance(value, (np.ndarray, np.generic)):
+            return value.tobytes()
+        if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
+            value = [value.mean, value.var, value.count]
+        parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
+        return None if None in parts else b" ".join(parts)
 
-    found = {f"`{n}` in train": zlib.crc32(repr(v).encode()) for n, v in variables.items() if is_plain(v)}
+    contents = {f"`{name}` in train": content(value) for name, value in variables.items()}
+    found = {name: zlib.crc32(value) for name, value in contents.items() if value is not None}
     simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
     for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
         for name, value in vars(layer).items():

@@ -1,5 +1,6 @@
 """One run: its environment, its folder, its log, its evaluations and checkpoints, and how it is resumed."""
 
+import ast
 import contextlib
 import errno
 import inspect
@@ -60,6 +61,7 @@ ABOUT = {
 }  # fmt: skip
 # flags that stand elsewhere in the name of a run's folder, or in no name
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
+ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
 VERSIONED = (torch, gym, mujoco, np)
@@ -280,6 +282,21 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
     return found
 
 
+def one_by_one(script: Path, before: range) -> str | None:
+    """Where a function of the script goes through parameters or layers one by one, which in the kernels are others:
+    outside of `in_torch`, of loops that ask or say which parameters are trained, and of the lines of train before the
+    kernels. None if nowhere."""
+    nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, ast.FunctionDef)]
+    for node in nodes:  # which grows on the way
+        if isinstance(node, ast.With) and "in_torch" in "".join(map(ast.unparse, node.items)):
+            continue
+        nodes += ast.iter_child_nodes(node)
+        for call in ast.walk(node.iter) if hasattr(node, "iter") and "requires_grad" not in ast.unparse(node) else ():
+            if isinstance(call, ast.Attribute) and call.attr in ONE_BY_ONE and call.lineno not in before:
+                return f"{script.name} goes through {call.attr}() in line {call.lineno}"
+    return None
+
+
 def without_masks(state: dict) -> list[str]:
     """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
     rows = [network for net in state["nets"].values() for network in (net.network, net.target) if network is not None]
@@ -400,12 +417,19 @@ class Run:
         self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
-        variables = inspect.currentframe().f_back.f_locals
+        caller = inspect.currentframe().f_back
+        variables = caller.f_locals
         self.known, self.variables = {*state}, {*variables}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
+        try:
+            json.dumps(asdict(args))
+        except TypeError as error:
+            fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
             optimizers = check_parts(state, variables)
         held = held_apart(self.nets, [state[name] for name in optimizers], variables)
+        if walked := one_by_one(script, range(caller.f_code.co_firstlineno, caller.f_lineno)):
+            held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):
             tqdm.write(f"warning: nothing prunes {', '.join(dense)}, with layers that are in no row of `nets`")
         if args.evaluate is not None:
@@ -604,7 +628,7 @@ class Run:
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
                     self.writer.close()
-                    why = "since something beside its row in `nets` changes them, as an optimizer or a shared layer"
+                    why = "since something beside its row in `nets` changes them, as an optimizer or a gradient"
                     where = f"the last checkpoint is in {self.folder}"
                     fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
 
@@ -745,7 +769,13 @@ class Run:
         video = self.folder / "videos" / film if self.args.capture_video else None
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.args.seed)  # for a policy that draws
+            parts = nn.ModuleList(part for part in self.state.values() if isinstance(part, nn.Module))
+            training = [module for module in parts.modules() if module.training]
+            for module in training:  # as dropout, which is noise
+                module.training = False
             played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
+            for module in training:
+                module.training = True
         if played is None:
             self.stop(global_step)
         if evaluates_only:

@@ -302,6 +302,13 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
     assert comparison()["returns"].set_index("arm").against["tar snip+er"] == "rigl snip+er"
 
 
+def test_what_other_code_ran_again_later_is_said(make, comparison):
+    first = make(1, segments=[{"code": 12 * "a"}])
+    make(2, segments=[{"code": 12 * "b"}])
+    sentence = "Left out, since run again later by other code (with --separate-code each code has an arm): "
+    assert f"- {sentence}{first.name}.\n" in comparison()["page"]
+
+
 def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, comparison, capsys, tmp_path):
     for seed in (1, 2):
         make(100 * seed, method="static", seed=seed)

@@ -346,6 +346,7 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
         prune(nets)
         weight = network.fc1.weight.clone()
     reads, of_a_chain = [lambda: network.fc1.weight, lambda: network.fc1.bias], lambda: network.fc1(torch.ones(1, 9))
+    reads.append(lambda: sparse_utils.linear_weights(network))
     for read in [*reads, of_a_chain, lambda: network.relu1.inplace] if kind is chain else reads:
         with pytest.raises(RuntimeError, match=r"do it inside `with kernels.in_torch\(nets\):`"):
             read()
@@ -356,6 +357,40 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
 def keep(self, run, x):
     self.features = x = self.fc1(self.relu1(self.fc0(x)))
     return x[:, :1]
+
+
+@pytest.mark.parametrize("kind", [chain, Tanh])
+def test_state_dictionaries_of_networks_in_the_kernels_are_those_of_their_layers(monkeypatch, kind):
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    nets = make_nets(kind=kind)
+    nets["qf1"].in_kernels, network = True, nets["qf1"].network
+    with kernels.in_torch(nets):
+        prune(nets)
+        before = copy.deepcopy(network.state_dict())
+    assert in_kernels(network) and network.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    both = nn.ModuleList([network])
+    both.load_state_dict({f"0.{name}": 2 * tensor for name, tensor in before.items()})
+    nets["qf1"].target.load_state_dict(network.state_dict())
+    with kernels.in_torch(nets):
+        for one in (network, nets["qf1"].target):
+            assert not one._load_state_dict_pre_hooks
+            assert all(torch.equal(tensor, 2 * before[name]) for name, tensor in one.state_dict().items())
+
+
+def test_a_layer_that_is_not_to_be_pruned_stays_in_its_network(monkeypatch):
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    every = sparse_utils.linear_weights
+    few = lambda network: {name: weight for name, weight in every(network).items() if weight.shape[0] > 1}  # noqa: E731
+    monkeypatch.setattr(sparse_utils, "linear_weights", few)
+    nets = make_nets(kind=chain)
+    net, x = nets["qf1"], torch.linspace(-1, 1, 50).view(10, 5)
+    net.in_kernels = True
+    with kernels.in_torch(nets):
+        prune(nets)
+        expected = net.network(x)
+    torch.testing.assert_close(net.network(x), expected)
+    assert in_kernels(net.network) == [*net.masks] and len(net.masks) == len(every(chain(5, 9, 9, 1))) - 1
 
 
 def test_what_forward_leaves_in_a_network_is_that_of_its_last_pass():
@@ -641,6 +676,9 @@ REFUSALS = {
     "a hook": (edited(lambda network: network.fc1.register_forward_hook(print)), kernels.Adam, PLAIN),
     "a hook before": (edited(lambda network: network.fc1.register_forward_pre_hook(print)), kernels.Adam, PLAIN),
     "a hook on a gradient": (edited(lambda network: network.fc1.weight.register_hook(print)), kernels.Adam, PLAIN),
+    "a hook on a finished gradient": (
+        edited(lambda network: network.fc1.bias.register_post_accumulate_grad_hook(print)), kernels.Adam, PLAIN,
+    ),
     "two names": (edited(fc1=nn.Linear(9, 9), fc2=TWICE, fc3=TWICE), kernels.Adam, SHARED.replace("fc1", "fc2")),
     "one weight": (edited(tie, fc1=nn.Linear(9, 9), fc2=nn.Linear(9, 9)), kernels.Adam, SHARED),
     "read": (edited(kind=Reader), kernels.Adam, "its forward reads fc1.bias by itself"),

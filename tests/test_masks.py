@@ -105,7 +105,7 @@ def check_invariants(nets):
     """I1 and I2: K connections, and nothing outside the mask, of which kernels hold nothing."""
     for name, net in nets.items():
         assert sum(counts(net.masks)) == net.budget == net.active, name
-        for layer in net.weights:
+        for layer in () if hasattr(net.network, "sparse") else net.weights:
             assert not any((tensor * ~net.masks[layer]).any() for tensor in stored(net, layer)), (name, layer)
         for network in (net.network, net.target):
             assert not hasattr(network, "sparse") or same(network.sparse.masks, net.masks), name
@@ -433,6 +433,12 @@ def test_the_criteria_by_hand(monkeypatch):
     # the Hessian is [[9, 9, 6], [9, 9, 6], [6, 6, 1]]
     assert scores("grasp") == ([360, -180, 333], [True, False, True])
     assert scores("synflow")[0] == [6, 3, 9] and scores("synflow", "b")[0] == [6, 0, 6]  # R = 3 * (2 + 1), or 3 * 2
+    monkeypatch.setitem(su.CRITERIA, "log", su.Rule(lambda weights, *_: {name: w.log() for name, w in weights.items()}))
+    with pytest.raises(ValueError, match="a score is not a number"):
+        scores("log")
+    monkeypatch.setitem(su.DISTRIBUTIONS, "global", lambda scores, keep: [1, 0])
+    with pytest.raises(ValueError, match=r"distribution global gives the layers \[1, 0\] connections in place of 2"):
+        scores("magnitude")
     monkeypatch.setitem(su.CRITERIA, "iterative", su.CRITERIA["snip"]._replace(rounds=5))
     with pytest.raises(ValueError, match="criterion iterative uses the loss of the dense network, so it can have one"):
         scores("iterative")

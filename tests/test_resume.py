@@ -1,5 +1,6 @@
 """Interrupted runs go on as if nothing had happened; files that cannot be used are refused; saved policies are run."""
 
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -19,10 +20,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from test_run import load, main, refused, scalars
 
 import lab.run
 import sac_tar
+import sparse_utils
 import td3_tar
 from lab import kernels, record, topology
 from lab.environment import STOP_SIGNALS
@@ -598,8 +601,10 @@ def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_pa
 def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
     lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
+    lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
+    changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
-    edits = [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{STEP}")]
+    edits = [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)\n", wrapped))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
     again(sac_tar, plain, total_timesteps=90)
@@ -609,7 +614,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
     again(mine, run_dir, total_timesteps=90)
-    assert "begins with another value of `level` in train than before" in capsys.readouterr().out
+    lost = ", ".join(f"`{name}` in train" for name in ("level", "scale", "visits", "rms"))
+    assert f"begins with another value of {lost} than before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -637,8 +643,87 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
         again_at_80,
         ("with kernels.in_torch(nets):  # KERNELS", "with kernels.in_torch(nets if global_step < 80 else {}):"),
     )
-    with pytest.raises(ValueError, match="prune inside `with kernels"):
+    with pytest.raises(RuntimeError, match="do it inside `with kernels"):
         mine.train(mine.Args(**small | {"compute": "sparse"}))
+
+
+ONE_BY_ONE = {
+    "critics.named_parameters()": ["l1 = sum(p.abs().sum() for n, p in critics.named_parameters() if 'weight' in n)"],
+    "critics.parameters()": ["for param in critics.parameters():", "    nn.utils.clip_grad_norm_(param, 0.1)"],
+    "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
+}
+
+
+@pytest.mark.parametrize("call", ONE_BY_ONE)
+@pytest.mark.parametrize("script", [sac_tar])
+def test_who_goes_through_parameters_one_by_one_goes_through_those_of_torch(run, tmp_path, capsys, call):
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
+    small |= {"compute": "sparse"}
+    at, indent = "            q_optimizer.step()\n", 12 * " "
+    mine = edited(tmp_path, (at, "".join(f"{indent}{line}\n" for line in ONE_BY_ONE[call]) + at))
+    sentence = f"my_sac_tar.py goes through {call.split('.')[1]} in line "
+    assert sentence in refused(capsys, mine.train, mine.Args(**small))
+    inside = "".join(f"{indent}    {line}\n" for line in ONE_BY_ONE[call])
+    for edit in (
+        (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"),
+        (RUN_BEGINS, f"    all(True for _ in {call})\n{RUN_BEGINS}"),
+    ):
+        mine = edited(tmp_path, edit)
+        assert mine.train(mine.Args(**small)).exists() and sentence not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compute", ["masked", "auto"])
+def test_parameters_of_critics_that_are_frozen_stay_so(run, tmp_path, script, compute):
+    at, names = "    qf1_target = copy.deepcopy(qf1)", ("fc1.bias", "fc2.weight")
+    lines = "".join(f"    qf1.{name}.requires_grad_(False)\n" for name in names)
+    mine = edited(tmp_path, (at, lines + at), script=script)
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"]
+    small |= {"exp_name": mine.__name__, "compute": compute}
+    one, other = (load(mine.train(mine.Args(**small | {"total_timesteps": n}))) for n in (70, 90))
+    assert {name for name, tensor in one["qf1"].items() if torch.equal(tensor, other["qf1"][name])} == {*names}
+
+
+def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch):
+    at, seen, forward = "        relu2=nn.ReLU(inplace=True),\n", [], nn.Dropout.forward
+    mine = edited(tmp_path, (at, f"{at}        dropout=nn.Dropout(0.5),\n"), script=script)
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": mine.__name__}
+
+    def watched(self, x):
+        seen.append((evaluating, self.training))
+        return forward(self, x)
+
+    def play(*arguments):
+        nonlocal evaluating
+        evaluating = True
+        result = lab.environment.play(*arguments)
+        evaluating = False
+        return result
+
+    evaluating = False
+    monkeypatch.setattr(nn.Dropout, "forward", watched)
+    monkeypatch.setattr(lab.run, "play", play)
+    mine.train(mine.Args(**small))
+    assert {*seen} == {(True, False), (False, True)} and seen[-1] == (True, False)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_flag_that_cannot_be_recorded_is_refused_and_leaves_no_folder(run, tmp_path, capsys):
+    mine = edited(tmp_path, ("    tau: float", "    where: Path = Path('here')\n    tau: float"))
+    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"]
+    args = mine.Args(**small | {"exp_name": "my_sac", "runs_dir": str(tmp_path / "other")})
+    assert "PosixPath is not JSON serializable); make it a text" in refused(capsys, mine.train, args)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_keeps_what_is_added_to_the_row_of_a_network():
+    @dataclasses.dataclass(eq=False)
+    class Row(sparse_utils.Net):
+        stage: int = 0
+
+    network = nn.Linear(2, 2)
+    row, other = (Row(network, None, None, "tar", 0.5, **more) for more in ({"stage": 2}, {}))
+    other.load_state_dict(row.state_dict())
+    assert other.stage == 2 and not {"network", "target", "optimizer"} & row.state_dict().keys()
 
 
 # begin from a trained policy
