@@ -300,8 +300,9 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                # the actor's loss needs no gradient of the critics' weights
-                trained = [param.requires_grad_(False) for param in critics.parameters() if param.requires_grad]
+                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
+                for param in trained:
+                    param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 for _ in range(args.policy_frequency):  # make up for the delay
                     alpha = log_alpha.detach().exp()
                     actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)

@@ -50,7 +50,7 @@ class Net:
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of this row; networks and optimizers are saved by themselves."""
-        return {name: part for name, part in vars(self).items() if name not in ("network", "target", "optimizer")}
+        return {name: part for name, part in vars(self).items() if not hasattr(part, "state_dict")}
 
     def load_state_dict(self, state: dict) -> None:
         """Put back, in place, what `state_dict` gave."""
@@ -387,8 +387,10 @@ def mask_gradients(net: Net) -> None:
     if all(mask.all() for mask in net.masks.values()):
         return
     for name, weight in net.weights.items():
-        if weight.requires_grad and not hasattr(weight, "mask_hook"):
+        trained, weight.requires_grad = weight.requires_grad, True  # or a frozen one would take no hook
+        if not hasattr(weight, "mask_hook"):
             weight.mask_hook = weight.register_post_accumulate_grad_hook(partial(zero_gradient, name))
+        weight.requires_grad = trained
 
 
 def fix_masks(nets: dict[str, Net]) -> None:

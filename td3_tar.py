@@ -273,8 +273,9 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                # the actor's loss needs no gradient of the critics' weights
-                trained = [param.requires_grad_(False) for param in critics.parameters() if param.requires_grad]
+                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
+                for param in trained:
+                    param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 actor_loss = policy_loss(actor, qf1, data)
                 progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
                 actor_optimizer.zero_grad()

@@ -233,9 +233,9 @@ def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
     def content(value: object) -> bytes | None:
         if isinstance(value, (int, float, str)):
             return repr(value).encode()
-        if isinstance(value, torch.Tensor):
-            return content(value.detach().cpu().double().numpy())
-        if isinstance(value, (np.ndarray, np.generic)):
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
+            return value.detach().cpu().double().numpy().tobytes()
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
@@ -248,6 +248,6 @@ def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
     for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
         for name, value in vars(layer).items():
             if isinstance(value, simple) and " at 0x" not in repr(value):  # of the address of an object
-                content = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-                found[f"{type(layer).__name__}.{name}"] = zlib.crc32(content)
+                whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+                found[f"{type(layer).__name__}.{name}"] = zlib.crc32(whole)
     return found

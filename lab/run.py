@@ -283,17 +283,19 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 
 def one_by_one(script: Path, before: range) -> str | None:
-    """Where a function of the script goes through parameters or layers one by one, which in the kernels are others:
-    outside of `in_torch`, of loops that ask or say which parameters are trained, and of the lines of train before the
-    kernels. None if nowhere."""
-    nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, ast.FunctionDef)]
+    """Where a script goes through parameters or layers one by one, which in the kernels are others: outside of
+    `in_torch`, of constructors and `forward`, and of the lines of train `before` the kernels. None if nowhere."""
+    nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
-        if isinstance(node, ast.With) and "in_torch" in "".join(map(ast.unparse, node.items)):
+        inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
+        if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
         nodes += ast.iter_child_nodes(node)
-        for call in ast.walk(node.iter) if hasattr(node, "iter") and "requires_grad" not in ast.unparse(node) else ():
-            if isinstance(call, ast.Attribute) and call.attr in ONE_BY_ONE and call.lineno not in before:
-                return f"{script.name} goes through {call.attr}() in line {call.lineno}"
+        for call in ast.walk(node.iter) if hasattr(node, "iter") else ():
+            name = getattr(call.func, "attr", None) if isinstance(call, ast.Call) else None
+            if name in ONE_BY_ONE and call.lineno not in before:
+                where = f"in line {call.lineno}, outside of `with kernels.in_torch(nets):`"
+                return f"{script.name} goes through {name}() {where}"
     return None
 
 

@@ -43,7 +43,7 @@ def topology_report(nets: dict[str, Net]) -> dict:
             }
         found = tuple(sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
         if found != (net.budget, net.reserve):
-            row = f"{(net.budget, net.reserve)}; set budget, reserve, static and masks of its row to what was done"
+            row = f"{(net.budget, net.reserve)}; set the row's budget, reserve, static and masks to what was done"
             raise ValueError(f"{network} has (active, revived) {found} in place of {row}")
         report[network] = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width, "layers": layers}
     return report

@@ -346,7 +346,7 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
         prune(nets)
         weight = network.fc1.weight.clone()
     reads, of_a_chain = [lambda: network.fc1.weight, lambda: network.fc1.bias], lambda: network.fc1(torch.ones(1, 9))
-    reads.append(lambda: sparse_utils.linear_weights(network))
+    reads += [lambda: sparse_utils.linear_weights(network), lambda: copy.deepcopy(network.state_dict())]
     for read in [*reads, of_a_chain, lambda: network.relu1.inplace] if kind is chain else reads:
         with pytest.raises(RuntimeError, match=r"do it inside `with kernels.in_torch\(nets\):`"):
             read()
@@ -357,25 +357,6 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
 def keep(self, run, x):
     self.features = x = self.fc1(self.relu1(self.fc0(x)))
     return x[:, :1]
-
-
-@pytest.mark.parametrize("kind", [chain, Tanh])
-def test_state_dictionaries_of_networks_in_the_kernels_are_those_of_their_layers(monkeypatch, kind):
-    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
-    nets = make_nets(kind=kind)
-    nets["qf1"].in_kernels, network = True, nets["qf1"].network
-    with kernels.in_torch(nets):
-        prune(nets)
-        before = copy.deepcopy(network.state_dict())
-    assert in_kernels(network) and network.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    both = nn.ModuleList([network])
-    both.load_state_dict({f"0.{name}": 2 * tensor for name, tensor in before.items()})
-    nets["qf1"].target.load_state_dict(network.state_dict())
-    with kernels.in_torch(nets):
-        for one in (network, nets["qf1"].target):
-            assert not one._load_state_dict_pre_hooks
-            assert all(torch.equal(tensor, 2 * before[name]) for name, tensor in one.state_dict().items())
 
 
 def test_a_layer_that_is_not_to_be_pruned_stays_in_its_network(monkeypatch):
@@ -656,6 +637,7 @@ TWICE, IDLE = nn.Linear(2, 2), nn.ParameterList([nn.Parameter(torch.ones(1))])
 REFUSALS = {
     "Adam": (edited(), torch.optim.Adam, None),
     "AdamW": (edited(), torch.optim.AdamW, None),
+    "ReLU at the end": (edited(relu2=nn.ReLU()), kernels.Adam, None),
     "Tanh": (edited(relu1=nn.Tanh()), kernels.Adam, None),
     "LayerNorm": (edited(norm=nn.LayerNorm(2)), kernels.Adam, None),
     "a parameter of its own": (edited(relu2=IDLE, fc2=nn.Linear(2, 2)), kernels.Adam, None),

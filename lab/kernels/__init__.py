@@ -128,8 +128,8 @@ def load_kernels() -> ctypes.CDLL:
 
 def not_here(*_: object) -> None:
     raise RuntimeError(
-        "a layer in the kernels cannot be read or changed by itself; do it inside `with kernels.in_torch(nets):`, or "
-        "train with --compute masked"
+        "a layer in the kernels cannot be read, saved or changed by itself; do it inside "
+        "`with kernels.in_torch(nets):`, or train with --compute masked"
     )
 
 
@@ -152,6 +152,7 @@ class SparseMLP(nn.Module):
     """
 
     weight = bias = property(not_here)
+    _save_to_state_dict = not_here  # its vector has neither names nor places
     prunable = True  # so that `linear_weights` asks for the weight, too
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
@@ -205,18 +206,6 @@ class SparseMLP(nn.Module):
             dense[f"{name}.weight"] = flat.new_zeros(mask.shape).masked_scatter(mask, flat[layer.values : layer.bias])
             dense[f"{name}.bias"] = flat[layer.bias : layer.bias + layer.n_out].clone()
         return dense
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """As the layers whose place it has taken, so that the state dictionary of a network stays an ordinary one."""
-        root = prefix.removesuffix(self.place)
-        destination.update({f"{root}{name}": tensor for name, tensor in self.expand(self.flat.detach()).items()})
-
-    def gather(self, network: nn.Module, state: dict, prefix: str, *_: object) -> None:
-        """Before a network loads an ordinary state dictionary: make the vector of the layers in it."""
-        names = {name: [f"{prefix}{name}.{part}" for part in ("weight", "bias")] for name in self.masks}
-        if all(key in state for keys in names.values() for key in keys):
-            dense = {name: tuple(map(state.pop, keys)) for name, keys in names.items()}
-            state[f"{prefix}{self.place}flat"] = self.compress(dense)
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
@@ -317,8 +306,10 @@ def is_chain(net: Net) -> bool:
     children = dict(net.network.named_children())
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
     steps, _ = trace(net.network)
-    if steps is None or list(net.weights) != list(children)[::2] or not all(map(is_plain, children.values(), kinds)):
-        return False  # the second: where `linear_weights` leaves a layer out, that has no mask
+    if steps is None or len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
+        return False
+    if list(net.weights) != list(children)[::2]:  # a reader may leave layers out, which then have no masks
+        return False
     training = [training_of(param, net.optimizer) for child in children.values() for param in child.parameters()]
     moved = copy.deepcopy(net.network)
     for name in children:
@@ -521,8 +512,6 @@ def compact_part(
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
     mlp.flat.requires_grad_(dense[0].requires_grad)
-    mlp.place = f"{names[0] if len(names) == 1 else 'sparse'}."
-    mlp.hook = network.register_load_state_dict_pre_hook(mlp.gather)
     if len(names) == 1:
         network.set_submodule(names[0], mlp)
     else:
@@ -546,7 +535,6 @@ def compact_part(
 @torch.no_grad()
 def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optimizer | None = None) -> None:
     """`expand` for the modules that `compact_part` has replaced."""
-    mlp.hook.remove()
     if len(mlp.replaced) > 1:
         del network.sparse
     for name, module in mlp.replaced.items():
