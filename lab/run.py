@@ -567,8 +567,11 @@ class Run:
             environment.restore(self.env, self.eval_env, saved)
         begun = environment.state_of(self.env, self.eval_env)
         obs, _ = self.env.reset(seed=self.args.seed if global_step == 0 else None)
-        begun["fingerprint"] = environment.fingerprint(self.env, inspect.currentframe().f_back.f_locals)
-        begun["fingerprint"]["the observation"] = obs.tolist()
+        due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
+        due = due or bool(STOP_SIGNALS)
+        if saved or due:  # a checksum of everything is too slow for every short episode
+            begun["fingerprint"] = environment.fingerprint(self.env, inspect.currentframe().f_back.f_locals)
+            begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
             other = [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]
@@ -579,11 +582,10 @@ class Run:
                     "before the interruption. Checkpoints hold what is in `state`, random generators, and the running "
                     "statistics of the environment, so this may be another run."
                 )
-        due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
-        if due or STOP_SIGNALS:
+        if due:
             self.save(global_step, pack(begun))
-        if STOP_SIGNALS:
-            self.stop(global_step)
+            if STOP_SIGNALS:
+                self.stop(global_step)
         return obs
 
     def save(self, global_step: int, begun: dict) -> None:
