@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import tyro
 
 import sparse_utils
-from lab import compare, figures, results
+import td3_tar
+from lab import compare, figures, record, results
 
 PROJECT = Path(__file__).parent.parent
 GRIDS = sorted(path.parent.name for path in PROJECT.glob("runs/*/runs.json") if path.parent.name in
@@ -78,11 +80,11 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
     assert found >= 10
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page):
+@pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
+def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page, grid):
     """A mean, or a difference of two arms paired by seed, in one environment."""
     known = set()
-    for group in grids[PAGES[page]].values():
+    for group in grids[grid].values():
         finals = compare.finals_of(group)
         known |= {shown(compare.t_interval(final.to_numpy())) for final in finals.values()}
         for one, other in itertools.permutations(finals, 2):
@@ -91,6 +93,22 @@ def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page):
                 known.add(shown(compare.t_interval(difference)))
     said = re.findall(r"-?\d+\s\[-?\d+,\s-?\d+\]", (PROJECT / page).read_text())
     assert said and not [interval for interval in said if " ".join(interval.split()) not in known]
+
+
+def test_the_return_of_each_system_is_that_of_runs_with_its_flags(grids):
+    """Those of lab/systems.md: one setting, three seeds."""
+    runs, found = pd.concat(grids["systems"].values()), 0
+    common = "--env-id HalfCheetah-v4 --sparsity 0.9 --total-timesteps 300000 --criterion random --distribution er"
+    for system, flags, value, _ in next(tables("lab/systems.md"))[1]:
+        if not value:
+            continue
+        args = tyro.cli(td3_tar.Args, args=[*common.split(), *flags.strip("`").split()])
+        record.settle(args)
+        asked = {n: v for n, v in record.identity(vars(args)).items() if n not in ("seed", "exp_name")}
+        own = runs[[asked.items() <= (vars(td3_tar.Args()) | given).items() for given in runs.args]]
+        assert sorted(own.seed) == [4, 5, 6] and value == shown(compare.t_interval(own.final.to_numpy())), system
+        found += 1
+    assert found >= 4
 
 
 @pytest.mark.parametrize("grid", GRIDS)
