@@ -226,9 +226,9 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
 
 
 def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
-    """Checksums by which it shows whether a resumed run has the state of before: of the numbers, arrays and collections
-    that layers of the environment other than Gymnasium's and ours hold, and of numbers, texts, arrays, tensors, running
-    statistics and lists of these among the `variables` of train."""
+    """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
+    collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
+    tensors, running statistics and lists of these among the `variables` of train."""
 
     def content(value: object) -> bytes | None:
         if isinstance(value, (int, float, str)):

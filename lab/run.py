@@ -227,9 +227,8 @@ def put_back(part: object, saved: object) -> object:
 
 
 def check_parts(state: dict, variables: dict) -> dict[str, str]:
-    """The kinds of the optimizers, by name. Raises ValueError if something with a state among the `variables` of train,
-    or a parameter that an optimizer trains, would be in no checkpoint, or if a part of `state` could not be put back.
-    """
+    """The class of each optimizer in `state`, by name. Raises ValueError if checkpoints would lack a variable of train
+    that has a state, or a parameter that an optimizer trains, or if a part of `state` could not be put back."""
     parts, optimizers, held = {id(state), *map(id, state.values())}, {}, set()
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
@@ -283,8 +282,8 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 
 def one_by_one(script: Path, before: range) -> str | None:
-    """Where a script goes through parameters or layers one by one, which in the kernels are others: outside of
-    `in_torch`, of constructors and `forward`, and of the lines of train `before` the kernels. None if nowhere."""
+    """Where a script loops over single parameters or layers, which the kernels replace: outside of `in_torch`, of
+    constructors, of `forward`, and of the lines of train `before` the kernels come. None if nowhere."""
     nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
@@ -338,7 +337,7 @@ def read_replay(run_dir: Path, rb: ReplayBuffer, added: int) -> None:
 
 
 def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:
-    """The dictionary in a final.pt or checkpoint.pt, checked as above, and to be one of this script."""
+    """The dictionary in a final.pt or checkpoint.pt. Ends the program with one sentence if it is not of this script."""
     state = read_tensors(path)
     if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
         fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
@@ -443,7 +442,7 @@ class Run:
             config = read_config(self.folder)
             self.restore(self.checkpoint)
             self.returns, sps_seconds = self.checkpoint["returns"], self.checkpoint["sps_seconds"]
-            # the parts of the run that are in the checkpoint; in one of step 0 that is none, but for its settings
+            # segments that ran before the checkpoint's step; none did before step 0: it has the settings of the last
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
             if (before := past.get("optimizers", optimizers)) != optimizers:
@@ -625,8 +624,9 @@ class Run:
     def check_weights(self, global_step: int) -> None:
         """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
         for name, part in self.state.items():
-            params = part.parameters() if isinstance(part, nn.Module) else ()  # of which what is not trained may be
-            if not all(param.isfinite().all() for param in params if param.requires_grad):  # infinite: log 0, of alpha
+            params = part.parameters() if isinstance(part, nn.Module) else ()
+            # trained parameters alone: the logarithm of a fixed alpha of 0 is infinite
+            if not all(param.isfinite().all() for param in params if param.requires_grad):
                 self.diverged(f"a weight of {name} is not finite at step {global_step}")
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():

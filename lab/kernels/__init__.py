@@ -134,7 +134,7 @@ def not_here(*_: object) -> None:
 
 
 class InChain:
-    """Has the name of a layer whose place a `SparseMLP` has taken together with others; who uses it, is told so."""
+    """Stands under the name of one of the layers that a `SparseMLP` has replaced, and refuses every use of it."""
 
     __call__ = not_here
 
@@ -319,8 +319,8 @@ def is_chain(net: Net) -> bool:
 
 
 def parts(net: Net, masks: Masks) -> list[list[str]]:
-    """The names of the modules in whose place each `SparseMLP` of a network comes: all children of a chain at once, of
-    another network each Linear by itself, but for those that are faster in torch, since they have many connections."""
+    """The names of the modules that each `SparseMLP` of a network replaces: all children of a chain together; in other
+    networks each Linear alone, except those with so many connections that torch is faster."""
     if is_chain(net):
         return [list(dict(net.network.named_children()))]
     return [[name] for name, mask in masks.items() if mask.float().mean() <= MOST_BY_LAYER]
