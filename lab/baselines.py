@@ -364,10 +364,12 @@ def rewire_layers(
 ) -> None:
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
-    that were inactive before. Ties go to the lower index. A layer in which CHT has settled comes into `stopped`."""
+    that were inactive before. Ties go to the lower index. A layer in which CHT has settled comes into `stopped`. From a
+    layer that is to be full nothing is dropped, since all of it would have to grow again, and chains with it."""
     kept = {}
     for name, layer in layers.items():
-        count = 0 if name in stopped else int(fraction * counts[name])
+        stays = name in stopped or counts[name] == layer.mask.numel()
+        count = 0 if stays else int(fraction * counts[name])
         count = count if rules.regrow else min(count, int((~layer.mask).sum()))
         surplus = int(layer.mask.sum()) - counts[name] + count
         kept[name] = layer.mask & ~highest(-rules.drop.scores(layer), surplus, layer.mask)

@@ -173,6 +173,17 @@ def test_chain_removal_takes_all_that_leads_nowhere_and_nothing_else(seed, neuro
     assert same(masks, expected)
 
 
+@pytest.mark.parametrize("method", ["cht", "chts"])
+def test_a_layer_that_stays_full_takes_no_chains_with_it(method):
+    """As the last one of a critic, without which a hidden neuron is dead. The other one replaces half, and no more."""
+    masks = {"fc1": random_mask(0, (40, 20), 0.5), "fc2": torch.ones(1, 40).bool()}
+    before, of = copied(masks), {name: int(mask.sum()) for name, mask in masks.items()}
+    weights = {name: torch.rand(mask.shape, generator=generator(1)) for name, mask in masks.items()}
+    baselines.rewire_layers({n: layer(masks[n], weights[n]) for n in masks}, of, [], 0.5, rules_of(method))
+    assert masks["fc2"].all() and int(masks["fc1"].sum()) == of["fc1"]
+    assert 0 < int((before["fc1"] & ~masks["fc1"]).sum()) <= of["fc1"] // 2 and masks["fc1"].any(1).all()
+
+
 @pytest.mark.parametrize("active, back, settled", [(20, 9, False), (20, 10, True), (66, 33, True), (68, 34, False)])
 def test_a_layer_stops_when_more_than_nine_tenths_grow_back_although_there_is_room_elsewhere(active, back, settled):
     """Of 100 places; half of the active ones is dropped, the first ones. A layer that has stopped is left as it is."""
