@@ -26,8 +26,8 @@ GENERATORS = (np.random.Generator, np.random.RandomState, random.Random, torch.G
 
 
 class NewWorld(gym.Wrapper):
-    """A new Box2D world for each episode. BipedalWalker keeps one for life, and its past shows in the last bits; with a
-    new one an episode is a function of the generator and the actions, so that a resumed run goes on with the same."""
+    """Makes a new Box2D world for each episode. BipedalWalker keeps one world, whose past episodes change the last bits
+    of later ones. In a new world an episode depends on its generator and the actions alone, also in a resumed run."""
 
     def reset(self, **kwargs):
         self.unwrapped._destroy()
@@ -36,9 +36,9 @@ class NewWorld(gym.Wrapper):
 
 
 class Guard(gym.Wrapper):
-    """Stands between the agent and any environment. Observations are copies, so that an environment may change its own
-    array. Actions are copies of the space's own type and inside its bounds, which rounding may have left by one float32
-    step. Numbers that are not finite end the program and are named."""
+    """Stands between the agent and any environment. Observations are copied, since an environment may change its own
+    array. Actions are copied, cast to the type of the action space and clipped to its bounds, which rounding may exceed
+    by one float32 step. A number that is not finite ends the program with a sentence that names it."""
 
     global_step = 0  # for messages; the run sets it
 
@@ -79,7 +79,7 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
         env = Guard(env)
     except Exception as error:  # a package of environments may be broken in any way
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "`pip install -r requirements.txt` brings MuJoCo's and Box2D's, PYTHONPATH says where yours is"
+        where = "`pip install -r requirements.txt` brings MuJoCo and Box2D; PYTHONPATH must have the folder of your own"
         fail(f"cannot make {env_id} ({why}); {where}")
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
@@ -119,15 +119,15 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 
 
 def has_time_limit(env: gym.Env) -> bool:
-    """Whether there is a TimeLimit wrapper, or an environment that counts its steps by the same name."""
+    """Whether a TimeLimit wrapper, or the environment itself, has the attribute `_max_episode_steps`."""
     return env.has_wrapper_attr("_max_episode_steps")
 
 
 @torch.no_grad()
 def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
-    """Lists of the returns and lengths of noise-free episodes. Reseeded, so that every evaluation starts from the same
-    states (if only resets draw random numbers). With `video`, the first episode is filmed in <video>.mp4. Without a
-    time limit episodes are cut after EVALUATION_LIMIT steps, and a signal ends them all: then the result is None."""
+    """The returns and the lengths of noise-free episodes, two lists. The first reset takes `seed`, so every evaluation
+    has the same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
+    <video>.mp4. Without a time limit, episodes are cut after EVALUATION_LIMIT steps, and a stop signal returns None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
     limit = math.inf if has_time_limit(env) else EVALUATION_LIMIT
     if video:
@@ -212,13 +212,13 @@ def set_statistics(env: gym.Env, saved: dict[str, dict]) -> None:
 
 
 def state_of(env: gym.Env, eval_env: gym.Env) -> dict[str, dict]:
-    """Of what outlives the end of an episode, all that `restore` can put back."""
+    """The state that outlives an episode and that `restore` can put back: random generators and running statistics."""
     random_states = {name: random_state(generator) for name, generator in generators(env, eval_env).items()}
     return {"random": random_states, "statistics": statistics(env)}
 
 
 def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
-    """Put a `state_of` back into environments that have been reset, and so have the generators that it is of."""
+    """Put the result of `state_of` back into environments that have been reset, so that their generators exist."""
     for name, generator in generators(env, eval_env).items():
         if name in saved["random"]:
             set_random_state(generator, saved["random"][name])

@@ -51,12 +51,12 @@ class RunFlags:
     eval_frequency: int = 5000  # Environment steps between evaluations; there is one at step 0 and one at the end too.
     eval_episodes: int = 10  # Noise-free episodes of each evaluation, on an environment of its own.
     capture_video: bool = False  # Film the first episode of each evaluation as an mp4 in the run folder.
-    checkpoint_frequency: int = 10_000  # Environment steps after which the next end of an episode writes a checkpoint.
+    checkpoint_frequency: int = 10_000  # Environment steps between checkpoints, each written when an episode ends.
     # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True
     resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
-    # A run folder or a .pt file with whose networks, targets and alpha training begins. Its policy takes the place of
-    # random actions before --learning-starts.
+    # A run folder or a .pt file. Training begins with its networks, targets and alpha, and its policy replaces random
+    # actions before --learning-starts.
     load: str | None = None
     # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.
     evaluate: str | None = None

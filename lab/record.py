@@ -26,7 +26,7 @@ from lab.flags import at_least_0, fail, fraction, positive, require, within_trai
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
 # a flag that is not given has the value of another
 FOLLOWS = {"prune_at": "learning_starts", "critic_method": "method", "critic_sparsity": "sparsity"}
-# files of lab/ that training imports, but that do not change its result
+# files of lab/ that do not affect the result of training, even if a script imports them
 NOT_OF_THE_CODE = {"lab/topology", "lab/sweep", "lab/compare", "lab/figures", "lab/results"}
 
 
@@ -69,7 +69,7 @@ def with_hash(name: str) -> str:
 
 
 def follow(args: object) -> None:
-    """Give each flag that is None and follows another one its value, in place."""
+    """Give flags that are None the values that they follow, and a `dense` network sparsity 0, in place."""
     for name, other in FOLLOWS.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(args, other))
@@ -82,7 +82,7 @@ def follow(args: object) -> None:
 
 
 def unused(args: object) -> set[str]:
-    """The flags that make no difference to this run, beside those that a method has in lab/baselines.py."""
+    """The flags that make no difference to this run, among them flags of lab/baselines.py if the script has them."""
     found, methods = set(), {args.method, args.critic_method}
     if not methods & sparse_utils.REVIVALS.keys():
         found |= {"reserve"}
@@ -135,8 +135,8 @@ def identity(args: dict) -> dict:
 
 
 def usual(name: str, args: dict) -> object:
-    """The value at which a flag is left out of the name of an arm: that of the flag which it follows, or the default of
-    a flag that a script without baselines does not have. Other flags have none: MISSING, which no value equals."""
+    """The value with which a flag is left out of the name of an arm: the value of the flag that it follows, or the
+    default of a flag that scripts without baselines lack. For other flags it is MISSING, which equals no value."""
     plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None}
     return args.get(FOLLOWS[name]) if name in FOLLOWS else plain.get(name, MISSING)
 
@@ -160,9 +160,9 @@ def of_today(args: dict) -> dict:
 
 
 def hyperparameters(settings: dict, first: dict, metrics: Sequence[str]) -> list[Summary]:
-    """What TensorBoard's HParams tab reads of one run. The tab opens with the first five columns by name of those that
-    are said to differ between runs, so `first`, five of them, are said to. None is an empty cell. A column of both
-    numbers and strings could not be sorted, so `settings` must not make one."""
+    """The summaries of one run for TensorBoard's HParams tab. The tab opens with the first five columns, by name, that
+    are marked as differing between runs, so only the five columns of `first` are marked. None is an empty cell. A name
+    in `settings` must be a number in all runs or a string in all runs, since a mixed column cannot be sorted."""
     values, infos = {}, []
     for name, value in (settings | first).items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -209,8 +209,8 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
 
 
 def sources(script: Path, env_id: str = "") -> list[Path]:
-    """The files that a run consists of: the script, the modules that it imports from its own folder and the project's,
-    with kernels.cpp, that of the environment (`<module>:<id>`), and all that they import from there in turn."""
+    """The source files of a run: the script, the module of its environment (`<module>:<id>`), and all modules that they
+    import, directly or not, from the script's folder or the project's, with kernels.cpp. See NOT_OF_THE_CODE."""
     script, project = script.resolve(), Path(__file__).resolve().parent.parent
     folders = [script.parent, project]
     found = {script: ""}  # the name under which each was imported, by which they are sorted
@@ -229,8 +229,8 @@ def sources(script: Path, env_id: str = "") -> list[Path]:
 
 
 def code_hash(script: Path, env_id: str = "") -> str:
-    """The code of a run (see `sources`) in 12 hexadecimal digits. Comments, docstrings, packages, and the files of lab/
-    that record and draw do not count."""
+    """The hash of the code of a run (see `sources`), 12 hexadecimal digits. Comments, docstrings, installed packages
+    and the files in NOT_OF_THE_CODE do not count."""
     return hashlib.sha256("\0".join(map(essence, sources(script, env_id))).encode()).hexdigest()[:12]
 
 
@@ -238,11 +238,11 @@ def code_hash(script: Path, env_id: str = "") -> str:
 
 
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
-    """The path of every run in a folder, and what is recorded of it: `args`, `script` (its name without .py),
-    `published`, and `segments`, one for each process that the run had: the step from which it ran, `code` (see
-    `code_hash`; None if the run is older than that), `git_commit`, `processor`, `device`, `versions`, `in_kernels`, the
-    networks that were not computed by torch, and `milliseconds`, those of a training pass in torch and in the kernels.
-    A run is a folder with config.json, or an entry of runs.json, where published runs are."""
+    """The path of every run in a folder, and its record: `args`, `script` (its name without .py), `published`, and
+    `segments`, one for each process that trained the run: `from_step`, `code` (see `code_hash`; None in runs older than
+    the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers`, `in_kernels` (the networks in the kernels)
+    and `milliseconds` (of a training pass in torch and in the kernels, where measured). The segments of older runs lack
+    some of these. A run is a folder with config.json or, if published, an entry of runs.json."""
     published = folder / "runs.json"
     if published.exists():
         for name, config in json.loads(published.read_text()).items():

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last --buffer-size transitions, one float32 row each, in one block that takes memory as it fills."""
+    """The last --buffer-size transitions, one float32 row each, in one block that takes CPU memory as it fills."""
 
     def __init__(self, args: object, env: gym.Env, device: torch.device):
         observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]
@@ -39,8 +39,8 @@ class ReplayBuffer:
         self.added += 1
 
     def sample(self, batch_size: int, global_step: int) -> Batch:
-        """A batch drawn uniformly with replacement; --recent-fraction of it from the newest transitions alone. A target
-        takes fewer than --n-step steps where the episode ends or the newest transition is reached."""
+        """A batch drawn uniformly with replacement; --recent-fraction of it from the newest --recent-size transitions.
+        Targets take --n-step steps, or one before --n-step-from, but end with the episode or the newest transition."""
         held, newest = min(self.added, len(self.rows)), (self.added - 1) % len(self.rows)
         indices = torch.randint(held, (batch_size,), device=self.rows.device)
         if recent := round(self.recent_fraction * batch_size):

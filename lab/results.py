@@ -1,8 +1,8 @@
-"""What runs have measured: read from event files or from a published grid, published, written as event files.
+"""The results of runs: read from event files or from a published grid, published, and written as event files.
 
-A published grid is a folder with `runs.json`, which has the script, flags, segments (see lab/record.py), first moment
-and topology.json of each run by the name of its folder, and with `evaluations.csv`: mean return and length of the
-episodes, seconds since the first moment, and floating-point operations of training so far.
+A published grid is a folder with two files. `runs.json` has, by the name of a run's folder, its script, flags, segments
+(see lab/record.py), start time and topology.json. `evaluations.csv` has, for each evaluation, mean return and length of
+its episodes, seconds since the start, and floating-point operations of training so far.
 """
 
 import json
@@ -80,8 +80,8 @@ def publish(results: Iterable[dict], grid: Path) -> None:
 
 
 def write_events(runs: pd.DataFrame, folder: Path) -> None:
-    """An event file of each run: its evaluations, final return and, for TensorBoard's HParams tab, its flags. All have
-    the same columns, since TensorBoard takes those of any one run."""
+    """Write an event file of each run: its evaluations, final return and, for TensorBoard's HParams tab, its flags. All
+    files list the same columns for that tab, since TensorBoard reads the list from any one of them."""
     names = sorted({name for settings in runs.settings for name in settings})
     words = [name for name in names if any(isinstance(s.get(name), (str, bool)) for s in runs.settings)]
     metrics = ["eval/final_return", TAGS["return"], TAGS["flops"]]
@@ -106,7 +106,7 @@ def write_events(runs: pd.DataFrame, folder: Path) -> None:
 
 
 def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Of each network and layer the masks after static pruning and after revival; empty if nothing was revived."""
+    """The masks of each network and layer after static pruning and after revival; empty if nothing was revived."""
     saved = torch.load(run / "masks.pt", weights_only=True) if (run / "masks.pt").exists() else {}
     masks = {
         network: {layer: (kinds["static"][layer].numpy(), mask.numpy()) for layer, mask in kinds["masks"].items()}
@@ -117,8 +117,8 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
 
 
 def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
-    """Seconds at each evaluation, by step. An interval within which the run was resumed, or that is over five times as
-    long as the median of the two before and the two after it, counts as the run's median one."""
+    """Seconds at each evaluation, by step. An interval in which the run was resumed, or that is over five times as long
+    as the median of the two intervals before and the two after it, is replaced by the median interval of the run."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     median = np.median(intervals) if len(intervals) else 0.0
     padded = np.pad(intervals, 2, constant_values=median)

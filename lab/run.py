@@ -43,23 +43,23 @@ from lab.record import code_hash, file_of, hyperparameters, identity, of_today, 
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
-CHECKPOINT_FORMAT = 6  # raised whenever a checkpoint of before can no longer be resumed
-REPLAY_FILE_ROWS = 50_000  # transitions in one file of the replay buffer; so many are copied in memory
+CHECKPOINT_FORMAT = 6  # increased by every change after which older checkpoints cannot be resumed
+REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # flags that may change when a run is resumed, and that its folder is therefore not named after
 MAY_CHANGE = {
     "resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video",
 }  # fmt: skip
-# flags that may be others than those of the run whose policy --evaluate takes
+# flags that may differ between an evaluation and the run whose policy it evaluates
 OF_AN_EVALUATION = {"evaluate", "eval_episodes", "capture_video", "compute", "device", "torch_threads"}
 # parts of `state` that a policy does not need, beside optimizers
 OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
-# what a file holds beside parts of `state`
+# keys of checkpoint.pt and final.pt that are not parts of `state`
 ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
     "added", "replay", "sps_seconds", "log_sizes",
 }  # fmt: skip
-# flags that stand elsewhere in the name of a run's folder, or in no name
+# flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children"}
 ARRAY = "an array of NumPy"  # marks one in a file
@@ -72,7 +72,7 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file is there as a whole or not at all, whenever the process or the machine dies."""
+    """Write a file atomically: if the process or the machine dies, either the old file or the new one is whole."""
     path.parent.mkdir(exist_ok=True)
     part = Path(f"{path}.tmp")
     try:
@@ -105,7 +105,7 @@ def machine_in_a_sentence() -> Iterator[None]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        fail(f"{error}; the last checkpoint is whole: make room, or it writable, then go on with --resume", code=1)
+        fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)
     except (MemoryError, RuntimeError) as error:
         why = next(iter(str(error).splitlines()), "")
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
@@ -130,8 +130,8 @@ def read_tensors(path: Path) -> object:
 
 
 def claim(run_dir: Path) -> None:
-    """Keep every other process out of a run folder for as long as this one lives; end the program with one sentence if
-    another one has it. Where the system or the file system has no such locks, nothing is kept out."""
+    """Lock a run folder until this process ends. Ends the program with one sentence if another process has locked it.
+    Where the operating system or the file system has no file locks, nothing is locked."""
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         import fcntl  # Windows has none
@@ -261,9 +261,9 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
 
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
-    """By network, why the kernels cannot replace its layers: one of the `variables` of train is a list, tuple or
-    dictionary that holds layers or parameters of it, and would go on holding these. The groups of an optimizer follow
-    the kernels, so they do not count."""
+    """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
+    train is a list, tuple or dictionary that holds layers or parameters of the network, and would keep the old ones.
+    The parameter groups of the optimizers do not count, since the kernels replace parameters in them too."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int]) -> bool:
@@ -282,8 +282,8 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 
 def one_by_one(script: Path, before: range) -> str | None:
-    """Where a script loops over single parameters or layers, which the kernels replace: outside of `in_torch`, of
-    constructors, of `forward`, and of the lines of train `before` the kernels come. None if nowhere."""
+    """The place of a loop of the script over parameters or layers, which the kernels would replace; None if there is no
+    such loop. Loops inside `in_torch`, constructors, `forward` and the lines of train `before` Run(...) are allowed."""
     nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
@@ -364,8 +364,8 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
 
 
 def check_saved_args(given: object, saved: object) -> None:
-    """End the program with one sentence if the settled arguments `given` with --evaluate or --resume, in which what the
-    user left out is as `saved`, contradict the run."""
+    """End the program with one sentence if `given`, the settled flags of a command with --evaluate or --resume,
+    contradict `saved`, the flags of the run. A flag that the command leaves out has its saved value in `given`."""
     may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
     for name, value in asdict(given).items():
         before = getattr(saved, name)
@@ -442,12 +442,12 @@ class Run:
             config = read_config(self.folder)
             self.restore(self.checkpoint)
             self.returns, sps_seconds = self.checkpoint["returns"], self.checkpoint["sps_seconds"]
-            # segments that ran before the checkpoint's step; none did before step 0: it has the settings of the last
+            # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
             if (before := past.get("optimizers", optimizers)) != optimizers:
                 fail(f"the run has the optimizers {before} and the script {optimizers}; use the script that saved it")
-            args.resume = None  # from here on it is that run
+            args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
             self.load_agent(path, load_state(path, script, of_any_script=True))
@@ -517,7 +517,7 @@ class Run:
         usual["drop_criterion"] = baselines.usual_drop({*methods})
         left_out = IN_NAME | MAY_CHANGE | {"seed", "runs_dir"}
         parts += [f"{name}-{value}" for name, value in args.items() if value != usual[name] and name not in left_out]
-        for unix_time in itertools.count(int(time.time())):  # its twin may have started in the same second
+        for unix_time in itertools.count(int(time.time())):  # a run with equal flags may have started this second
             name = "__".join([*parts, str(self.args.seed)])[:200] + f"__{unix_time}"  # file systems take 255 bytes
             folder = Path(self.args.runs_dir) / re.sub("[/:]", "-", name)
             try:
@@ -532,8 +532,8 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps from `start_step` to --total-timesteps, both included, with a progress bar. Ends the program with
-        one sentence if anything that came into `train` after the constructor would be in no checkpoint, or holds what
-        the kernels replace."""
+        one sentence if `train` has added to `state` after Run(...), or has made a variable that checkpoints would lack
+        or that holds layers or parameters that the kernels replace."""
         variables = inspect.currentframe().f_back.f_locals
         with bad_input(), kernels.in_torch(self.nets):
             check_parts(self.state, variables)
@@ -547,15 +547,15 @@ class Run:
             self.env.set_wrapper_attr("global_step", step)
             if step == self.sps_from:
                 self.clock = time.perf_counter()
-            if STOP_SIGNALS and not self.limited:
+            if STOP_SIGNALS and not self.limited and self.saved_at >= 0:
                 self.stop(step)
             yield step
 
     def reset(self, global_step: int) -> np.ndarray:
-        """Reset the environment and return its observation. Between episodes the state of an environment is that of
-        its random generators and statistics, so this is where a checkpoint is written: if --checkpoint-frequency steps
-        have passed, at the end, or after Ctrl-C or kill, which then ends the program. Warns if a resumed run goes on
-        from another state than the one that was saved."""
+        """Reset the environment and return the observation. Between episodes the environment should have no state but
+        random generators and statistics, so checkpoints are written here: once --checkpoint-frequency steps have
+        passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then ends the program.
+        Warns if a resumed run goes on from another state than the saved one."""
         if self.args.evaluate is not None:
             obs, _ = self.env.reset()
             environment.set_statistics(self.env, self.statistics)
@@ -682,7 +682,7 @@ class Run:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
 
     def load_policy(self) -> dict:
-        """Make the agent, its masks and statistics those of --evaluate. Returns the content of its file."""
+        """Read agent, masks and statistics from the file that --evaluate names. Returns the content of the file."""
         path = file_of(self.args.evaluate)
         saved = load_state(path, self.script)
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
@@ -696,7 +696,7 @@ class Run:
         return saved
 
     def rewind(self, log_sizes: dict[str, int]) -> None:
-        """Bring the folder back to its checkpoint: what came later is cut off. Warns if a log is lost."""
+        """Cut logs back to the checkpoint; delete newer logs and replay files and final.pt. Warns if a log is lost."""
         logs = {path.name: path for path in self.folder.glob("*tfevents*")}
         for name, size in log_sizes.items():
             if name not in logs or logs[name].stat().st_size < size:
@@ -741,28 +741,28 @@ class Run:
             self.writer.file_writer.add_summary(summary)
 
     def speed(self, global_step: int) -> dict[str, float]:
-        """Steps per second of training, evaluations not counted, once learning and pruning have begun."""
+        """Steps per second since step `sps_from`, without the time of evaluations; nothing until that step."""
         if global_step <= self.sps_from:
             return {}
         return {"charts/SPS": (global_step - self.sps_from) / (time.perf_counter() - self.clock)}
 
     def log_topology(self, global_step: int) -> None:
-        """What pruning and revival did to each network: topology.json, masks.pt, and what topology.py makes of them."""
+        """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py)."""
         report = topology.log_pruning(self.writer, global_step, self.nets, self.env.observation_space.shape[0])
         write_json(self.folder / "topology.json", report)
         masks = {name: {"static": pack(net.static), "masks": pack(net.masks)} for name, net in self.nets.items()}
         write_tensors(self.folder / "masks.pt", masks)
 
     def log_rewiring(self, global_step: int, *rewired: object) -> None:
-        """What a rewiring has done; topology.py has a function of this name and says what it is given."""
+        """Record a rewiring in topology.json and TensorBoard; `rewired` is passed on to topology.log_rewiring."""
         report = json.loads((self.folder / "topology.json").read_text())
         topology.log_rewiring(self.writer, global_step, report, *rewired)
         write_json(self.folder / "topology.json", report)
 
     def evaluate(self, global_step: int, policy: Callable, training_flops: int, inference_flops: int) -> None:
-        """Log noise-free episodes on an environment of their own if --eval-frequency steps have passed or at the end.
-        `policy` maps observations of shape (batch, observation size) to actions. The time does not count in charts/SPS.
-        """
+        """Run noise-free episodes on an environment of their own, every --eval-frequency steps and at the end, and log
+        them or, with --evaluate, print them. `policy` maps observations of shape (batch, observation size) to actions.
+        charts/SPS does not count the time of an evaluation."""
         if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
             return
         began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
@@ -817,7 +817,7 @@ class Run:
 
 
 def on_signal(number: int, _: object) -> None:
-    """The first signal ends the run at the end of the episode, with a checkpoint; the second one at once."""
+    """The first signal ends the run after the episode (without a time limit, after the step); the second at once."""
     if STOP_SIGNALS:
         tqdm.write("stopped at once; go on from the last checkpoint with --resume and the run folder")
         os._exit(128 + number)
@@ -825,8 +825,8 @@ def on_signal(number: int, _: object) -> None:
 
 
 def main(arguments: type, train: Callable) -> None:
-    """Read the command line of a script and train; or, with --evaluate, run a saved policy as `train` would. With that
-    and with --resume, flags that are not given are those of the run."""
+    """Read the command line of a script and call its `train`, which with --evaluate only runs a saved policy. With
+    --evaluate or --resume, a flag that is not given has its value in the saved run."""
     module = sys.modules[train.__module__]
     script = Path(module.__file__)
     if inspect.currentframe().f_back.f_globals["__name__"] != train.__module__:
@@ -837,7 +837,7 @@ def main(arguments: type, train: Callable) -> None:
         args = tyro.cli(arguments, default=saved)
         settle(args)
         check_saved_args(args, saved)
-    for number in (signal.SIGINT, signal.SIGTERM):  # where nothing is trained, one ends at once and without a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
     with machine_in_a_sentence():
         train(args)

@@ -85,10 +85,10 @@ def topology_warnings(network: str, net: Net, observation_size: int) -> list[str
 
 
 def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
-    """The mask of a layer, outputs down and inputs across, as uint8 of shape (height, width, 3), each panel about 256
-    pixels square or larger. The left panel is the mask after static pruning and the right one that of now: after
-    revival or after the last rewiring. A method that has revived nothing has one panel. The legend below has letters
-    that TensorBoard's cards, which scale images to their own width, show at the size of their text."""
+    """A picture of the mask of a layer, outputs down and inputs across, as uint8 of shape (height, width, 3). The left
+    panel is the mask after static pruning, the right one the mask after revival or, if `rewired`, after the last
+    rewiring; without either there is one panel. Each panel is over 128 pixels high and wide. The legend grows with the
+    picture, since TensorBoard scales pictures to one width: there it is as large as the other text."""
     static, mask = net.static[layer].cpu().long(), net.masks[layer].cpu()
     kinds = {"after static pruning": static.clone()}  # indices of MASK_COLOURS
     if net.reserve or rewired:
@@ -118,8 +118,8 @@ def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
 
 
 def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], observation_size: int) -> dict:
-    """What pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and there
-    one image for each layer and its density. Returns the report."""
+    """Log what pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and in
+    TensorBoard alone a picture and the density of each layer. Returns the report."""
     report = topology_report(nets)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
@@ -144,9 +144,9 @@ def log_density(writer: SummaryWriter, global_step: int, name: str, net: Net) ->
 def log_rewiring(
     writer: SummaryWriter, global_step: int, report: dict, nets: dict[str, Net], before: dict, revived: dict, last: bool
 ) -> None:
-    """What a rewiring of these networks, with masks as they were `before` it, has done: into the report of the last
-    pruning, in place; and to TensorBoard, as fractions of the active connections, how many it replaced and how many of
-    the first, `revived`, are gone. The last rewiring draws the masks too."""
+    """Log a rewiring of `nets`, whose masks were `before`. Its counts are added to `report`, of the last pruning, in
+    place. TensorBoard gets the fraction of the active connections that are new, and the fraction of the connections
+    after revival, `revived`, that are no longer active. The `last` rewiring draws the masks too."""
     for name, net in nets.items():
         for layer in net.masks if last else ():
             writer.add_image(f"topology/{name}.{layer}", mask_image(net, layer, True), global_step, dataformats="HWC")

@@ -214,11 +214,15 @@ def test_an_environment_without_a_time_limit_is_named_and_its_evaluations_are_cu
     assert "no time limit" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limit, signal_at, stops_at, saved_at", [(None, 5, 0, 0), (None, 70, 40, 0), (10, 75, 70, 70)])
+ENDED = [(None, 0, 0, 0), (None, 5, 0, 0), (None, 70, 40, 0), (10, 75, 70, 70)]
+
+
+@pytest.mark.parametrize("limit, signal_at, stops_at, saved_at", ENDED)
 def test_a_signal_ends_what_would_not_end(
     run, register, capsys, monkeypatch, tmp_path, limit, signal_at, stops_at, saved_at
 ):
-    """Without a time limit at once, in an evaluation and in training; with one at the end of the episode."""
+    """Without a time limit at once, before the first step (0), in an evaluation and in training; with one at the end of
+    the episode."""
 
     def step(env, action, calls=[]):  # noqa: B006
         calls.append(1)
@@ -227,6 +231,7 @@ def test_a_signal_ends_what_would_not_end(
         return Plain.step(env, action)
 
     monkeypatch.setattr(lab.environment, "EVALUATION_LIMIT", 30)
+    STOP_SIGNALS.extend([signal.SIGINT] * (signal_at == 0))
     with pytest.raises(SystemExit) as stop:
         run(env_id=register(type("Stops", (Plain,), {"step": step}), limit=limit))
     last, (path,) = capsys.readouterr().out.splitlines()[-1], (tmp_path / "runs").glob("*/checkpoint.pt")
