@@ -63,7 +63,7 @@ class Args(baselines.Flags, RunFlags):
     tau: float = 0.005  # The fraction by which an update moves the targets to the online networks.
     policy_lr: float = 3e-4  # The learning rate of the actor.
     q_lr: float = 1e-3  # The learning rate of the critics and of alpha.
-    # Environment steps between actor updates, each of which makes as many gradient steps.
+    # Environment steps between actor updates. Each update makes this number of gradient steps.
     policy_frequency: int = 2
     target_network_frequency: int = 1  # Environment steps between target updates.
     alpha: float = 0.2  # The entropy coefficient with --no-autotune.
@@ -127,8 +127,8 @@ class Actor(nn.Sequential):
 
 
 def critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data: Batch):
-    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1). An n-step target has the entropy
-    of the last action alone; RLx2 adds that of the policy at each step in between, too."""
+    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1). An n-step target has the
+    entropy of the action after the last step only; RLx2 also adds the policy's entropy at each step in between."""
     with torch.no_grad():
         next_actions, next_log_pi = actor.get_action(data.next_observations)
         qf1_next_target = qf1_target(data.next_observations, next_actions)
@@ -170,7 +170,7 @@ def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    settle(args)  # gives flags that follow another one their value; ends the program if a value cannot work
+    settle(args)  # sets flags whose default is another flag's value; ends the program if a value cannot work
     env = make_env(args.env_id)
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
@@ -225,7 +225,7 @@ def train(args: Args) -> Path:
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
-        """Each network's own loss on a batch of replay data. The random numbers of training do not shift."""
+        """Each network's own loss on a batch of replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data, alpha = rb.sample(batch_size, global_step), log_alpha.detach().exp()
             qf1_loss, qf2_loss, _, _ = critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data)
@@ -262,7 +262,7 @@ def train(args: Args) -> Path:
         if global_step == args.total_timesteps:
             break
 
-        # BASELINES: set, rigl, cht and chts rewire here, and --lr-cycles sets the learning rates
+        # BASELINES: set, rigl, cht and chts rewire here, --lr-cycles sets the learning rates, dynadiag its temperature
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
         flops = count_flops(nets, args.batch_size)
 

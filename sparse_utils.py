@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch import Tensor
 
 Masks = dict[str, Tensor]
-AUTO_WIDTH_C = 4.0  # connections per topology need that --active-width auto asks for
+AUTO_WIDTH_C = 4.0  # --active-width auto aims at a K of at least this many times the topology need
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -49,7 +49,7 @@ class Net:
     in_kernels: bool = False  # speed only: whether lab/kernels computes it after pruning
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds of this row; networks and optimizers are saved by themselves."""
+        """The fields for a checkpoint, without the networks and the optimizer, which are saved separately."""
         return {name: part for name, part in vars(self).items() if not hasattr(part, "state_dict")}
 
     def load_state_dict(self, state: dict) -> None:
@@ -188,10 +188,10 @@ class Rule(NamedTuple):
     of its name. Rules of rewiring, in lab/baselines.py, are functions of one `Layer`."""
 
     scores: Callable
-    uses_loss: bool = False  # whether it reads the network's own loss (in rewiring: the gradient), else given as None
-    rounds: int = 1  # pruning without a loss: how often the rest is scored and pruned further
-    drop: str = "magnitude"  # growth: the criterion of dropping in its source
-    by_topology: bool = False  # growth: removes chains across layers, and stops in a layer where it has settled
+    uses_loss: bool = False  # whether it reads the network's own loss (in rewiring: the gradient); if not, it gets None
+    rounds: int = 1  # pruning: rounds of scoring the remaining connections and pruning further; 1 if it uses the loss
+    drop: str = "magnitude"  # growth: the default of --drop-criterion, as in the paper of the rule
+    by_topology: bool = False  # growth: drop connections of neurons without inputs or outputs; stop in settled layers
 
 
 def random_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
@@ -212,8 +212,8 @@ def snip_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generato
 
 
 def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generator: torch.Generator):
-    """w (H g) on replay data (GraSP, Wang et al. 2020). g is the gradient and H the Hessian of the loss. They prune the
-    highest -w * (H g), where pruning hurts the gradient's norm least."""
+    """w (H g) on replay data (GraSP, Wang et al. 2020). g is the gradient and H the Hessian of the loss. The paper
+    prunes the connections with the highest -w * (H g): this reduces the gradient's norm least."""
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     squared_norm = sum((g * g.detach()).sum() for g in gradients)
     products = torch.autograd.grad(squared_norm, list(weights.values()))
@@ -221,9 +221,9 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
 
 
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """|w dR/dw|, R the flow of an all-ones input through |w|, 100 rounds (SynFlow, Tanaka et al. 2020). Without biases
-    and squashing ReLU is the identity, R a product of matrices, and its gradient at a layer the outer product of what
-    reaches it from both ends. In float64: R can overflow float32.
+    """|w dR/dw|, R the flow of an all-ones input through |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R leaves out
+    biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer product of
+    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32.
 
     Raises ValueError if the layers are not a chain, each reading what the one before it writes.
     """
@@ -324,7 +324,7 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
 
 # methods that revive: (masks, R) -> how many of the R connections each layer gets
 REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
-PLACES = {}  # by method: (mask, generator) -> scores of where in a layer, highest first; at random without
+PLACES = {}  # methods that revive at the highest of these scores in a layer, not at random: (mask, generator) -> scores
 CONTROLS = {"static": "Prune to K connections and revive none"}  # compare.py holds the other methods against these
 UNPRUNED = {"dense": "Prune nothing"}
 
@@ -394,8 +394,8 @@ def mask_gradients(net: Net) -> None:
 
 
 def fix_masks(nets: dict[str, Net]) -> None:
-    """From here on each network and its target train within its masks: what is pruned is zeroed once, Adam's moments
-    included, so it begins at zero if it is revived later, and its gradient is zero as soon as `backward()` returns."""
+    """From here on each network and its target train within its masks: pruned weights are zeroed once, with their
+    Adam moments, so they start at zero if they return later, and their gradients are zero once `backward()` returns."""
     for net in nets.values():
         zero_pruned(net)
         mask_gradients(net)

@@ -102,7 +102,7 @@ class Actor(nn.Sequential):
         return torch.tanh(super().forward(x)) * self.action_scale + self.action_bias
 
     def add_noise(self, action, std: float, clip: float = math.inf):
-        """Gaussian noise for each action and dimension, scaled and then clipped by the environment's own bounds."""
+        """Action plus Gaussian noise, clipped to the action bounds; `std` and `clip` are in units of half the range."""
         noise = (torch.randn_like(action) * std).clamp(-clip, clip) * self.action_scale
         return (action + noise).clamp(self.action_low, self.action_high)
 
@@ -148,7 +148,7 @@ def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    settle(args)  # gives flags that follow another one their value; ends the program if a value cannot work
+    settle(args)  # sets flags whose default is another flag's value; ends the program if a value cannot work
     env = make_env(args.env_id)
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
@@ -199,7 +199,7 @@ def train(args: Args) -> Path:
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
-        """Each network's own loss on a batch of replay data. The random numbers of training do not shift."""
+        """Each network's own loss on a batch of replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data = rb.sample(batch_size, global_step)
             qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data, args)
@@ -236,7 +236,7 @@ def train(args: Args) -> Path:
         if global_step == args.total_timesteps:
             break
 
-        # BASELINES: set, rigl, cht and chts rewire here, and --lr-cycles sets the learning rates
+        # BASELINES: set, rigl, cht and chts rewire here, --lr-cycles sets the learning rates, dynadiag its temperature
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
         flops = count_flops(nets, args.batch_size)
 

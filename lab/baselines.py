@@ -1,9 +1,9 @@
-"""What other papers do to a sparse agent, called at the places of the scripts that are marked BASELINES.
+"""Other papers' methods for sparse agents, called from the lines of the scripts that are marked BASELINES.
 
-Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, diagonals at random and learned (DynaDiag), a density that
-falls (CHTss, SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. Without this
-file, the marked lines and the base class `baselines.Flags`, TAR and its controls are left. Flags and replay buffer also
-serve n-step targets (RLx2) and recent transitions (after MAST), which lab/replay.py computes.
+Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, random and learned diagonals (DynaDiag), a falling density
+(CHTss, SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. A script without
+the marked lines and the base class `baselines.Flags` still has TAR and its controls. The flags of n-step targets (RLx2)
+and of recent transitions (after MAST) are here too; lab/replay.py implements both.
 """
 
 import bisect
@@ -30,12 +30,12 @@ EARLY_STOP = 0.9  # fraction of the grown connections that were just dropped, ab
 
 
 def ch_scores(mask: Tensor) -> Tensor:
-    """CH2-L3n of each pair of an output and an input that are not connected, 0 elsewhere: float64, of shape (n_out,
-    n_in). The neurons between the two, on paths of three connections, are their local community; the score is the sum
-    over these of (1 + connections within it) / (1 + connections that leave it and the pair) (Muscoloni et al. 2022)."""
+    """CH2-L3n of each unconnected pair of an output and an input, 0 elsewhere: float64, of shape (n_out, n_in). The
+    neurons on paths of three connections between the two are their local community. The score sums over these neurons
+    (1 + connections to the community) / (1 + connections to all but community and pair) (Muscoloni et al. 2022)."""
 
-    def by_community(m: Tensor) -> Tensor:  # that half of it which shares the kind of the rows
-        common = m @ m.T  # connections of neuron j into the community of i and another neuron that j reads
+    def by_community(m: Tensor) -> Tensor:  # the sum over those neurons of the community that are rows of m
+        common = m @ m.T  # [i, j]: connections of row j inside the community of i and any other neighbour of j
         leaving = (m.sum(1) - common - 1).clamp(min=0)
         return (common + (common > 0)) / (1 + leaving) @ m
 
@@ -64,10 +64,10 @@ def diagonals(weight: Tensor) -> Tensor:
 
 
 def diagonal_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). A part of (m, n) active neurons
-    has max(m, n) of them, each of min(m, n) connections, one for each neuron of the shorter side; the last one may be
-    kept in part. So the fan of these neurons, and in a square layer of all, is the same up to one, if nothing was
-    pruned before."""
+    """Whole diagonals in random order (the structure of DynaDiag, Tyagi et al. 2025). m active outputs and n active
+    inputs have max(m, n) diagonals, each with one connection for every neuron of the smaller side; the last diagonal
+    may be kept in part. So if nothing was pruned before, the neurons of the smaller side, and in a square layer all
+    neurons, have the same number of connections, up to one."""
     scores = {}
     for name, mask in masks.items():
         part = mask[: int(mask.any(1).sum()), : int(mask.any(0).sum())]
@@ -140,7 +140,7 @@ def noise(layer: Layer) -> Tensor:
 
 
 def sample(odds: Tensor, layer: Layer) -> Tensor:
-    """Scores for a draw without replacement by these odds (Efraimidis and Spirakis 2006); zeros last, at random."""
+    """Scores: the highest are a draw without replacement by `odds`, zeros last (Efraimidis and Spirakis 2006)."""
     return (odds.double() + 1e-99) / -noise(layer).double().log()
 
 
@@ -168,17 +168,17 @@ def set_growth(layer: Layer) -> Tensor:
 
 
 def rigl_growth(layer: Layer) -> Tensor:
-    """The same, but grow where the dense gradient is largest (RigL, Evci et al. 2020)."""
+    """As set, but grow where the dense gradient is largest (RigL, Evci et al. 2020)."""
     return layer.gradient.abs()
 
 
 def cht_growth(layer: Layer) -> Tensor:
-    """The same, but grow where Cannistraci-Hebb scores (CH2-L3n) are highest (CHT, Zhang et al. 2024)."""
+    """As set, but grow where Cannistraci-Hebb scores (CH2-L3n) are highest (CHT, Zhang et al. 2024)."""
     return ch_places(layer.mask, layer.generator)
 
 
 def chts_growth(layer: Layer) -> Tensor:
-    """The same, but drop and grow at random, by odds of worth and of that score (CHTs, Zhang et al. 2025)."""
+    """As cht, but drop and grow at random, by odds of worth and Cannistraci-Hebb score (CHTs, Zhang et al. 2025)."""
     return sample(ch_scores(layer.mask), layer)
 
 
@@ -209,8 +209,8 @@ DropCriterion = one_of(
 @dataclass
 class Flags:
     rewire_every: int = 1000  # For methods that rewire: environment steps between rewirings (Graesser et al. 2022).
-    # For methods that rewire: the fraction of a layer's connections that the first rewiring replaces. It falls to 0
-    # along a cosine (Graesser et al. 2022).
+    # For methods that rewire: the fraction of a layer's connections that a rewiring replaces. It falls along a cosine
+    # from this value at step 0 to 0 at --rewire-stop (Graesser et al. 2022).
     rewire_fraction: float = 0.5
     rewire_stop: float = 0.8  # For methods that rewire: the fraction of training after which masks stay as they are.
     drop_criterion: DropCriterion = None
@@ -318,8 +318,8 @@ def check_longer(args: object) -> None:
 
 
 def hidden_size(network: type[nn.Module], env: object, args: object, method: str, sparsity: float) -> int:
-    """Neurons in each hidden layer: --hidden-size, and with `tiny` the most at which `network(env, neurons)`, dense,
-    has no more weights than that of --hidden-size has connections at this sparsity. Raises ValueError if that is 0."""
+    """Neurons in each hidden layer: --hidden-size, or with `tiny` the most for which the dense `network(env, neurons)`
+    has at most as many weights as the network of --hidden-size keeps at this sparsity. ValueError if there are none."""
     if method != "tiny":
         return args.hidden_size
 
@@ -364,8 +364,8 @@ def rewire_layers(
 ) -> None:
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
-    that were inactive before. Ties go to the lower index. A layer in which CHT has settled comes into `stopped`. From a
-    layer that is to be full nothing is dropped, since all of it would have to grow again, and chains with it."""
+    that were inactive before. Ties go to the lower index. A layer where cht or chts has settled joins `stopped`.
+    Nothing is dropped from a layer that is to be full: it would all grow again, unlike its chains in other layers."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()
@@ -381,7 +381,7 @@ def rewire_layers(
         after = kept[name] | highest(scores, count, candidates)
         back, elsewhere = int((layer.mask & after & ~kept[name]).sum()), int((~layer.mask).sum())
         if rules.growth.by_topology and back > EARLY_STOP * count and elsewhere >= count:
-            stopped.append(name)  # a fuller layer has no choice, so that says nothing [ours]
+            stopped.append(name)  # a layer with less room elsewhere has to grow dropped ones again [ours]
         layer.mask.copy_(after)
 
 
@@ -396,9 +396,9 @@ def rewire(
     generator: torch.Generator,
 ) -> None:
     """Rewire a network between its active neurons, its masks in place, to net.budget connections. If these are fewer
-    than before, a layer keeps as many as pruning by magnitude and that distribution would leave there. `loss` is the
-    network's own, for rules that read its dense gradient. A dropped weight ends at zero, also in Adam's moments and in
-    the target; a new one starts there."""
+    than before, a layer keeps as many as pruning by magnitude with `distribution` would leave there. `loss` is the
+    network's own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's
+    moments and in the target; a connection that was inactive before starts at zero."""
     left = net.masks
     if net.budget < sum(int(mask.sum()) for mask in net.masks.values()):
         left = sparse_utils.static_prune(net, net.budget, "magnitude", distribution, generator)
@@ -440,13 +440,13 @@ def rewiring_steps(args: object) -> range:
 
 
 class Diagonals:
-    """DynaDiag in one network until pruning. A weight is V * a, a = clamp(k softmax(alpha / T), 0, 1) being the gate of
-    its diagonal and k the diagonals that the budget of its layer pays for, at least 1. alpha starts equal, and T falls
-    from 5 to 0.05. A layer that stays whole has no gates; in the source that is the last one, here it goes by budget.
-    All weights train, in torch, so K does not hold yet and no masks are logged.
+    """DynaDiag in one network until pruning. A weight is V * a, where a = clamp(k softmax(alpha / T), 0, 1) is
+    the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1. All
+    alphas start equal, and T falls from 5 to 0.05. Layers that the budget leaves whole have no gates; in the source
+    it is the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
 
-    The network holds the products, so it is run and saved like any other, and targets follow these. Only while its
-    optimizer steps does it hold V and dL/dV. alpha has an Adam of its own, which does what the network's would."""
+    The network holds the products V * a, so it is run and saved like any other, and its target averages them. It holds
+    V and dL/dV only while its optimizer steps. alpha has its own Adam, with the learning rate of the network."""
 
     def __init__(self, net: Net, distribution: str):
         counts = sparse_utils.DISTRIBUTIONS[distribution](net.weights, net.budget - net.reserve)
@@ -499,7 +499,7 @@ class Diagonals:
         self.multiply(self.stage)
 
     def end(self) -> None:
-        """Learn no more, and leave alpha where the scores look for it."""
+        """Stop learning, and attach alpha to the weights, where `dynadiag_scores` reads it."""
         for hook in self.hooks:
             hook.remove()
         for weight, alpha in zip(self.weights, self.alphas):
@@ -540,8 +540,8 @@ def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
 
 
 def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
-    """By what SCULPT multiplies the rate at this step, of `cycles` that split the steps from `start` to before `end`
-    evenly: within a cycle the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0."""
+    """The learning rate's factor at this step (SCULPT). `cycles` equal cycles fill the steps from `start` to before
+    `end`. In each, the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0."""
     done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
     return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
 
@@ -604,8 +604,8 @@ class Schedule:
                         scale_to_active_inputs(network, net.masks)
 
     def step(self, global_step: int, own_losses: Callable, run: object) -> int:
-        """Set the learning rates of this step and rewire if it is time. `own_losses(batch_size)` gives the loss of each
-        network. Returns the floating-point operations that it took."""
+        """Set the learning rates and DynaDiag's temperature of this step, and rewire if it is time.
+        `own_losses(batch_size)` gives the loss of each network. Returns the floating-point operations of rewiring."""
         if self.args.lr_cycles is not None and global_step >= self.args.learning_starts:
             self.cycle_learning_rates(global_step, run)
         for learned in self.diagonals.values():

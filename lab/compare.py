@@ -41,7 +41,7 @@ class Args:
     arm: tuple[str, ...] = ()  # Compare only these arms, or those whose names contain one of these.
     # Against which costs to compare returns too. Time says nothing where runs shared their cores with other work.
     costs: tuple[Literal["time", "flops"], ...] = ("time", "flops")
-    separate_code: bool = False  # Make runs of one arm that different code made arms of their own.
+    separate_code: bool = False  # Split an arm whose runs were made by different code into an arm for each code.
     publish: Path | None = None  # First add the finished runs to the published grid in this folder, and compare that.
     events: Path | None = None  # Only write the runs as event files with their hyperparameters into this folder.
     masks_of: str | None = None  # Draw the masks of this run folder; default: of the first run that revived some.
@@ -56,8 +56,8 @@ CAVEATS_ON_TOP = 5
 
 
 def row_of(result: dict, separate_code: bool) -> dict:
-    """The row of a finished run. `settings` are the flags that make it its arm and that make a difference to it, `more`
-    what its name says beside method and base mask, and `pruned` the methods of the networks that are."""
+    """The row of a finished run. `settings` are the flags that act on its result, but for environment and seed; `more`
+    follows method and base mask in the name of its arm; `pruned` are the methods of its pruned networks."""
     args, segments, curve = result["args"], result["segments"], results.curve_of(result)
     methods, flags = {args["method"], args["critic_method"]}, SimpleNamespace(**args)
     row = result | {name: args[name] for name in ("env_id", "seed", "method")} | {"curve": curve}
@@ -179,9 +179,9 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 
 
 def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
-    """The arm with which each arm is compared. By default one whose pruned networks are of a method of CONTROLS, on the
-    same base mask (on the only one, if the arm has none): of several, the one that differs in the fewest flags, then of
-    the fewest words, then with most runs in common. A control is compared with one of fewer words than itself."""
+    """The arm with which each arm is compared: `against`, or a control, whose pruned networks have methods of CONTROLS,
+    on the same base mask (on the only one if the arm has none). Of several it is the one with fewest different flags,
+    then the fewest words in its name, then most runs in common. A control is compared with one of fewer words."""
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
@@ -213,7 +213,7 @@ def returns_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
 
 
 def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
-    """Over all environments, for arms with runs in each: the mean in % of dense, and P(better). Empty without both."""
+    """Over several environments, for arms with runs in all: IQM in % of dense, and P(better). Empty without either."""
     env_ids, finals, rows = sorted(set(runs.env_id)), finals_of(runs), []
     arms = [arm for arm in arms_of(runs) if all((env_id, arm) in finals for env_id in env_ids)]
     dense = [arm for arm in arms if runs.dense[runs.arm == arm].all()]
@@ -247,7 +247,7 @@ def wins_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
-    """Return after the minutes or FLOPs of the run that was done first, by a straight line between evaluations."""
+    """Return after the minutes or FLOPs of the environment's cheapest run, interpolated between evaluations."""
     rows, ends = [], runs.curve.map(lambda curve: curve[cost].iloc[-1])
     for (env_id, arm), curves in runs.groupby(["env_id", "arm"], sort=False).curve:
         end = ends[runs.env_id == env_id].min()
@@ -391,7 +391,7 @@ def main(args: Args) -> None:
             figures.draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")
         for sparsity in sparsities:
             own = of_algo.dense | (of_algo.sparsity == sparsity)
-            # dense runs alone bring no environment to a page
+            # no environment whose sparse runs all have other sparsities
             elsewhere = set(sparse.env_id) - set(sparse.env_id[own])
             group = of_algo[own & ~of_algo.env_id.isin(elsewhere)].sort_values(["env_id", "base", "arm", "seed"])
             write_page(group, notes, args, against, styles, out / f"{algo}_s{sparsity}")

@@ -46,8 +46,8 @@ def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
 
 
 def panels(runs: pd.DataFrame, split: bool = False):
-    """Axes for each environment and base mask; with `split`, where these have many arms, for each method. Of each, the
-    runs that it shows and all that are on this base mask or have none."""
+    """A figure with axes for each environment and base mask, or with `split`, if these have many arms, for each method
+    there. With each axes come the runs that it shows, and all runs there that have this base mask or none."""
     cells = []
     for env_id, base in itertools.product(sorted(set(runs.env_id)), sorted(set(runs.base) - {""}) or [""]):
         part = runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]
@@ -79,7 +79,7 @@ def finish(figure, path: Path | str, names: Iterable[str]) -> None:
 
 
 def show(axes, seen: np.ndarray) -> None:
-    """Let the axes show all these returns, and 1% of their size at least."""
+    """Let the y axis show all these returns, with a margin of 5% of their range, at least 1% of the largest."""
     margin = max(0.05 * np.ptp(seen), 0.01 * np.abs(seen).max()) or 1.0
     axes.set_ylim(seen.min() - margin, seen.max() + margin)
 
@@ -95,7 +95,7 @@ def on_one_axis(curves: list[pd.DataFrame], x: str) -> tuple[np.ndarray, np.ndar
 
 
 def draw_curves(runs: pd.DataFrame, styles: dict[str, dict], x: str, path: Path | str) -> None:
-    """Returns against steps, minutes or FLOPs. Small axes show the means of the other methods in light grey."""
+    """Returns against steps, minutes or FLOPs. Axes of one method show the means of the other methods in light grey."""
     figure, cells = panels(runs, split=True)
     for axes, own, part in cells:
         for arm in sorted(arms_of(part), key=set(own.arm).__contains__):

@@ -7,8 +7,8 @@ python lab/sweep.py --like runs/published    # the runs of a folder, again
 python lab/sweep.py --ray-address auto ...   # on a cluster made with `ray start`
 
 Everything after `--` goes to the scripts as it is. A run is one process with one thread, known by its script, its
-settled flags and its code, comments and docstrings aside. Where a folder of --runs-dir records the same three, the run
-counts as finished with a final.pt and is resumed with a checkpoint.pt; with --any-code the first two suffice. With
+settled flags and its code, comments and docstrings aside. If a folder in --runs-dir records the same three, a final.pt
+in it means that the run is finished, a checkpoint.pt that it is resumed; with --any-code the code may differ. With
 `-- --device cuda` all runs of a machine share its first GPU. The nodes of a cluster need the same packages and, at the
 same paths, this repository and --runs-dir, on a file system with flock (NFS version 4 has it). Linux only.
 """
@@ -47,14 +47,14 @@ from lab.record import FOLLOWS, NOT_OF_THE_RESULT, codes, configs, identity  # n
 class Args:
     script: tuple[str, ...] = ("sac_tar.py",)  # Scripts with a dataclass Args, here or in the project's folder.
     env_id: tuple[str, ...] = ("Hopper-v4",)  # The environments.
-    # The methods. The sweep runs dense once for each environment and seed, and tiny once for each sparsity besides.
+    # The methods. One run of dense serves all bases and sparsities, and one run of tiny serves all bases.
     method: tuple[str, ...] = ("static", "tar")
     base: tuple[str, ...] = ("magnitude+global",)  # The rules of static pruning, as <criterion>+<distribution>.
     sparsity: tuple[float, ...] = (0.9,)  # The fractions of weights that are pruned.
     # Further axes, each a flag of the scripts as <name>=<value>,<value>. Where the default is None, none stands for it.
     vary: tuple[str, ...] = ()
     seeds: int = 5  # The last seed. All runs of one seed come before those of the next.
-    first_seed: int = 1  # The first seed. Another one evaluates on seeds that had no part in choosing anything.
+    first_seed: int = 1  # The first seed. A higher one leaves out seeds on which something was chosen.
     total_timesteps: int = 1_000_000  # Environment steps of each run.
     runs_dir: str = "runs"  # The folder of the run folders. What the runs print goes to sweep_logs in it.
     like: str | None = None  # Run all runs of this folder again, with the flags that they record, in place of a grid.
@@ -131,8 +131,8 @@ def is_finished(run_dir: Path, config: dict) -> bool:
 
 @dataclass
 class Run:
-    # What it prints. This file is also its lock: the task holds it, and so does the script, whose output it is. The
-    # kernel frees it when both are gone, so a script that outlives its task is never joined by a second one.
+    # The output of the run. This file is also its lock, which the task and the script both hold. Linux frees it when
+    # both have ended, so no second script starts while one that has outlived its task still runs.
     log: Path
     command: list[str]
     args: dict  # the settled flags that make it this run
@@ -237,7 +237,7 @@ def is_running(log: Path) -> bool:
 
 
 def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
-    """Run a script, its output and with it the lock going to the log. Returns its exit code and last line."""
+    """Run a script that writes to the log and so shares its lock. Returns its exit code and last line of output."""
     start = log.seek(0, os.SEEK_END)
     words = [sys.executable, "-c", DIE_WITH_PARENT, sys.executable, "-u", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -4,9 +4,9 @@ A network whose mask is fixed for a while is compiled once and used for thousand
 biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
 agree to rounding.
 
-The scripts use it in a few lines that start with `kernels.`: `Adam` in place of torch's, `choose` before training, and
-`with in_torch(nets):` around whatever reads or changes masks, weights or optimizers. Whoever undoes these and deletes
-this folder loses speed and nothing else.
+It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` and `compact` in lab/run.py
+before training, and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without
+these lines and this folder, only speed is lost.
 """
 
 import contextlib
@@ -57,9 +57,9 @@ class Adam(torch.optim.Adam):
     def step(self, closure: Callable | None = None) -> float | None:
         hooks = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
         hooks += self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
-        plain = closure is None and not any(hooks) and not hasattr(self, "found_inf")  # which torch.amp sets
-        if not plain or not all(group["fused"] for group in self.param_groups):  # as of a loaded state that is not
-            theirs = torch.optim.Adam.step  # torch has it run hooks as soon as there is an Adam that is not ours
+        plain = closure is None and not any(hooks) and not hasattr(self, "found_inf")  # set by torch.amp
+        if not plain or not all(group["fused"] for group in self.param_groups):  # a loaded state may be unfused
+            theirs = torch.optim.Adam.step  # runs hooks only after torch has built an Adam that is not ours
             return (theirs if hasattr(theirs, "hooked") else self.profile_hook_step(theirs))(self, closure)
         with torch.no_grad():
             for group in self.param_groups:
@@ -152,8 +152,8 @@ class SparseMLP(nn.Module):
     """
 
     weight = bias = property(not_here)
-    _save_to_state_dict = not_here  # its vector has neither names nor places
-    prunable = True  # so that `linear_weights` asks for the weight, too
+    _save_to_state_dict = not_here  # the vector alone does not say which connections it holds
+    prunable = True  # so that `linear_weights` reads `weight`, which raises RuntimeError
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
         super().__init__()
@@ -265,16 +265,16 @@ class _SparseMLPFunction(torch.autograd.Function):
 
 
 def trace(network: nn.Module) -> tuple[list | None, set[str]]:
-    """What the forward of a network does, step by step, or None where torch.fx cannot follow it, as through an `if` on
-    a value, or where it leaves in the network what it computed; and the names of the parameters that it reads by
-    itself, as far as torch.fx came."""
+    """The operations of a network's forward in order, and the names of the parameters that forward itself reads, as far
+    as torch.fx can follow. The operations are None if torch.fx cannot follow forward, for example through an `if` on a
+    value, or if forward stores in the network a tensor that it computed."""
     tracer, followed = torch.fx.Tracer(), True
     try:
         with torch.random.fork_rng(devices=[]):
             tracer.trace(traced := copy.deepcopy(network))  # a copy, since forward may leave something there
         left = {name: value for name, value in vars(traced).items() if name not in vars(nn.Module())}
-        followed = "Proxy(" not in repr(left)  # the type of all that is computed while torch.fx follows
-    except Exception:  # of any kind, since forward is given what is no tensor
+        followed = "Proxy(" not in repr(left)  # torch.fx runs forward with Proxy objects as tensors
+    except Exception:  # of any kind, since the Proxy objects are not tensors
         followed = False
     nodes = {node: i for i, node in enumerate(tracer.graph.nodes)} if hasattr(tracer, "graph") else {}
     steps = [(str(n.target).split(".")[-1], torch.fx.map_arg((n.args, n.kwargs), nodes.get)) for n in nodes]
@@ -301,14 +301,14 @@ def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[
 
 
 def is_chain(net: Net) -> bool:
-    """Whether a network is Linear layers with ReLU between them, all trained alike, each of which reads what the one
-    before it writes and is used for nothing else: then its forward does the same with all of them in one submodule."""
+    """Whether a network is a chain of Linear layers, all trained alike, with ReLU between them, and its forward uses
+    these layers only in this order, so that one submodule can take the place of all of them."""
     children = dict(net.network.named_children())
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
     steps, _ = trace(net.network)
     if steps is None or len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
         return False
-    if list(net.weights) != list(children)[::2]:  # a reader may leave layers out, which then have no masks
+    if list(net.weights) != list(children)[::2]:  # an edited `linear_weights` may leave layers out, without masks
         return False
     training = [training_of(param, net.optimizer) for child in children.values() for param in child.parameters()]
     moved = copy.deepcopy(net.network)
@@ -361,9 +361,9 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
 
 
 def time_passes(net: Net, batch_size: int) -> Times:
-    """The median milliseconds of a training pass, forward and backward, through copies of those parts of a network that
-    the kernels would compute, with K connections at random between its active neurons: masked in torch, and in the
-    kernels. They take turns, and draw nothing that training would."""
+    """The median milliseconds of a training pass, forward and backward, in masked torch and in the kernels. Both run
+    copies of the parts of a network that the kernels would compute, with K random connections between its active
+    neurons. They take turns, and draw from no random generator of training."""
     generator = torch.Generator().manual_seed(0)
     row = Net(copy.deepcopy(net.network), None, None, "static", 0.0, width=net.width)
     row.masks = sparse_utils.static_prune(row, net.budget, "random", "er", generator)
@@ -423,11 +423,11 @@ def choose(
     kept: list[str] | None = None,
     held: dict[str, str] | None = None,
 ) -> dict[str, Times]:
-    """Set `in_kernels` of each network, and say on the console which networks these are and why. `held` says, by
-    network, why its layers cannot be replaced. Returns the `time_passes` of those that were measured.
+    """Set `in_kernels` of each network, and print how each is computed and why. `held` gives, by network, a reason why
+    its layers cannot be replaced. Returns the `time_passes` of the networks that were measured.
 
-    `auto` takes a network whose training passes take less time there; or, if a resumed run had `kept` in the kernels,
-    those. `sparse` does not ask for the time, and raises ValueError where there are no kernels. `masked` takes none.
+    With `auto` the kernels compute a network if its training passes take less time there; in a resumed run, if it is in
+    `kept`. With `sparse` they compute every network; ValueError if they cannot compute one. With `masked`, none.
     """
     times = {}
 
@@ -466,9 +466,9 @@ def choose(
 
 
 def compact(nets: dict[str, Net]) -> None:
-    """Compute each network that is `in_kernels` and has masks, and its target, by a `SparseMLP` in the place of each of
-    its `parts`, whose vector is trained in the place of their parameters. A network that was changed since it was
-    chosen, as by a hook, may have to stay in torch, which the console says."""
+    """Replace each of the `parts` of every network that is `in_kernels` and has masks, and of its target, by a
+    `SparseMLP`, whose vector is trained in place of their parameters. A network that the kernels can no longer compute,
+    for example because it has been given a hook, goes on in torch, and the console says so."""
     for name, net in nets.items():
         compact_already = any(isinstance(module, SparseMLP) for module in net.network.modules())
         if not (net.in_kernels and net.masks) or compact_already:
@@ -484,7 +484,7 @@ def compact(nets: dict[str, Net]) -> None:
 
 
 def expand(nets: dict[str, Net]) -> None:
-    """Undo `compact`, to the bit: the layers of before with the values and moments of now, zero where pruned."""
+    """Undo `compact`, to the bit: restore the original layers, with current values and moments, zero where pruned."""
     for net in nets.values():
         for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
             for mlp in [] if network is None else list(network.modules()):
@@ -504,8 +504,8 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
 def compact_part(
     network: nn.Module, names: list[str], masks: Masks, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """`compact` for the modules of these names. The optimizer keeps their parameters, which it leaves alone as long as
-    they have no gradient, so that its groups come out in the order of before."""
+    """`compact` for the modules of these names. Their parameters stay in the optimizer, so that `expand` leaves its
+    groups in the original order. Without gradients they are not updated."""
     replaced = {name: network.get_submodule(name) for name in names}
     linears = {name: replaced[name] for name in names if name in masks}
     mlp = SparseMLP(linears, {name: masks[name] for name in linears})

@@ -1,8 +1,8 @@
 """Training speed on this machine, in environment steps per second: `python lab/kernels/benchmark.py`.
 
-Every measurement is a process of its own, from the end of a burn-in to the end of training, with environment, sampling
-and logging in it and evaluation left out. The configurations take turns, round after round, so that a slow moment of
-the machine meets all of them; printed are the median over the rounds and, in brackets, the smallest and the largest.
+Every measurement is a process of its own, from the end of a burn-in to the end of training. It includes environment,
+sampling and logging, but no evaluation. The configurations take turns in every round, so that a slow moment of the
+machine affects all of them. The tables show the median over the rounds and, in brackets, the smallest and the largest.
 Stable-Baselines3 is measured beside ours if it is installed. Nothing here is asserted.
 """
 
@@ -95,7 +95,7 @@ def table(title: str, configurations: dict[str, dict], first: str, args: Args) -
 
 
 def methods(algorithm: str, args: Args) -> None:
-    # rewire_stop: or a run this short would not be rewired while it is measured
+    # rewire_stop: by default so short a run is rewired at step 2000 alone, with 1.0 also at step 3000
     base = {"algorithm": algorithm, "compute": "sparse", "steps": 2000, "rewire_stop": 1.0}
     names = ("dense", "tar", "uniform", "static", "set", "rigl", "tiny")
     table(f"{algorithm.upper()}, 256 wide, 90%", {name: base | {"method": name} for name in names}, "dense", args)
