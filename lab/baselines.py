@@ -569,7 +569,7 @@ class Schedule:
             net.budget, net.reserve = self.first[name]
         self.diagonals = {}  # what dynadiag learns until pruning
         for name, net in nets.items():
-            if args.criterion == "dynadiag" and net.method not in sparse_utils.UNPRUNED:
+            if args.criterion == "dynadiag" and net.budget - net.reserve < net.size:
                 self.diagonals[name] = Diagonals(net, args.distribution)
 
     def state_dict(self) -> dict:
