@@ -98,10 +98,12 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     alike = runs.script.groupby(runs.script.map(first))
     runs["algo"] = alike.transform(lambda scripts: "+".join(sorted({*scripts})))
     runs["more"] += (" " + runs.script).where(runs.algo != runs.script, "")
-    # flags that differ in one environment make arms of their own, named alike at every sparsity and on every base mask
-    for _, like in runs.groupby(["algo", "method", "more"]):
-        differ = {name for _, cell in like.groupby(["env_id", "base"]) for name in differing(cell.settings)}
-        for index, settings in like.settings.items():
+    # flags that differ between runs of one method in one environment make arms of their own, and are in the names of
+    # all arms of the algorithm, alike at every sparsity and on every base mask
+    for _, of_algo in runs.groupby("algo"):
+        like = of_algo.groupby(["method", "more", "env_id", "base"])
+        differ = {name for _, cell in like for name in differing(cell.settings)}
+        for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
             runs.loc[index, "more"] += "".join(told)
@@ -140,7 +142,7 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
         if missing := sorted(set(of_env.seed) - own):
             gaps.setdefault(f"{env_id}, seed {', '.join(map(str, missing))}" if own else env_id, []).append(arm)
     where = "; ".join(f"{at}: {', '.join(arms)}" for at, arms in gaps.items())
-    return found + notes + ([f"Not run on {where}."] if gaps else [])
+    return found + notes + ([f"No finished run on {where}."] if gaps else [])
 
 
 def iqm(*samples: np.ndarray, axis: int) -> np.ndarray:
@@ -155,11 +157,13 @@ def improvement(*samples: np.ndarray, axis: int) -> np.ndarray:
 
 
 def bootstrapped(statistic, samples: list[np.ndarray], at_least: int = 2) -> tuple[float, float, float]:
-    """The statistic and the ends of its 95% interval; NaN if a sample has fewer values than `at_least`."""
+    """The statistic and the ends of its 95% interval; NaN if a sample has fewer values than `at_least`,
+    or no resample gives another value."""
     if min(map(len, samples)) < at_least:
         return float(statistic(*samples, axis=-1)), np.nan, np.nan
     interval = stats.bootstrap(samples, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval
-    return float(statistic(*samples, axis=-1)), float(interval.low), float(interval.high)
+    ends = (interval.low, interval.high) if interval.low < interval.high else (np.nan, np.nan)
+    return float(statistic(*samples, axis=-1)), *map(float, ends)
 
 
 def with_interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
@@ -295,8 +299,9 @@ def markdown(table: pd.DataFrame) -> str:
 SECTIONS = {
     "returns": ("Final return", "curves", """Mean of the evaluations in the last tenth of training, then over n seeds,
 with a 95% t interval; differences are paired by seed. P(better), the probability that a run of this arm beats one of
-that under `against` (Agarwal et al. 2021), has no interval below five seeds: a bootstrap sees only seeds that were run.
-Lines are means, thin lines seeds (from six on: a shade, their 95% t interval), light grey lines other methods."""),
+that under `against` (Agarwal et al. 2021), has no interval below five seeds, nor where it is 0 or 1: a bootstrap sees
+only seeds that were run. Lines are means, thin lines seeds (from six on: a shade, their 95% t interval), light grey
+lines other methods."""),
     "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
 in % of dense, with a 95% stratified bootstrap interval, too narrow at few seeds; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
@@ -380,7 +385,8 @@ def main(args: Args) -> None:
         fail(f"--masks-of {args.masks_of} is no finished run here with a masks.pt in which connections were revived")
     if args.publish:
         results.publish(runs.to_dict("records"), folder)
-        runs, notes, against = read(folder, args)
+        runs, of_grid, against = read(folder, args)
+        notes = [*dict.fromkeys(of_grid + notes)]  # those of the runs say which of them are left out
     out = args.out or folder / "comparison"
     out.mkdir(parents=True, exist_ok=True)
     styles = figures.styles_of(runs)
