@@ -80,21 +80,6 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
     assert found >= 10
 
 
-def test_every_mean_on_the_front_page_is_that_of_the_runs(grids):
-    """Its columns are a base mask, a sparsity and a flag. Of runs in several grids those of the first are meant."""
-    bases = {"largest": "magnitude+global", "random": "random+er", "SNIP": "snip+global"}
-    names, rows = next(table for table in tables("README.md") if table[0][0] == "TD3 on HalfCheetah-v4")
-    for (name, *values), (k, column) in itertools.product(rows, enumerate(names[1:])):
-        base, sparsity, *flags = column.replace("`", "").split(", ")
-        arm = arm_named(f"`{' '.join([name.split('`')[1], *flags])}`", bases[base])
-        pages = [grids[grid].items() for grid in ("metric", "evidence", "systems")]
-        pages = [group for key, group in itertools.chain(*pages) if key.endswith(f"td3_tar_s{int(sparsity[:-1]) / 100}")]
-        own = [page[page.arm.isin([arm, f"{arm} td3_tar"]) & (page.env_id == "HalfCheetah-v4")] for page in pages]
-        own = next((runs for runs in own if len(runs)), None)
-        assert values[k] == ("" if own is None else str(round(own.final.mean()))), (name, column)
-        assert own is None or (len(own) >= 3 and {args["total_timesteps"] for args in own.args} == {300_000})
-
-
 @pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
 def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page, grid):
     """A mean, or a difference of two arms paired by seed, in one environment."""
