@@ -76,6 +76,8 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
         raise ValueError(
             f"the weight of {computed[0]} is computed from others, as by weight_norm, and cannot be pruned"
         )
+    if not net.size:
+        raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)
     if net.budget < 1:
         raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; choose a lower sparsity")

@@ -9,7 +9,7 @@ import sys
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import gymnasium as gym
@@ -225,13 +225,14 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
     set_statistics(env, saved["statistics"])
 
 
-def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
+def fingerprint(env: gym.Env, variables: dict, files: Collection[Path] = ()) -> dict[str, int]:
     """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
     collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
-    tensors, running statistics and lists of these among the `variables` of train."""
+    tensors, running statistics, and lists, dictionaries and attributes of these among the `variables` of train. Objects
+    have attributes that count if their class is in one of the `files`."""
 
-    def content(value: object) -> bytes | None:
-        if isinstance(value, (int, float, str)):
+    def content(value: object, depth: int = 0) -> bytes | None:
+        if value is None or isinstance(value, (int, float, str)):
             return repr(value).encode()
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             return value.detach().cpu().double().numpy().tobytes()
@@ -239,7 +240,14 @@ def fingerprint(env: gym.Env, variables: dict) -> dict[str, int]:
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
-        parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
+        file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
+        if file and Path(file).resolve() in files:
+            value = {name: part for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
+        if isinstance(value, dict) and "params" not in value and depth < 3:  # the groups of an optimizer have params
+            parts = {str(name): content(part, depth + 1) for name, part in value.items()}
+            parts = sorted((name, part) for name, part in parts.items() if part is not None)
+            return repr(parts).encode() if parts else None
+        parts = [content(part, depth) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 
     contents = {f"`{name}` in train": content(value) for name, value in variables.items()}

@@ -6,10 +6,13 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tqdm import tqdm
+
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

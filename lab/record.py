@@ -7,6 +7,7 @@ flags and its code.
 import ast
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, field, fields, make_dataclass
@@ -20,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 import sparse_utils
 from lab import baselines
-from lab.flags import at_least_0, fail, fraction, positive, require, within_training
+from lab.flags import PROJECT, at_least_0, fail, fraction, positive, require, within_training
 
 # flags that leave the result as it is
 NOT_OF_THE_RESULT = {"runs_dir", "resume", "evaluate", "checkpoint_frequency", "capture_video"}
@@ -208,11 +209,23 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
             yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
 
 
+def folders_of(script: Path) -> list[Path]:
+    """The folders in which a run's own modules may be: the script's, the project's, and those in PYTHONPATH, except
+    folders of installed packages."""
+    others = [Path(name).resolve() for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name]
+    return [script.resolve().parent, PROJECT, *(path for path in others if not path.name.endswith("-packages"))]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a source is the project's own, rather than a script or a module of its reader."""
+    return PROJECT / "lab" in path.parents or path == PROJECT / "sparse_utils.py"
+
+
 def sources(script: Path, env_id: str = "") -> list[Path]:
-    """The source files of a run: the script, the module of its environment (`<module>:<id>`), and all modules that they
-    import, directly or not, from the script's folder or the project's, with kernels.cpp. See NOT_OF_THE_CODE."""
-    script, project = script.resolve(), Path(__file__).resolve().parent.parent
-    folders = [script.parent, project]
+    """The source files of a run: the script, the module of its environment (`<module>:<id>`), all modules that they
+    import, directly or not, from `folders_of` the script, with kernels.cpp, and MuJoCo models beside a module that
+    names them. See NOT_OF_THE_CODE."""
+    script, folders = script.resolve(), folders_of(script)
     found = {script: ""}  # the name under which each was imported, by which they are sorted
     waiting = [*modules_in(script, folders)]
     waiting += [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
@@ -222,7 +235,9 @@ def sources(script: Path, env_id: str = "") -> list[Path]:
         files = [root / f"{name}{end}" for root in roots for end in (".py", "/__init__.py")]
         file = next((file for file in files if file.is_file()), None)
         if file and file not in found:
-            beside = file.parent.glob("*.cpp") if file.name == "__init__.py" else ()
+            beside = [*file.parent.glob("*.cpp")] if file.name == "__init__.py" else []
+            models = () if is_ours(file) else re.findall(r"[\w./-]+\.xml", file.read_text(errors="replace"))
+            beside += [path for model in models if (path := file.parent / model).is_file()]
             found |= {file: name} | {path: f"{name}/{path.name}" for path in beside}
             waiting += modules_in(file, folders)
     return sorted(found, key=found.get)

@@ -21,7 +21,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,14 +36,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from lab import baselines, environment, kernels, topology
+from lab import baselines, environment, kernels, record, topology
 from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, has_time_limit, make_eval_env, play
 from lab.flags import bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, of_today, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
-CHECKPOINT_FORMAT = 6  # increased by every change after which older checkpoints cannot be resumed
+CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # flags that may change when a run is resumed, and that its folder is therefore not named after
@@ -61,9 +61,12 @@ ABOUT = {
 }  # fmt: skip
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
-ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children"}
+ONE_BY_ONE = {
+    "parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'",
+}  # fmt: skip
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
+REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -162,9 +165,8 @@ def processor() -> str:
 
 def keep_code(folder: Path, script: Path, env_id: str) -> None:
     """Copy the source files of a run, so that `diff -r` of two runs shows how their code differs."""
-    roots = [script.resolve().parent, Path(__file__).resolve().parent.parent]
     for path in sources(script, env_id):
-        root = next(root for root in roots if root in path.parents)
+        root = next(root for root in record.folders_of(script) if root in path.parents)
         copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -227,8 +229,9 @@ def put_back(part: object, saved: object) -> object:
 
 
 def check_parts(state: dict, variables: dict) -> dict[str, str]:
-    """The class of each optimizer in `state`, by name. Raises ValueError if checkpoints would lack a variable of train
-    that has a state, or a parameter that an optimizer trains, or if a part of `state` could not be put back."""
+    """The class and the options of each optimizer in `state`, by name. Raises ValueError if checkpoints would lack a
+    variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state` could not be
+    put back."""
     parts, optimizers, held = {id(state), *map(id, state.values())}, {}, set()
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
@@ -257,7 +260,14 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
         raise ValueError(f"no part of the `state` that Run gets has {what}, so a resumed run would lose it; add it")
-    return {name: type(optimizer).__name__ for name, optimizer in optimizers.items()}
+    return {name: described(optimizer) for name, optimizer in optimizers.items()}
+
+
+def described(optimizer: torch.optim.Optimizer) -> str:
+    """Its class and the options of each of its parameter groups, such as `Adam(lr=0.001)`."""
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    options = (", ".join(f"{name}={value}" for name, value in group.items()) for group in groups)
+    return f"{type(optimizer).__name__}({'; '.join(options)})"
 
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
@@ -281,20 +291,24 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
     return found
 
 
-def one_by_one(script: Path, before: range) -> str | None:
-    """The place of a loop of the script over parameters or layers, which the kernels would replace; None if there is no
-    such loop. Loops inside `in_torch`, constructors, `forward` and the lines of train `before` Run(...) are allowed."""
-    nodes = [node for node in ast.parse(script.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+def one_by_one(source: Path, before: range) -> str | None:
+    """The place of a loop in a source over parameters or layers, which the kernels would replace, or of a call that
+    gives them with their names; None if there is none. Allowed are those inside `in_torch`, constructors and `forward`,
+    and in the lines of train `before` Run(...)."""
+    nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
         nodes += ast.iter_child_nodes(node)
-        for call in ast.walk(node.iter) if hasattr(node, "iter") else ():
-            name = getattr(call.func, "attr", None) if isinstance(call, ast.Call) else None
-            if name in ONE_BY_ONE and call.lineno not in before:
-                where = f"in line {call.lineno}, outside of `with kernels.in_torch(nets):`"
-                return f"{script.name} goes through {name}() {where}"
+        for part in ast.walk(node.iter) if hasattr(node, "iter") else [node]:
+            name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
+            if isinstance(part, ast.Subscript):
+                name = ast.unparse(part.slice)
+            walks = name in ONE_BY_ONE if hasattr(node, "iter") else name.startswith("named_")
+            if walks and part.lineno not in before:
+                where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
+                return f"{source.name} goes through {name} {where}"
     return None
 
 
@@ -348,7 +362,7 @@ def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:
 
 def saved_args(arguments: type, args: object, script: Path) -> object:
     """The arguments of the run that --evaluate or --resume names, of the script's dataclass."""
-    named = args.evaluate or args.resume
+    named = args.resume if args.evaluate is None else args.evaluate
     try:
         if args.evaluate is not None:
             saved = of_today(load_state(file_of(named), script)["args"]) | {"evaluate": named}
@@ -429,7 +443,10 @@ class Run:
         with bad_input():
             optimizers = check_parts(state, variables)
         held = held_apart(self.nets, [state[name] for name in optimizers], variables)
-        if walked := one_by_one(script, range(caller.f_code.co_firstlineno, caller.f_lineno)):
+        before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
+        of_the_run = [path for path in sources(script, args.env_id) if path.suffix == ".py"]
+        self.own_files = [path for path in of_the_run if not record.is_ours(path)]
+        if walked := next(filter(None, (one_by_one(path, before.get(path, ())) for path in self.own_files)), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):
             tqdm.write(f"warning: nothing prunes {', '.join(dense)}, with layers that are in no row of `nets`")
@@ -450,7 +467,9 @@ class Run:
             args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
-            self.load_agent(path, load_state(path, script, of_any_script=True))
+            loaded = load_state(path, script, of_any_script=True)
+            self.load_agent(path, loaded)
+            environment.set_statistics(env, loaded.get("statistics", {}))  # in which its policy sees observations
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
@@ -487,6 +506,9 @@ class Run:
         if alone := [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
+        changed = [layer for layer in environment.layers(self.eval_env) if isinstance(layer, REWARD_WRAPPERS)]
+        if names := [type(layer).__name__ for layer in changed]:
+            tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} has changed")
         if not self.limited:
             tqdm.write(
                 f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
@@ -569,7 +591,10 @@ class Run:
         due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
         due = due or bool(STOP_SIGNALS)
         if saved or due:  # a checksum of everything is too slow for every short episode
-            begun["fingerprint"] = environment.fingerprint(self.env, inspect.currentframe().f_back.f_locals)
+            variables, args = inspect.currentframe().f_back.f_locals, asdict(self.args)
+            variables = {name: value for name, value in variables.items() if value is not self.state}
+            variables["args"] = {name: args[name] for name in args.keys() - MAY_CHANGE}
+            begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files)
             begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
@@ -748,7 +773,9 @@ class Run:
 
     def log_topology(self, global_step: int) -> None:
         """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py)."""
-        report = topology.log_pruning(self.writer, global_step, self.nets, self.env.observation_space.shape[0])
+        report = topology.log_pruning(
+            self.writer, global_step, self.nets, *self.env.observation_space.shape, *self.env.action_space.shape
+        )
         write_json(self.folder / "topology.json", report)
         masks = {name: {"static": pack(net.static), "masks": pack(net.masks)} for name, net in self.nets.items()}
         write_tensors(self.folder / "masks.pt", masks)
@@ -837,6 +864,12 @@ def main(arguments: type, train: Callable) -> None:
         args = tyro.cli(arguments, default=saved)
         settle(args)
         check_saved_args(args, saved)
+    else:
+        settle(settled := replace(args))
+        for name in unused(settled):
+            if (given := getattr(args, name)) != (value := getattr(settled, name)):
+                flag = f"--{name.replace('_', '-')}"
+                tqdm.write(f"warning: {flag} {given} makes no difference to this run, which has {value}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
     with machine_in_a_sentence():

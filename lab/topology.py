@@ -64,7 +64,7 @@ def topology_table(report: dict) -> str:
     return "\n".join("| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in rows)
 
 
-def topology_warnings(network: str, net: Net, observation_size: int) -> list[str]:
+def topology_warnings(network: str, net: Net, observation_size: int, action_size: int) -> list[str]:
     """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
     observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
     warnings = [
@@ -74,6 +74,8 @@ def topology_warnings(network: str, net: Net, observation_size: int) -> list[str
     ]
     first = next(iter(net.masks))
     read = torch.stack([net.static[first].any(0), net.masks[first].any(0)])
+    if read.shape[1] not in (observation_size, observation_size + action_size):
+        return warnings  # an edited network whose inputs go through other layers first
     for kind, part in zip(("observation", "action"), read.tensor_split([observation_size], 1)):
         before, after = ((~inputs).nonzero().flatten().tolist() for inputs in part)
         if before:
@@ -117,14 +119,15 @@ def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
     return np.asarray(image)
 
 
-def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], observation_size: int) -> dict:
+def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], *sizes: int) -> dict:
     """Log what pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and in
-    TensorBoard alone a picture and the density of each layer. Returns the report."""
+    TensorBoard alone a picture and the density of each layer. `sizes` are those of an observation and of an action.
+    Returns the report."""
     report = topology_report(nets)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
     writer.add_text("topology/revival", table, global_step)
-    found = [warning for name, net in nets.items() for warning in topology_warnings(name, net, observation_size)]
+    found = [warning for name, net in nets.items() for warning in topology_warnings(name, net, *sizes)]
     if found:
         tqdm.write("\n".join(f"warning: {sentence}" for sentence in found))
         writer.add_text("topology/warnings", "\n\n".join(found), global_step)

@@ -347,6 +347,11 @@ def test_allocate_by_hand():
     assert su.allocate(9, [8, 1, 1], [2, 3, 100]) == [2, 3, 4]  # and then the second
 
 
+def test_a_network_without_a_linear_layer_cannot_be_pruned():
+    with pytest.raises(ValueError, match="has nothing that can be pruned"):
+        su.plan(row({}, "tar", 0.5), 0.1)
+
+
 @given(st.sampled_from([*baselines.METHODS]), st.integers(1, 40), FRACTION, FRACTION)
 def test_the_budgets_of_a_network(method, hidden, sparsity, reserve):
     net = row({"fc1": torch.zeros(hidden, 3), "fc2": torch.zeros(2, hidden)}, method, sparsity)
@@ -580,8 +585,10 @@ def test_the_warnings_on_what_pruning_cuts():
     static = {"fc1": (index == 0) | (index == 2), "fc2": torch.zeros(1, 4).bool()}
     masks = {"fc1": static["fc1"] | (index == 6) | (index == 9), "fc2": torch.arange(4).view(1, 4) == 0}
     net = row({"fc1": torch.ones(4, 5), "fc2": torch.ones(1, 4)}, static=static, masks=masks)
-    assert topology.topology_warnings("qf1", net, 3) == [
-        "qf1.fc2 keeps no connection after static pruning and has 1 after revival.",
+    emptied = "qf1.fc2 keeps no connection after static pruning and has 1 after revival."
+    assert topology.topology_warnings("qf1", net, 2, 1) == [emptied]  # where other layers come before
+    assert topology.topology_warnings("qf1", net, 3, 2) == [
+        emptied,
         "qf1 is blind to 1 of 3 observation dimensions after static pruning: [1]; after revival to 0.",
         "qf1 is blind to 2 of 2 action dimensions after static pruning: [0, 1]; after revival to 1: [0].",
     ]

@@ -325,6 +325,15 @@ def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, scrip
     assert "--method rigl rewires by a schedule over --total-timesteps" in message
 
 
+def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):
+    given = (
+        f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity 0.5"
+    )
+    main(script, monkeypatch, *given.split(), "--method", "static", "--eval-episodes", 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "makes no difference" in line]
+    assert said == ["warning: --reserve 0.3 makes no difference to this run, which has 0.1"]
+
+
 def test_the_command_that_began_a_run_may_be_repeated_with_resume(run, script, monkeypatch):
     """Also flags that make no difference to it, which the run does not record as given."""
     flags = {"method": "dense", "sparsity": 0.5, "criterion": "snip", "reserve": 0.3, "total_timesteps": 70}
@@ -363,6 +372,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     assert "is of td3_tar.py; use that script" in load_state(td3 / "checkpoint.pt", SAC)
     assert "is of sac_tar.py; use that script" in load_state(sac / "final.pt", TD3)
     assert "there is no" in load_state(file, SAC)
+    assert "there is no checkpoint.pt" in refused(capsys, main, sac_tar, monkeypatch, "--evaluate", "")
     state = load(sac / "checkpoint.pt")
     for bad, sentence in [
         ({"weights": torch.ones(3)}, "is not a file of sac_tar.py"),
@@ -391,7 +401,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 6; use the"),
+        (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 7; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)
@@ -491,7 +501,10 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     run_dir = mine.train(mine.Args(**small | {"total_timesteps": 70, "runs_dir": str(tmp_path / "other")}))
     config = record.read_config(run_dir)
     kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
-    assert config["segments"][0]["optimizers"] == kinds and "__my_sac__tar__" in run_dir.name
+    recorded = config["segments"][0]["optimizers"]
+    assert {name: text.partition("(")[0] for name, text in recorded.items()} == kinds
+    assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("; lr=") == 1
+    assert "__my_sac__tar__" in run_dir.name
     again(mine, run_dir, total_timesteps=90)
     resumed = load(run_dir / "checkpoint.pt")
     of_the_process = {"sps_seconds", "log_sizes", "args", "fingerprint", "random"}  # unused spaces are seeded anew
@@ -566,9 +579,11 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     assert "--betas (0.9, 0.9) contradicts" in refused(
         capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
     )
-    mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "torch.optim.SGD(critics.parameters()"))
-    message = refused(capsys, again, mine, run_dir)
-    assert "'q_optimizer': 'Adam'} and the script {" in message and "'SGD'}; use the script that saved it" in message
+    for optimizer, options in (("torch.optim.SGD(", "SGD(lr="), ("kernels.Adam(eps=0.1, params=", "Adam(lr=")):
+        mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", f"{optimizer}critics.parameters()"))
+        before, now = refused(capsys, again, mine, run_dir).split("} and the script {")
+        assert "'q_optimizer': 'Adam(lr=" in before and f"'q_optimizer': '{options}" in now
+        assert now.endswith("; use the script that saved it") and ("eps=0.1" in now) == ("eps" in optimizer)
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
     assert "`train` is that of sac_tar.py" in message
@@ -602,9 +617,14 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
     lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
     lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
-    changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n"
+    lines += "    best, ticks, mean = None, {'all': {'steps': 0}, 'of': nets}, Mean()\n    actor.noise = 1.0\n"
+    changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
+    changes += "        ticks['all']['steps'] += 1\n        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
-    edits = [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
+    of_mean = MEAN.partition("    def state_dict")[0]
+    edits = [("class QNetwork", of_mean + "class QNetwork")]
+    edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)\n", wrapped))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
     again(sac_tar, plain, total_timesteps=90)
@@ -614,8 +634,9 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
     again(mine, run_dir, total_timesteps=90)
-    lost = ", ".join(f"`{name}` in train" for name in ("level", "scale", "visits", "rms"))
-    assert f"begins with another value of {lost} than before" in capsys.readouterr().out
+    names = ("args", "actor", "level", "scale", "visits", "rms", "best", "ticks", "mean")
+    named = capsys.readouterr().out.split("begins with another value of ")[1].split(" than before")[0]
+    assert sorted(named.split(", ")) == sorted(f"`{name}` in train" for name in names)
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -651,6 +672,8 @@ ONE_BY_ONE = {
     "critics.named_parameters()": ["l1 = sum(p.abs().sum() for n, p in critics.named_parameters() if 'weight' in n)"],
     "qf2.named_parameters()": ["l1 = [p for n, p in qf2.named_parameters() if p.requires_grad and 'weight' in n]"],
     "critics.parameters()": ["for param in critics.parameters():", "    nn.utils.clip_grad_norm_(param, 0.1)"],
+    "q_optimizer.param_groups": ["for g in q_optimizer.param_groups:", "    [p.mul_(1) for p in g['params'] if 0]"],
+    "list(critics.named_parameters())": ["kept = list(critics.named_parameters())", "l1 = [p for _, p in kept]"],
     "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
 }
 
@@ -664,7 +687,8 @@ def test_who_goes_through_parameters_one_by_one_goes_through_those_of_torch(run,
     shape = "env.observation_space.shape[0] + env.action_space.shape[0], hidden_size, 1"
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
     mine = edited(tmp_path, (at, "".join(f"{indent}{line}\n" for line in ONE_BY_ONE[call]) + at))
-    sentence = f"my_sac_tar.py goes through {call.split('.')[1]} in line "
+    name = "'params'" if "groups" in call else call.split(".")[1].partition("(")[0]
+    sentence = f"my_sac_tar.py goes through {name} in line "
     assert sentence in refused(capsys, mine.train, mine.Args(**small))
     inside = "".join(f"{indent}    {line}\n" for line in ONE_BY_ONE[call])
     for edit in (
@@ -674,6 +698,11 @@ def test_who_goes_through_parameters_one_by_one_goes_through_those_of_torch(run,
     ):
         mine = edited(tmp_path, edit)
         assert mine.train(mine.Args(**small)).exists() and sentence not in capsys.readouterr().out
+    helper = "def walk(critics, qf1, qf2, q_optimizer):\n" + "".join(f"    {line}\n" for line in ONE_BY_ONE[call])
+    (tmp_path / "my_walk.py").write_text(helper)
+    lab.run.sources.cache_clear()
+    mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))
+    assert f"my_walk.py goes through {name} in line " in refused(capsys, mine.train, mine.Args(**small))
 
 
 @pytest.mark.parametrize("compute", ["masked", "auto"])

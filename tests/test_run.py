@@ -239,11 +239,26 @@ def test_what_the_environment_and_the_files_beside_a_script_import_is_code_too(t
         (tmp_path / path).write_bytes(text)
         seen.append(record.code_hash(script, "my_envs:Mine-v0"))
     assert len(set(seen)) == len(seen) - 1 and seen[-1] == seen[-2] != record.code_hash(script, "Hopper-v4")
-    monkeypatch.setattr(record, "__file__", str(copy_project(tmp_path / "project") / "lab" / "record.py"))
+    monkeypatch.setattr(record, "PROJECT", copy_project(tmp_path / "project"))
     assert record.code_hash(script, "my_envs:Mine-v0") == seen[-1]
     with (tmp_path / "project" / "sparse_utils.py").open("a") as file:
         file.write("edited = 1\n")
     assert record.code_hash(script, "my_envs:Mine-v0") not in seen
+
+
+def test_modules_on_the_path_and_models_beside_them_are_code(tmp_path, monkeypatch):
+    script, elsewhere, seen = Path(sac_tar.__file__), tmp_path / "elsewhere", []
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site-packages'}:{elsewhere}:")
+    for path, text in {
+        "elsewhere/my_ant.py": "xml = 'models/ant.xml'", "elsewhere/models/ant.xml": "<mujoco/>",
+        "site-packages/my_ant.py": "installed = 1",
+    }.items():  # fmt: skip
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+        seen.append(record.code_hash(script, "my_ant:Ant-v0"))
+    assert seen[0] != seen[1] == seen[2] and seen[0] != record.code_hash(script)
+    lab.run.keep_code(tmp_path / "kept", script, "my_ant:Ant-v0")
+    assert {"my_ant.py", "sac_tar.py", "models"} < {path.name for path in (tmp_path / "kept").iterdir()}
 
 
 # bad input
