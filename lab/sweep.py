@@ -181,7 +181,11 @@ def runs_like(args: Args) -> Iterator[tuple[Script, dict]]:
     """Script and flags of every run in --like, seed by seed; most flags at their defaults are left out."""
     named = {Path(name).stem: name for name in args.script}
     for path, config in sorted(configs(Path(args.like)), key=lambda found: found[1]["args"]["seed"]):
-        script, values = load(named.get(config["script"], f"{config['script']}.py")), config["args"]
+        name, values = named.get(config["script"], f"{config['script']}.py"), config["args"]
+        if not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
+            print(f"{path.name} is left out, since there is no script {name}; --script may name it", file=sys.stderr)
+            continue
+        script = load(name)
         usual = script.defaults | {name: values[other] for name, other in FOLLOWS.items()}
         told = sorted(name for name in values.keys() - NOT_OF_THE_RESULT if values[name] != usual.get(name))
         if gone := [name for name in told if name not in script.defaults]:
