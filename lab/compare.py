@@ -158,7 +158,7 @@ def improvement(*samples: np.ndarray, axis: int) -> np.ndarray:
 
 def bootstrapped(statistic, samples: list[np.ndarray], at_least: int = 2) -> tuple[float, float, float]:
     """The statistic and the ends of its 95% interval; NaN if a sample has fewer values than `at_least`,
-    or no resample gives another value."""
+    or if both ends are equal."""
     if min(map(len, samples)) < at_least:
         return float(statistic(*samples, axis=-1)), np.nan, np.nan
     interval = stats.bootstrap(samples, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval
@@ -385,8 +385,8 @@ def main(args: Args) -> None:
         fail(f"--masks-of {args.masks_of} is no finished run here with a masks.pt in which connections were revived")
     if args.publish:
         results.publish(runs.to_dict("records"), folder)
-        runs, of_grid, against = read(folder, args)
-        notes = [*dict.fromkeys(of_grid + notes)]  # those of the runs say which of them are left out
+        print(*(note for note in notes if note.startswith("Left out")), sep="\n")
+        runs, notes, against = read(folder, args)
     out = args.out or folder / "comparison"
     out.mkdir(parents=True, exist_ok=True)
     styles = figures.styles_of(runs)

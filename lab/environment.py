@@ -2,6 +2,8 @@
 what it holds between episodes can be saved and put back."""
 
 import copy
+import functools
+import itertools
 import math
 import os
 import random
@@ -9,7 +11,7 @@ import sys
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -225,13 +227,29 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
     set_statistics(env, saved["statistics"])
 
 
-def fingerprint(env: gym.Env, variables: dict, files: Collection[Path] = ()) -> dict[str, int]:
+def fingerprint(
+    env: gym.Env, variables: dict, files: Collection[Path] = (), but: Collection[str] = ()
+) -> dict[str, int]:
     """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
     collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
-    tensors, running statistics, and lists, dictionaries and attributes of these among the `variables` of train. Objects
-    have attributes that count if their class is in one of the `files`."""
+    tensors, running statistics and lists of these among the `variables` of train. In dictionaries, and in objects whose
+    class is defined in one of the `files`, two levels count, without names that begin with _ and those in `but`."""
 
-    def content(value: object, depth: int = 0) -> bytes | None:
+    @functools.cache
+    def is_own(kind: type) -> bool:
+        file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        return bool(file) and Path(file).resolve() in files and not issubclass(kind, (list, tuple, dict, deque))
+
+    def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
+        yield f"`{name}` in train", value
+        held = (
+            value if type(value) is dict else vars(value) if is_own(type(value)) and hasattr(value, "__dict__") else {}
+        )
+        for key, part in held.items() if depth < 2 and "params" not in held else ():  # as have groups of an optimizer
+            if isinstance(key, (str, int)) and not str(key).startswith("_") and key not in but:
+                yield from inside(f"{name}.{key}", part, depth + 1)
+
+    def content(value: object) -> bytes | None:
         if value is None or isinstance(value, (int, float, str)):
             return repr(value).encode()
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
@@ -240,18 +258,11 @@ def fingerprint(env: gym.Env, variables: dict, files: Collection[Path] = ()) -> 
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
-        file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
-        if file and Path(file).resolve() in files:
-            value = {name: part for name, part in getattr(value, "__dict__", {}).items() if name[0] != "_"}
-        if isinstance(value, dict) and "params" not in value and depth < 3:  # the groups of an optimizer have params
-            parts = {str(name): content(part, depth + 1) for name, part in value.items()}
-            parts = sorted((name, part) for name, part in parts.items() if part is not None)
-            return repr(parts).encode() if parts else None
-        parts = [content(part, depth) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
+        parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 
-    contents = {f"`{name}` in train": content(value) for name, value in variables.items()}
-    found = {name: zlib.crc32(value) for name, value in contents.items() if value is not None}
+    named = itertools.chain.from_iterable(inside(*variable) for variable in variables.items())
+    found = {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}
     simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
     for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
         for name, value in vars(layer).items():

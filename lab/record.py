@@ -212,8 +212,9 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
 def folders_of(script: Path) -> list[Path]:
     """The folders in which a run's own modules may be: the script's, the project's, and those in PYTHONPATH, except
     folders of installed packages."""
-    others = [Path(name).resolve() for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name]
-    return [script.resolve().parent, PROJECT, *(path for path in others if not path.name.endswith("-packages"))]
+    names = os.environ.get("PYTHONPATH")
+    others = [Path(name).resolve() for name in names.split(os.pathsep)] if names else []
+    return [script.resolve().parent, PROJECT, *(path for path in others if not any(path.glob("*.dist-info")))]
 
 
 def is_ours(path: Path) -> bool:
@@ -222,9 +223,8 @@ def is_ours(path: Path) -> bool:
 
 
 def sources(script: Path, env_id: str = "") -> list[Path]:
-    """The source files of a run: the script, the module of its environment (`<module>:<id>`), all modules that they
-    import, directly or not, from `folders_of` the script, with kernels.cpp, and MuJoCo models beside a module that
-    names them. See NOT_OF_THE_CODE."""
+    """The source files of a run: the script, the module of its environment (`<module>:<id>`), and all modules that they
+    import, directly or not, from the folders that `folders_of` gives, with kernels.cpp. See NOT_OF_THE_CODE."""
     script, folders = script.resolve(), folders_of(script)
     found = {script: ""}  # the name under which each was imported, by which they are sorted
     waiting = [*modules_in(script, folders)]
@@ -235,9 +235,7 @@ def sources(script: Path, env_id: str = "") -> list[Path]:
         files = [root / f"{name}{end}" for root in roots for end in (".py", "/__init__.py")]
         file = next((file for file in files if file.is_file()), None)
         if file and file not in found:
-            beside = [*file.parent.glob("*.cpp")] if file.name == "__init__.py" else []
-            models = () if is_ours(file) else re.findall(r"[\w./-]+\.xml", file.read_text(errors="replace"))
-            beside += [path for model in models if (path := file.parent / model).is_file()]
+            beside = file.parent.glob("*.cpp") if file.name == "__init__.py" else ()
             found |= {file: name} | {path: f"{name}/{path.name}" for path in beside}
             waiting += modules_in(file, folders)
     return sorted(found, key=found.get)

@@ -264,9 +264,14 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
 
 
 def described(optimizer: torch.optim.Optimizer) -> str:
-    """Its class and the options of each of its parameter groups, such as `Adam(lr=0.001)`."""
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    options = (", ".join(f"{name}={value}" for name, value in group.items()) for group in groups)
+    """The class of an optimizer and, for each of its parameter groups, the options that act on the result. A rate that
+    a scheduler changes is its `initial_lr`."""
+    options = []
+    for group in optimizer.param_groups:
+        idle = {"params", "foreach", "fused", "capturable", "differentiable"} | (
+            {"lr"} if "initial_lr" in group else set()
+        )
+        options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
     return f"{type(optimizer).__name__}({'; '.join(options)})"
 
 
@@ -293,8 +298,8 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 def one_by_one(source: Path, before: range) -> str | None:
     """The place of a loop in a source over parameters or layers, which the kernels would replace, or of a call that
-    gives them with their names; None if there is none. Allowed are those inside `in_torch`, constructors and `forward`,
-    and in the lines of train `before` Run(...)."""
+    gives them with their names; None if there is none. Those inside `in_torch`, a constructor or `forward`, or in the
+    lines of train `before` Run(...), are allowed."""
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
@@ -305,7 +310,7 @@ def one_by_one(source: Path, before: range) -> str | None:
             name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
             if isinstance(part, ast.Subscript):
                 name = ast.unparse(part.slice)
-            walks = name in ONE_BY_ONE if hasattr(node, "iter") else name.startswith("named_")
+            walks = name in ONE_BY_ONE and (hasattr(node, "iter") or name.startswith("named_"))
             if walks and part.lineno not in before:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {name} {where}"
@@ -463,7 +468,12 @@ class Run:
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
             if (before := past.get("optimizers", optimizers)) != optimizers:
-                fail(f"the run has the optimizers {before} and the script {optimizers}; use the script that saved it")
+                which = f"the run has the optimizers {before} and the script {optimizers}"
+                if {n: text.split("(")[0] for n, text in before.items()} != {
+                    n: type(state[n]).__name__ for n in optimizers
+                }:
+                    fail(f"{which}; use the script that saved it")
+                tqdm.write(f"warning: {which}; the run keeps its own options")
             args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
@@ -508,7 +518,7 @@ class Run:
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
         changed = [layer for layer in environment.layers(self.eval_env) if isinstance(layer, REWARD_WRAPPERS)]
         if names := [type(layer).__name__ for layer in changed]:
-            tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} has changed")
+            tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} changed")
         if not self.limited:
             tqdm.write(
                 f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
@@ -591,10 +601,9 @@ class Run:
         due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
         due = due or bool(STOP_SIGNALS)
         if saved or due:  # a checksum of everything is too slow for every short episode
-            variables, args = inspect.currentframe().f_back.f_locals, asdict(self.args)
-            variables = {name: value for name, value in variables.items() if value is not self.state}
-            variables["args"] = {name: args[name] for name in args.keys() - MAY_CHANGE}
-            begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files)
+            variables, saved_whole = inspect.currentframe().f_back.f_locals, (self.state, self.rb)
+            variables = {n: v for n, v in variables.items() if not any(v is part for part in saved_whole)}
+            begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
@@ -866,10 +875,9 @@ def main(arguments: type, train: Callable) -> None:
         check_saved_args(args, saved)
     else:
         settle(settled := replace(args))
-        for name in unused(settled):
+        for name in sorted(unused(settled) & vars(args).keys()):
             if (given := getattr(args, name)) != (value := getattr(settled, name)):
-                flag = f"--{name.replace('_', '-')}"
-                tqdm.write(f"warning: {flag} {given} makes no difference to this run, which has {value}")
+                tqdm.write(f"warning: {name}={given} makes no difference to this run, which has {name}={value}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
     with machine_in_a_sentence():

@@ -182,7 +182,7 @@ def runs_like(args: Args) -> Iterator[tuple[Script, dict]]:
     named = {Path(name).stem: name for name in args.script}
     for path, config in sorted(configs(Path(args.like)), key=lambda found: found[1]["args"]["seed"]):
         name, values = named.get(config["script"], f"{config['script']}.py"), config["args"]
-        if not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
+        if config["script"] not in named and not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
             print(f"{path.name} is left out, since there is no script {name}; --script may name it", file=sys.stderr)
             continue
         script = load(name)
@@ -225,7 +225,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             command = [os.path.relpath(script.path), *command_line(own), *flags]
             code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
             runs[log] = Run(log, command, what, script.defaults, code)
-    return list(runs.values())
+    return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
 
 
 def lock(file: BinaryIO) -> bool:

@@ -66,7 +66,8 @@ def topology_table(report: dict) -> str:
 
 def topology_warnings(network: str, net: Net, observation_size: int, action_size: int) -> list[str]:
     """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
-    observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action."""
+    observation or action inputs left unread. A network's inputs are the observation and, for a
+    critic, the action; of a first layer that reads something else the inputs are not judged."""
     warnings = [
         f"{network}.{name} keeps no connection after static pruning and has {int(mask.sum())} after revival."
         for name, mask in net.masks.items()

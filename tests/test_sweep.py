@@ -300,6 +300,7 @@ def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
         assert "13 of 13 runs are finished" in cli(f"--dry-run --like {folder} --published {folder}")[1]
     lines = commands(cli("--like grid --dry-run -- --tau 0.01")[1])
     assert len(lines) == 13 and all(line.endswith(" --tau 0.01") for line in lines)
+    assert cli("--like grid --dry-run --script nope/sac_tar.py")[0] == 2
     Path("folders/0/final.pt").rename("folders/0/checkpoint.pt")  # an unfinished run is nothing that was published
     assert "12 of 13 runs are finished, 0 will be" in cli("--like folders --published folders --dry-run")[1]
 
