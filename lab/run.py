@@ -449,8 +449,8 @@ class Run:
             optimizers = check_parts(state, variables)
         held = held_apart(self.nets, [state[name] for name in optimizers], variables)
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
-        of_the_run = [path for path in sources(script, args.env_id) if path.suffix == ".py"]
-        self.own_files = [path for path in of_the_run if not record.is_ours(path)]
+        python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
+        self.own_files = [path for path in python if not record.is_ours(path)]  # the script and its reader's modules
         if walked := next(filter(None, (one_by_one(path, before.get(path, ())) for path in self.own_files)), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):

@@ -66,8 +66,8 @@ def topology_table(report: dict) -> str:
 
 def topology_warnings(network: str, net: Net, observation_size: int, action_size: int) -> list[str]:
     """Sentences on what static pruning cuts, and what revival makes of it: layers left without a connection,
-    observation or action inputs left unread. A network's inputs are the observation and, for a
-    critic, the action; of a first layer that reads something else the inputs are not judged."""
+    observation or action inputs left unread. A network's inputs are the observation and, for a critic, the action. If
+    the first layer reads something else, as in an edited network, there are no sentences on inputs."""
     warnings = [
         f"{network}.{name} keeps no connection after static pruning and has {int(mask.sum())} after revival."
         for name, mask in net.masks.items()
@@ -76,7 +76,7 @@ def topology_warnings(network: str, net: Net, observation_size: int, action_size
     first = next(iter(net.masks))
     read = torch.stack([net.static[first].any(0), net.masks[first].any(0)])
     if read.shape[1] not in (observation_size, observation_size + action_size):
-        return warnings  # an edited network whose inputs go through other layers first
+        return warnings
     for kind, part in zip(("observation", "action"), read.tensor_split([observation_size], 1)):
         before, after = ((~inputs).nonzero().flatten().tolist() for inputs in part)
         if before:

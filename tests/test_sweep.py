@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -301,6 +302,11 @@ def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
     lines = commands(cli("--like grid --dry-run -- --tau 0.01")[1])
     assert len(lines) == 13 and all(line.endswith(" --tau 0.01") for line in lines)
     assert cli("--like grid --dry-run --script nope/sac_tar.py")[0] == 2
+    Path("gone").mkdir()
+    Path("gone/runs.json").write_text(re.sub('"(sac|td3)_tar"', '"no_script"', Path("grid/runs.json").read_text()))
+    code, output = cli("--like gone --dry-run")
+    assert code == 2 and output.count("is left out, since there is no script no_script.py") == 13
+    assert "no run of gone can be run again here" in output
     Path("folders/0/final.pt").rename("folders/0/checkpoint.pt")  # an unfinished run is nothing that was published
     assert "12 of 13 runs are finished, 0 will be" in cli("--like folders --published folders --dry-run")[1]
 
