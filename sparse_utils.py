@@ -72,10 +72,8 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if net.method in UNPRUNED:
         return
-    if computed := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
-        raise ValueError(
-            f"the weight of {computed[0]} is computed from others, as by weight_norm, and cannot be pruned"
-        )
+    if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
+        raise ValueError(f"the weight of {found[0]} is computed from others, as by weight_norm, and cannot be pruned")
     if not net.size:
         raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)

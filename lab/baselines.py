@@ -22,7 +22,6 @@ from lab import kernels
 from lab.flags import fail, fraction, one_of, positive, require, within_training
 from sparse_utils import Masks, Net, Rule, active_part, highest, linear_weights
 
-MEST_LAMBDA = 1.0  # the value in the code of Nowak et al. 2023
 EARLY_STOP = 0.9  # fraction of the grown connections that were just dropped, above which a layer has settled (CHT)
 
 
@@ -116,7 +115,7 @@ def set_worth(layer: Layer) -> Tensor:
 
 def mest_worth(layer: Layer) -> Tensor:
     """|w| + |g| (Yuan et al. 2021, with lambda = 1 as in the code of Nowak et al. 2023)."""
-    return layer.weight.abs() + MEST_LAMBDA * layer.gradient.abs()
+    return layer.weight.abs() + layer.gradient.abs()
 
 
 def snip_worth(layer: Layer) -> Tensor:
@@ -195,9 +194,7 @@ METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils
 
 # FLAGS
 
-Method = one_of(
-    METHODS, "How connections are pruned and revived. Every method but dense and tiny trains K connections."
-)
+Method = one_of(METHODS, "How connections are pruned and revived. All methods but dense and tiny train K connections.")
 Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
@@ -565,10 +562,9 @@ class Schedule:
         }
         self.stopped = {name: [] for name in self.dynamic}  # layers that cht and chts rewire no more
         self.revived = {}  # the masks as revival left them, from which the log measures how far rewiring has come
-        for name, net in nets.items():
-            net.budget, net.reserve = self.first[name]
         self.diagonals = {}  # what dynadiag learns until pruning
         for name, net in nets.items():
+            net.budget, net.reserve = self.first[name]
             if args.criterion == "dynadiag" and net.budget - net.reserve < net.size:
                 self.diagonals[name] = Diagonals(net, args.distribution)
 

@@ -191,7 +191,7 @@ def random_state(generator: object) -> object:
 def set_random_state(generator: object, state: object) -> None:
     if hasattr(generator, "setstate"):
         generator.setstate(state)
-    elif isinstance(generator, torch.Generator) or hasattr(generator, "set_state"):
+    elif hasattr(generator, "set_state"):
         generator.set_state(state)
     else:
         generator.bit_generator.state = state
@@ -242,9 +242,8 @@ def fingerprint(
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         yield f"`{name}` in train", value
-        held = (
-            value if type(value) is dict else vars(value) if is_own(type(value)) and hasattr(value, "__dict__") else {}
-        )
+        own = is_own(type(value)) and hasattr(value, "__dict__")
+        held = value if type(value) is dict else vars(value) if own else {}
         for key, part in held.items() if depth < 2 and "params" not in held else ():  # as have groups of an optimizer
             if isinstance(key, (str, int)) and not str(key).startswith("_") and key not in but:
                 yield from inside(f"{name}.{key}", part, depth + 1)

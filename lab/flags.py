@@ -32,8 +32,7 @@ def bad_input() -> Iterator[None]:
 
 def first_sentence(rule: object) -> str:
     """The help of a rule: a text, or the first sentence of the docstring of its function."""
-    function = getattr(rule, "scores", None) or getattr(rule, "counts", None) or rule
-    text = rule if isinstance(rule, str) else (function.__doc__ or "no description")
+    text = rule if isinstance(rule, str) else getattr(rule, "scores", rule).__doc__ or "no description"
     return re.split(r"(?<! al)\.( |$)", " ".join(text.split()))[0]
 
 

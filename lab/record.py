@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, field, fields, make_dataclass
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -40,11 +40,21 @@ def settle(args: object) -> None:
     where a value cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
     if args.load is not None and args.resume is None and args.evaluate is None:
         args.load = with_hash(args.load)
-    follow(args)
+    for name, other in FOLLOWS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(args, other))
+    if getattr(args, "drop_criterion", "left out") is None:
+        args.drop_criterion = baselines.usual_drop({args.method, args.critic_method})
+    for prefix in ("", "critic_"):
+        if getattr(args, f"{prefix}method") == "dense":
+            setattr(args, f"{prefix}sparsity", 0.0)
     check(args)
     if isinstance(args, baselines.Flags):
         baselines.check(args)
-    drop_unused(args)
+    idle = unused(args)
+    for flag in fields(args):
+        if flag.name in idle:
+            setattr(args, flag.name, flag.default)
 
 
 def file_of(name: str) -> Path:
@@ -69,19 +79,6 @@ def with_hash(name: str) -> str:
     return full
 
 
-def follow(args: object) -> None:
-    """Give flags that are None the values that they follow, and a `dense` network sparsity 0, in place."""
-    for name, other in FOLLOWS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(args, other))
-    methods = {args.method, args.critic_method}
-    if getattr(args, "drop_criterion", "left out") is None:
-        args.drop_criterion = baselines.usual_drop(methods)
-    for prefix in ("", "critic_"):
-        if getattr(args, f"{prefix}method") == "dense":
-            setattr(args, f"{prefix}sparsity", 0.0)
-
-
 def unused(args: object) -> set[str]:
     """The flags that make no difference to this run, among them flags of lab/baselines.py if the script has them."""
     found, methods = set(), {args.method, args.critic_method}
@@ -94,14 +91,6 @@ def unused(args: object) -> set[str]:
     if getattr(args, "autotune", False):
         found |= {"alpha"}
     return found | (baselines.unused(args) if isinstance(args, baselines.Flags) else set())
-
-
-def drop_unused(args: object) -> None:
-    """Give each flag that makes no difference to this run its default, in place."""
-    names = unused(args)
-    for flag in fields(args):
-        if flag.name in names:
-            setattr(args, flag.name, flag.default)
 
 
 def check(args: object) -> None:
@@ -140,24 +129,6 @@ def usual(name: str, args: dict) -> object:
     default of a flag that scripts without baselines lack. For other flags it is MISSING, which equals no value."""
     plain = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None}
     return args.get(FOLLOWS[name]) if name in FOLLOWS else plain.get(name, MISSING)
-
-
-def of_today(args: dict) -> dict:
-    """The flags of a run as this version records them. Before lab/ there were further flags for the actor alone, and
-    flags that make no difference to a run were recorded as given."""
-    if "actor_method" not in args:
-        return args
-    given = {name: value for name, value in args.items() if not name.startswith("actor_") and name != "critic_init"}
-    given["method"], given["sparsity"] = args["actor_method"], args["actor_sparsity"]
-    pruned = "critic" if args["actor_method"] in sparse_utils.UNPRUNED else "actor"
-    given["init"] = args.get(f"{pruned}_init", "dense")
-    defaults = {"reserve": 0.1, "criterion": "magnitude", "distribution": "global", "alpha": 0.2, "active_width": None}
-    names = given.keys() - {flag.name for flag in fields(baselines.Flags)}
-    kinds = [(name, object, field(default=defaults.get(name))) for name in names]
-    flags = make_dataclass("FlagsOfBefore", kinds, bases=(baselines.Flags,))(**given)
-    follow(flags)
-    drop_unused(flags)
-    return asdict(flags)
 
 
 def hyperparameters(settings: dict, first: dict, metrics: Sequence[str]) -> list[Summary]:
@@ -259,15 +230,14 @@ def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     published = folder / "runs.json"
     if published.exists():
         for name, config in json.loads(published.read_text()).items():
-            yield folder / name, config | {"args": of_today(config["args"]), "published": True}
+            yield folder / name, config | {"published": True}
     for path in sorted(folder.glob("*/config.json")):
         yield path.parent, read_config(path.parent)
 
 
 def read_config(run_dir: Path) -> dict:
     """What config.json records of one run; see `configs`."""
-    config = json.loads((run_dir / "config.json").read_text())
-    return config | {"args": of_today(config["args"]), "published": False}
+    return json.loads((run_dir / "config.json").read_text()) | {"published": False}
 
 
 def codes(config: dict) -> list[str | None]:

@@ -39,7 +39,7 @@ import sparse_utils
 from lab import baselines, environment, kernels, record, topology
 from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, has_time_limit, make_eval_env, play
 from lab.flags import bad_input, fail
-from lab.record import code_hash, file_of, hyperparameters, identity, of_today, read_config, settle, sources, unused
+from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
@@ -61,9 +61,7 @@ ABOUT = {
 }  # fmt: skip
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
-ONE_BY_ONE = {
-    "parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'",
-}  # fmt: skip
+ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
@@ -268,9 +266,8 @@ def described(optimizer: torch.optim.Optimizer) -> str:
     a scheduler changes is its `initial_lr`."""
     options = []
     for group in optimizer.param_groups:
-        idle = {"params", "foreach", "fused", "capturable", "differentiable"} | (
-            {"lr"} if "initial_lr" in group else set()
-        )
+        idle = {"params", "foreach", "fused", "capturable", "differentiable"}
+        idle |= {"lr"} if "initial_lr" in group else set()
         options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
     return f"{type(optimizer).__name__}({'; '.join(options)})"
 
@@ -370,12 +367,10 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
     named = args.resume if args.evaluate is None else args.evaluate
     try:
         if args.evaluate is not None:
-            saved = of_today(load_state(file_of(named), script)["args"]) | {"evaluate": named}
+            saved = load_state(file_of(named), script)["args"] | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        return arguments(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-        )  # JSON has lists
+        return arguments(**{n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()})  # JSON has lists
     except (OSError, ValueError, KeyError) as error:
         fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
@@ -467,11 +462,10 @@ class Run:
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
-            if (before := past.get("optimizers", optimizers)) != optimizers:
-                which = f"the run has the optimizers {before} and the script {optimizers}"
-                if {n: text.split("(")[0] for n, text in before.items()} != {
-                    n: type(state[n]).__name__ for n in optimizers
-                }:
+            if (had := past["optimizers"]) != optimizers:
+                which = f"the run has the optimizers {had} and the script {optimizers}"
+                kinds, own = ({n: text.partition("(")[0] for n, text in of.items()} for of in (had, optimizers))
+                if kinds != own:
                     fail(f"{which}; use the script that saved it")
                 tqdm.write(f"warning: {which}; the run keeps its own options")
             args.resume = None  # config.json records the flags of the run, without --resume
@@ -503,8 +497,8 @@ class Run:
         else:
             self.rewind(self.checkpoint["log_sizes"])
             for what in ("code", "processor", "device", "in_kernels", "versions"):
-                if past.get(what) != now[what]:
-                    was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
+                if past[what] != now[what]:
+                    was = f"was {past[what]} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
         config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
         write_json(self.folder / "config.json", config)
@@ -512,12 +506,11 @@ class Run:
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args(now["code"])
-        of_evaluation = {type(layer) for layer in environment.layers(self.eval_env)}
+        of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
         if alone := [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
-        changed = [layer for layer in environment.layers(self.eval_env) if isinstance(layer, REWARD_WRAPPERS)]
-        if names := [type(layer).__name__ for layer in changed]:
+        if names := [kind.__name__ for kind in of_evaluation if issubclass(kind, REWARD_WRAPPERS)]:
             tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} changed")
         if not self.limited:
             tqdm.write(

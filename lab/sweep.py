@@ -36,11 +36,10 @@ from typing import BinaryIO
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lab.flags import fail, require  # noqa: E402
-from lab.record import FOLLOWS, NOT_OF_THE_RESULT, codes, configs, identity  # noqa: E402
+from lab.flags import PROJECT, fail, require
+from lab.record import FOLLOWS, NOT_OF_THE_RESULT, codes, configs, identity
 
 
 @dataclass
@@ -88,11 +87,11 @@ def unload(folders: set[Path]) -> dict[str, ModuleType]:
 def load(name: str) -> Script:
     """Import a script as if it ran: a module that is in its own folder comes from there, every other one is the
     project's. Ends the program with one sentence if the script cannot be swept."""
-    path = next((folder / name for folder in (Path.cwd(), ROOT) if (folder / name).is_file()), None)
+    path = next((folder / name for folder in (Path.cwd(), PROJECT) if (folder / name).is_file()), None)
     if path is None or path.suffix != ".py":
-        fail(f"there is no script {name}, neither here nor in {ROOT}; --script names a script's file")
+        fail(f"there is no script {name}, neither here nor in {PROJECT}; --script names a script's file")
     folder, search_path = path.resolve().parent, sys.path[:]
-    folders = {folder, ROOT} if folder != ROOT else set()
+    folders = {folder, PROJECT} if folder != PROJECT else set()
     hidden = unload(folders)
     sys.path.insert(0, str(folder))
     try:
@@ -182,7 +181,7 @@ def runs_like(args: Args) -> Iterator[tuple[Script, dict]]:
     named = {Path(name).stem: name for name in args.script}
     for path, config in sorted(configs(Path(args.like)), key=lambda found: found[1]["args"]["seed"]):
         name, values = named.get(config["script"], f"{config['script']}.py"), config["args"]
-        if config["script"] not in named and not any((folder / name).is_file() for folder in (Path.cwd(), ROOT)):
+        if config["script"] not in named and not any((folder / name).is_file() for folder in (Path.cwd(), PROJECT)):
             print(f"{path.name} is left out, since there is no script {name}; --script may name it", file=sys.stderr)
             continue
         script = load(name)
@@ -288,7 +287,7 @@ def start_ray(args: Args) -> ModuleType:
     # no statistics are sent; and scripts are not killed with their task, but end themselves, with a checkpoint
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_kill_child_processes_on_worker_exit="0")
     os.environ.setdefault("RAY_TMPDIR", "/tmp")  # the paths of Ray's sockets must stay below 108 characters
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # of the tasks and their scripts
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(PROJECT))))  # of the tasks and their scripts
     how = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     how |= {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     if not args.ray_address:

@@ -26,9 +26,8 @@ SCALE, CENTRE = torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0])
 
 
 def layers_of(network):
-    return [
-        dict(network.named_parameters())[f"fc{i}.{kind}"].detach() for i in (1, 2, 3) for kind in ("weight", "bias")
-    ]
+    params = dict(network.named_parameters())
+    return [params[f"fc{i}.{kind}"].detach() for i in (1, 2, 3) for kind in ("weight", "bias")]
 
 
 class ByHand:

@@ -2,7 +2,6 @@
 # ruff: noqa: F401, F811 (fixtures of test_masks.py)
 
 import copy
-import functools
 import itertools
 import json
 import math
@@ -17,8 +16,6 @@ import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_masks import copied, counts, flops_of, generator, inside, mlp, row, same, sizes, stored, train, watch
-from test_resume import again, assert_same_run, child, dies
-from test_run import load
 
 import lab.run
 import sparse_utils as su
@@ -459,21 +456,6 @@ def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_an
             assert torch.equal(pruning.after[name][f"{layer}.weight"], value * trains)
     for name in (name for name in final if name.startswith(("actor", "qf"))):
         assert all(re.fullmatch(r"fc\d\.(weight|bias)|action_\w+", key) for key in final[name])
-
-
-@pytest.mark.parametrize("flags", [{"method": "tar"}, {"method": "static", "compute": "sparse"}], ids=str)
-def test_a_run_of_dynadiag_that_was_killed_before_and_after_pruning_ends_as_the_undisturbed_one(
-    run, script, tmp_path, flags
-):
-    flags = DYNADIAG | {"env_id": "Short-v0", "eval_frequency": 10, "checkpoint_frequency": 10} | flags
-    undisturbed, begun = run(**flags, runs_dir=str(tmp_path / "a")), 0
-    work = functools.partial(run, **flags, runs_dir=str(tmp_path / "b"))
-    for death in (35, 92, 135):
-        assert child(functools.partial(dies, ReplayBuffer, "add", death - begun, work)) == -9
-        (run_dir,) = (tmp_path / "b").iterdir()
-        begun, work = load(run_dir / "checkpoint.pt")["added"], functools.partial(again, script, run_dir)
-    work()
-    assert_same_run(run_dir, undisturbed)
 
 
 # TINY AND SPARSE INITIALIZATION

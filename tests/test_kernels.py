@@ -4,9 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -21,8 +18,6 @@ import sac_tar
 import sparse_utils
 from lab import kernels
 from sparse_utils import Net
-
-PROJECT = Path(__file__).parent.parent
 
 
 def layers(*sizes):
@@ -463,19 +458,6 @@ def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, cap
     final = torch.load(folder / "final.pt", weights_only=True)
     for name in ("qf1", "qf2"):
         assert all(final[name][f"{layer}.weight"][~mask].eq(0).all() for layer, mask in final["masks"][name].items())
-
-
-def test_a_script_whose_critic_reads_its_layers_by_name_trains_from_the_command_line(tmp_path):
-    before = "return super().forward(torch.cat([x, a], 1))"
-    after = "return self.fc3(torch.tanh(self.fc2(torch.tanh(self.fc1(torch.cat([x, a], 1))))))"
-    text = (PROJECT / "sac_tar.py").read_text()
-    assert text.count(before) == 1
-    (tmp_path / "sac_tanh.py").write_text(text.replace(before, after))
-    flags = "--env-id Pendulum-v1 --total-timesteps 130 --learning-starts 100 --hidden-size 32 --eval-episodes 1"
-    command = [sys.executable, "sac_tanh.py", *flags.split(), "--compute", "sparse"]
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "compute: qf1, qf2 sparse layer by layer, since" in done.stdout, done.stderr
 
 
 # ADAM

@@ -14,8 +14,7 @@ import td3_tar
 from lab import compare, figures, record, results
 
 PROJECT = Path(__file__).parent.parent
-GRIDS = sorted(path.parent.name for path in PROJECT.glob("runs/*/runs.json") if path.parent.name in
-               ("evidence", "loaded", "metric", "parity", "published", "systems", "variants", "width"))  # fmt: skip
+GRIDS = ("evidence", "loaded", "metric", "parity", "published", "systems", "variants", "width")
 # each page with the grid from which its numbers are
 WITH_A_PAGE = ("evidence", "loaded", "metric", "published")
 PAGES = {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}
@@ -29,11 +28,7 @@ def grids(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_sparsities", "draw_gains"):
             patch.setattr(figures, name, lambda *args: None)
-        patch.setattr(
-            compare,
-            "write_page",
-            lambda group, notes, args, against, styles, path: pages.__setitem__(path.name, group),
-        )
+        patch.setattr(compare, "write_page", lambda *given: pages.__setitem__(given[-1].name, given[0]))
         for grid in GRIDS:
             pages = grids[grid] = {}
             compare.main(compare.Args(PROJECT / "runs" / grid, out=out))
@@ -141,8 +136,6 @@ def test_every_run_has_what_made_it_and_all_of_its_evaluations(grid):
 
 def test_the_results_are_a_handful_of_files_and_short_pages():
     files = [path for grid in GRIDS for path in (PROJECT / "runs" / grid).rglob("*") if path.is_file()]
-    assert len(files) + 1 <= 150 and len(GRIDS) == 8
+    assert len(files) + 1 <= 150
     for page in PROJECT.glob("runs/**/README.md"):
         assert len(page.read_text().split()) <= (500 if page.parent.name in GRIDS else 450)
-        for link in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), link

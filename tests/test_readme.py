@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,6 +18,7 @@ import pytest
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_run import copy_project
 
 import lab.run
 import sac_tar
@@ -120,37 +120,24 @@ def test_the_lines_of_train_that_are_tar_are_quoted_as_they_are(script):
 
 
 def test_the_numbers_of_the_front_page_are_those_of_the_published_runs():
-    def mean(grid, method, sparsity, **flags):
-        folder, finals = PROJECT / "runs" / grid, []
-        table = pd.read_csv(folder / "evaluations.csv").groupby("run")
-        wanted = {flag.name: flag.default for flag in fields(baselines.Flags)} | {"active_width": None} | flags
-        wanted |= {"env_id": "HalfCheetah-v4", "method": method, "sparsity": sparsity}
-        wanted |= (
-            {name: getattr(td3_tar.Args, name) for name in ("criterion", "distribution")}
-            if method in sparse_utils.UNPRUNED
-            else {}
-        )
-        for path, config in record.configs(folder):
-            args = {"drop_criterion": None} | config["args"]
-            if args["drop_criterion"] == baselines.usual_drop({method}):
-                args["drop_criterion"] = None
-            if config["script"] == "td3_tar" and all(args[name] == value for name, value in wanted.items()):
-                own = table.get_group(path.name)
-                assert args["total_timesteps"] == 300_000
-                finals.append(own["return"][own.step > 0.9 * args["total_timesteps"]].mean())
-        assert len(finals) in (3, 5), (grid, wanted)
-        return str(round(sum(finals) / len(finals)))
+    """As in the comparisons, which test_published.py holds against the runs."""
 
-    er, auto = ({"criterion": "random", "distribution": "er"} | more for more in ({}, {"active_width": "auto"}))
-    magnitude, snip = ({"criterion": name, "distribution": "global"} for name in ("magnitude", "snip"))
-    columns = [("metric", 0.9, magnitude), ("metric", 0.9, snip), ("systems", 0.9, er), ("evidence", 0.95, er)]
-    columns += [("evidence", 0.98, er), ("evidence", 0.98, auto)]
+    def mean(at, arm):
+        table = pd.read_csv(PROJECT / "runs" / f"{at}_returns.csv").set_index(["environment", "arm"])
+        own = table.loc[("HalfCheetah-v4", arm)]
+        assert own.n in (3, 5)
+        return str(round(own["final return"]))
+
+    metric, systems = "metric/comparison/td3_tar_s0.9", "systems/comparison/td3_ln+td3_tar_s0.9"
+    at_95, at_98 = (f"evidence/comparison/td3_tar_s{sparsity}" for sparsity in (0.95, 0.98))
+    columns = [(metric, " magnitude+global"), (metric, " snip+global"), (systems, " random+er td3_tar")]
+    columns += [(at_95, " random+er"), (at_98, " random+er"), (at_98, " random+er active_width=auto")]
     for row in README.split("| TD3 on HalfCheetah-v4 |")[1].splitlines()[2:6]:
         method = re.match(r"\| `(\w+)`", row)[1]
-        for cell, (grid, sparsity, flags) in zip(map(str.strip, row.split("|")[2:-1]), columns, strict=True):
-            grid = "metric" if (grid, method) == ("systems", "tiny") else grid
-            assert cell in ("", mean(grid, method, sparsity, **flags) if cell else ""), row
-    assert f"after 300,000 steps (`dense`: {mean('evidence', 'dense', 0.0)})" in README
+        for cell, (at, mask) in zip(map(str.strip, row.split("|")[2:-1]), columns, strict=True):
+            at, mask = (metric if at == systems else at, "") if method == "tiny" else (at, mask)
+            assert cell in ("", mean(at, method + mask) if cell else ""), row
+    assert f"after 300,000 steps (`dense`: {mean(at_95, 'dense')})" in README
 
 
 def test_the_tables_name_every_tag_every_file_and_every_key_of_a_run(run, script, monkeypatch):
@@ -200,12 +187,6 @@ def snippets():
             yield parts[i] or parts[0], *parts[i + 1 : i + 4]
 
 
-def copy_project(folder):
-    shutil.copytree(PROJECT / "lab", folder / "lab")
-    for path in PROJECT.glob("*.py"):
-        shutil.copy(path, folder)
-
-
 def python(folder, *words):
     """What a command prints that is run in a copy of the project."""
     environment = os.environ | {"COLUMNS": "250", "OMP_NUM_THREADS": "1"}
@@ -227,10 +208,8 @@ def test_every_rule_acts_and_help_tells_of_it(tmp_path):
         assert len(after) > len(before), name
         (tmp_path / file).write_text(after)
 
-    added, text = (
-        {(p, name): code for _, p, name, code in snippets()},
-        re.sub(r"[\s│]+", " ", python(tmp_path, "td3_tar.py", "--help")),
-    )
+    added = {(place, name): code for _, place, name, code in snippets()}
+    text = re.sub(r"[\s│]+", " ", python(tmp_path, "td3_tar.py", "--help"))
     for name in ("CRITERIA", "DISTRIBUTIONS", "REVIVALS", "DROPS", "GROWTHS"):
         rule = re.search(r'"(\w+)": ', added["in", name])[1]
         sentence = re.search(r'"""(.*)\."""', added["before", name])[1]
@@ -268,10 +247,8 @@ def test_every_rule_acts_and_help_tells_of_it(tmp_path):
 
 
 DIFFS = {re.match(r"--- .*: (normalizer|LayerNorm|third|scheduler|trained)", b)[1]: b for b in blocks(LAB, "diff")}
-SMALL = (
-    "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --compute sparse"
-)
-SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.5 --seed 3 --prune-at 70"
+SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --prune-at 70"
+SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.5 --seed 3 --compute sparse"
 
 
 def edit(folder, block, script):

@@ -112,6 +112,7 @@ def dies(owner, name, call, work):
 
 DECAY = {"density_start": 0.5, "sparsity": 0.8, "total_timesteps": 210}
 SCULPT = DECAY | {"final_prune_at": 110, "lr_cycles": 3}
+DYNADIAG = {"criterion": "dynadiag", "prune_at": 100, "eval_frequency": 10}
 CASES = {
     "plain": (sac_tar, (35, 62, 111), {"checkpoint_frequency": 30}),
     "in the kernels": (td3_tar, (35, 62, 111), {"checkpoint_frequency": 30, "compute": "sparse"}),
@@ -124,6 +125,8 @@ CASES = {
     "sculpt": (td3_tar, (105, 125), SCULPT),
     "sculpt in the kernels": (sac_tar, (35, 115, 165), SCULPT | {"compute": "sparse"}),
     "a falling density": (sac_tar, (135,), DECAY | {"method": "chts", "rewire_every": 20, "compute": "sparse"}),
+    "dynadiag": (td3_tar, (35, 92, 135), DYNADIAG | {"method": "tar"}),
+    "dynadiag in the kernels": (sac_tar, (35, 92, 135), DYNADIAG | {"method": "static", "compute": "sparse"}),
     "a full buffer": (td3_tar, (143,), {"buffer_size": 40, "n_step": 3, "recent_fraction": 0.3, "recent_size": 20}),
     "other critics": (sac_tar, (100,), {"method": "dense", "critic_method": "tar", "init": "sparse"}),
     "odd frequencies": (sac_tar, (98,), {"policy_frequency": 3, "target_network_frequency": 2, "autotune": False}),
@@ -265,7 +268,6 @@ def test_signals_and_locks_of_processes(tmp_path):
         return found[0].parent
 
     run_dir, process = wait_for("td3_tar/*/masks.pt", processes[TD3]), processes[TD3]
-    step = load(run_dir / "checkpoint.pt")["global_step"]
     process.send_signal(signal.SIGSTOP)  # so that both come at one moment, wherever the episode is
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)  # another one, since two of one kind that wait are one
@@ -326,10 +328,8 @@ def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, scrip
 
 
 def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):
-    given = (
-        f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity 0.5"
-    )
-    main(script, monkeypatch, *given.split(), "--method", "static", "--eval-episodes", 1)
+    given = f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity"
+    main(script, monkeypatch, *given.split(), 0.5, "--method", "static", "--eval-episodes", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "makes no difference" in line]
     assert said == ["warning: reserve=0.3 makes no difference to this run, which has reserve=0.1"]
 
@@ -395,13 +395,11 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     assert "are not those of this sac_tar.py" in resume(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     less = {name: state[name] for name in state.keys() - {"entropy", "random"}}
-    # the last is what commit 08a2e7d wrote: format 3, and the flags of before
-    of_before = {"actor_method": "tar", "actor_sparsity": 0.9, "actor_init": "dense", "critic_init": "dense"}
     for bad, sentence in [
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3, "args": state["args"] | of_before}, "has format 3 and this version resumes 7; use the"),
+        (state | {"format": 3}, "has format 3 and this version resumes 7; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)
@@ -494,17 +492,16 @@ ADDED = [
 def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run, tmp_path, compute):
     """Schedulers, a second optimizer, a normalizer of NumPy's arrays, counters: some read as soon as they are there."""
     mine = edited(tmp_path, *ADDED)
-    small = record.read_config(run(env_id="Short-v0", compute=compute, total_timesteps=90))["args"]
-    small |= {"exp_name": "my_sac", "checkpoint_frequency": 10, "eval_frequency": 10}
-    whole = load(mine.train(mine.Args(**small)) / "checkpoint.pt")
+    work = functools.partial(run, mine, env_id="Short-v0", compute=compute, checkpoint_frequency=10, eval_frequency=10)
+    whole = load(work(total_timesteps=90) / "checkpoint.pt")
     assert whole["seen"]["steps"] == 90 and 0 <= whole["q_optimizer"]["param_groups"][0]["lr"] < 1e-3
-    run_dir = mine.train(mine.Args(**small | {"total_timesteps": 70, "runs_dir": str(tmp_path / "other")}))
+    run_dir = work(total_timesteps=70)
     config = record.read_config(run_dir)
     kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
     recorded = config["segments"][0]["optimizers"]
     assert {name: text.partition("(")[0] for name, text in recorded.items()} == kinds
     assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("initial_lr=") == 2
-    assert "__my_sac__tar__" in run_dir.name
+    assert "__my_sac_tar__tar__" in run_dir.name
     again(mine, run_dir, total_timesteps=90)
     resumed = load(run_dir / "checkpoint.pt")
     of_the_process = {"sps_seconds", "log_sizes", "args", "fingerprint", "random"}  # unused spaces are seeded anew
@@ -535,12 +532,11 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
 @pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, tmp_path, capsys, line, sentence):
     mine = edited(tmp_path, (RUN_BEGINS, f"    state['log_prob'] = {{}}\n    {line}\n{RUN_BEGINS}"))
-    given = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 5, "learning_starts": 2}
-    given |= {"eval_episodes": 1, "hidden_size": 8, "buffer_size": 50}
+    given = {"env_id": "Short-v0", "total_timesteps": 5, "learning_starts": 2}
     if sentence is None:
-        assert mine.train(mine.Args(**given)).exists()
+        assert run(mine, **given).exists()
         return
-    assert sentence in refused(capsys, mine.train, mine.Args(**given))
+    assert sentence in refused(capsys, run, mine, **given)
     assert not (tmp_path / "runs").exists()
 
 
@@ -563,18 +559,16 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
     run, tmp_path, capsys, before, after, sentence, code
 ):
     mine = edited(tmp_path, (before, after))
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
-    small |= {"checkpoint_frequency": 10, "runs_dir": str(tmp_path / "other")}
-    assert sentence in refused(capsys, mine.train, mine.Args(**small), code=code)
-    assert bool([*tmp_path.glob("other/*/checkpoint.pt")]) == (code == 1)
+    small = {"env_id": "Short-v0", "total_timesteps": 90, "checkpoint_frequency": 10}
+    assert sentence in refused(capsys, run, mine, code=code, **small)
+    assert bool([*tmp_path.glob("runs/*/checkpoint.pt")]) == (code == 1)
 
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
     flag = ("    tau: float", "    betas: tuple[float, float] = (0.9, 0.99)\n    tau: float")
     mine = edited(tmp_path, flag)
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
-    run_dir = mine.train(mine.Args(**small | {"checkpoint_frequency": 10, "runs_dir": str(tmp_path / "other")}))
+    run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10)
     main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
     assert "--betas (0.9, 0.9) contradicts" in refused(
         capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
@@ -609,9 +603,9 @@ HOLDS = [
 @pytest.mark.parametrize("script", [sac_tar])
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
     mine = edited(tmp_path, (place, f"    {line}\n{place}"))
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
-    assert sentence in refused(capsys, mine.train, mine.Args(**small | {"compute": "sparse"}))
-    assert mine.train(mine.Args(**small)).exists()
+    small = {"env_id": "Short-v0", "total_timesteps": 90}
+    assert sentence in refused(capsys, run, mine, compute="sparse", **small)
+    assert run(mine, **small).exists()
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -644,8 +638,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
     mine = edited(tmp_path, ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs)[0], progress"))
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
-    often, seldom = (mine.train(mine.Args(**small | {"eval_frequency": n})) for n in (20, 1000))
+    often, seldom = (run(mine, env_id="Short-v0", total_timesteps=90, eval_frequency=n) for n in (20, 1000))
     assert same(load(often)["actor"], load(seldom)["actor"])
     capsys.readouterr()
     main(mine, monkeypatch, "--evaluate", often)
@@ -655,10 +648,8 @@ def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path):
     again_at_80 = ("if global_step in schedule.prunings:", "if global_step in schedule.prunings or global_step == 80:")
-    once = run(env_id="Short-v0", total_timesteps=90)
-    small = record.read_config(once)["args"] | {"exp_name": "my_sac"}
-    mine = edited(tmp_path, again_at_80)
-    twice = mine.train(mine.Args(**small | {"compute": "sparse"}))
+    small = {"env_id": "Short-v0", "total_timesteps": 90}
+    once, twice = run(**small), run(edited(tmp_path, again_at_80), compute="sparse", **small)
     one, other = (torch.cat([mask.flatten() for mask in load(path)["masks"]["qf1"].values()]) for path in (once, twice))
     assert one.sum() == other.sum() and not torch.equal(one, other)
     mine = edited(
@@ -667,7 +658,7 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
         ("with kernels.in_torch(nets):  # KERNELS", "with kernels.in_torch(nets if global_step < 80 else {}):"),
     )
     with pytest.raises(RuntimeError, match="do it inside `with kernels"):
-        mine.train(mine.Args(**small | {"compute": "sparse"}))
+        run(mine, compute="sparse", **small)
 
 
 ONE_BY_ONE = {
@@ -683,28 +674,26 @@ ONE_BY_ONE = {
 @pytest.mark.parametrize("call", ONE_BY_ONE)
 @pytest.mark.parametrize("script", [sac_tar])
 def test_who_goes_through_parameters_one_by_one_goes_through_those_of_torch(run, tmp_path, capsys, call):
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": "my_sac"}
-    small |= {"compute": "sparse"}
+    small = {"env_id": "Short-v0", "total_timesteps": 90, "compute": "sparse"}
     at, indent = "            q_optimizer.step()\n", 12 * " "
     shape = "env.observation_space.shape[0] + env.action_space.shape[0], hidden_size, 1"
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
     mine = edited(tmp_path, (at, "".join(f"{indent}{line}\n" for line in ONE_BY_ONE[call]) + at))
     name = "'params'" if "groups" in call else call.split(".")[1].partition("(")[0]
     sentence = f"my_sac_tar.py goes through {name} in line "
-    assert sentence in refused(capsys, mine.train, mine.Args(**small))
+    assert sentence in refused(capsys, run, mine, **small)
     inside = "".join(f"{indent}    {line}\n" for line in ONE_BY_ONE[call])
     for edit in (
         (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"),
         (RUN_BEGINS, f"    all(True for _ in {call})\n{RUN_BEGINS}"),
         (constructor, f"{constructor}        all(True for _ in self.modules())\n"),
     ):
-        mine = edited(tmp_path, edit)
-        assert mine.train(mine.Args(**small)).exists() and sentence not in capsys.readouterr().out
+        assert run(edited(tmp_path, edit), **small).exists() and sentence not in capsys.readouterr().out
     helper = "def walk(critics, qf1, qf2, q_optimizer):\n" + "".join(f"    {line}\n" for line in ONE_BY_ONE[call])
     (tmp_path / "my_walk.py").write_text(helper)
     lab.run.sources.cache_clear()
     mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))
-    assert f"my_walk.py goes through {name} in line " in refused(capsys, mine.train, mine.Args(**small))
+    assert f"my_walk.py goes through {name} in line " in refused(capsys, run, mine, **small)
 
 
 @pytest.mark.parametrize("compute", ["masked", "auto"])
@@ -712,16 +701,13 @@ def test_parameters_of_critics_that_are_frozen_stay_so(run, tmp_path, script, co
     at, names = "    qf1_target = copy.deepcopy(qf1)", ("fc1.bias", "fc2.weight")
     lines = "".join(f"    qf1.{name}.requires_grad_(False)\n" for name in names)
     mine = edited(tmp_path, (at, lines + at), script=script)
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"]
-    small |= {"exp_name": mine.__name__, "compute": compute}
-    one, other = (load(mine.train(mine.Args(**small | {"total_timesteps": n}))) for n in (70, 90))
+    one, other = (load(run(mine, env_id="Short-v0", compute=compute, total_timesteps=n)) for n in (70, 90))
     assert {name for name, tensor in one["qf1"].items() if torch.equal(tensor, other["qf1"][name])} == {*names}
 
 
 def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch):
     at, seen, forward = "        relu2=nn.ReLU(inplace=True),\n", [], nn.Dropout.forward
     mine = edited(tmp_path, (at, f"{at}        dropout=nn.Dropout(0.5),\n"), script=script)
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"] | {"exp_name": mine.__name__}
 
     def watched(self, x):
         seen.append((evaluating, self.training))
@@ -737,17 +723,15 @@ def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch)
     evaluating = False
     monkeypatch.setattr(nn.Dropout, "forward", watched)
     monkeypatch.setattr(lab.run, "play", play)
-    mine.train(mine.Args(**small))
+    run(mine, env_id="Short-v0", total_timesteps=90)
     assert {*seen} == {(True, False), (False, True)} and seen[-1] == (True, False)
 
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_flag_that_cannot_be_recorded_is_refused_and_leaves_no_folder(run, tmp_path, capsys):
     mine = edited(tmp_path, ("    tau: float", "    where: Path = Path('here')\n    tau: float"))
-    small = record.read_config(run(env_id="Short-v0", total_timesteps=90))["args"]
-    args = mine.Args(**small | {"exp_name": "my_sac", "runs_dir": str(tmp_path / "other")})
-    assert "PosixPath is not JSON serializable); make it a text" in refused(capsys, mine.train, args)
-    assert not (tmp_path / "other").exists()
+    assert "PosixPath is not JSON serializable); make it a text" in refused(capsys, run, mine)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_checkpoint_keeps_what_is_added_to_the_row_of_a_network():
