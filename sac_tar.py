@@ -198,7 +198,7 @@ def train(args: Args) -> Path:
     log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log()
     log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
     target_entropy = -env.action_space.shape[0]
-    # alpha is learned together with the actor, in one backward pass and one step, at its own learning rate
+    # alpha is learned with the actor, in one backward pass and one step: at its own rate, else by the same options
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor_groups)
@@ -225,7 +225,7 @@ def train(args: Args) -> Path:
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
-        """Each network's own loss on a batch of replay data. Leaves torch's random generators as they were."""
+        """Each network's loss as it is trained below, on replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data, alpha = rb.sample(batch_size, global_step), log_alpha.detach().exp()
             qf1_loss, qf2_loss, _, _ = critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data)

@@ -317,14 +317,15 @@ def tar_budgets(masks: Masks, reserve: int) -> list[int]:
 
 
 def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
-    """Prune, then revive all pruned connections of the network alike (the control in Jin et al. 2026)."""
+    """Prune, then revive at random among the network's pruned connections (the control in Jin et al. 2026)."""
     pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
     return allocate(reserve, pruned, pruned)
 
 
 # methods that revive: (masks, R) -> how many of the R connections each layer gets
 REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
-PLACES = {}  # methods that revive at the highest of these scores in a layer, not at random: (mask, generator) -> scores
+# methods that revive not at random but by score: (weight, mask, generator) -> scores of a layer, the highest first
+PLACES = {}
 CONTROLS = {"static": "Prune to K connections and revive none"}  # compare.py holds the other methods against these
 UNPRUNED = {"dense": "Prune nothing"}
 
@@ -347,13 +348,13 @@ def revival_counts(net: Net) -> list[int]:
 
 
 def revive(net: Net, counts: Sequence[int], generator: torch.Generator) -> Masks:
-    """Masks that are net.static and `counts` more connections in each layer, all between active neurons: the pruned
-    ones drawn uniformly without replacement, or those of highest `places` if the method has such a rule. `generator` is
-    on the CPU."""
+    """Masks that are net.static and `counts` more connections in each layer, all between active neurons: pruned ones
+    drawn uniformly without replacement, or the highest by the method's rule in PLACES. `generator` is on the CPU."""
     revived, places = {}, PLACES.get(net.method) if net.reserve else None
-    for (name, mask), count in zip(active_part(net.static, net.width).items(), counts, strict=True):
+    static, weights = active_part(net.static, net.width), active_part(net.weights, net.width)
+    for (name, mask), count in zip(static.items(), counts, strict=True):
         if places:
-            revived[name] = mask | highest(places(mask, generator), count, ~mask)
+            revived[name] = mask | highest(places(weights[name].detach(), mask, generator), count, ~mask)
             continue
         pruned = (~mask).flatten().nonzero().squeeze(1)
         chosen = pruned[torch.randperm(len(pruned), generator=generator)[:count].to(mask.device)]

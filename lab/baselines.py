@@ -42,7 +42,7 @@ def ch_scores(mask: Tensor) -> Tensor:
     return (by_community(m) + by_community(m.T).T) * ~mask
 
 
-def ch_places(mask: Tensor, generator: torch.Generator) -> Tensor:
+def ch_places(weight: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Cannistraci-Hebb scores; a little noise makes ties random."""
     return ch_scores(mask) + 1e-9 * torch.rand(mask.shape, generator=generator).to(mask.device)
 
@@ -173,7 +173,7 @@ def rigl_growth(layer: Layer) -> Tensor:
 
 def cht_growth(layer: Layer) -> Tensor:
     """As set, but grow where Cannistraci-Hebb scores (CH2-L3n) are highest (CHT, Zhang et al. 2024)."""
-    return ch_places(layer.mask, layer.generator)
+    return ch_places(layer.weight, layer.mask, layer.generator)
 
 
 def chts_growth(layer: Layer) -> Tensor:
@@ -199,7 +199,7 @@ Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ran
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
     DROPS | {None: "Soft with chts, else magnitude"},
-    "For methods that rewire: the worth of a connection; those of the lowest worth are dropped.",
+    "For methods that rewire: a connection's worth; those of the lowest worth are dropped.",
 )
 
 
@@ -327,7 +327,8 @@ def hidden_size(network: type[nn.Module], env: object, args: object, method: str
         budget = round((1 - sparsity) * weights(args.hidden_size))
         neurons = bisect.bisect_right(range(1, args.hidden_size + 1), budget, key=weights)
     if neurons < 1:
-        raise ValueError("--method tiny has no connections for even one hidden neuron; choose a lower --sparsity")
+        least = f"one hidden neuron has {weights(1)} weights, more than the budget of {budget}"
+        raise ValueError(f"--method tiny: a {network.__name__} of {least}; choose a lower --sparsity")
     return neurons
 
 

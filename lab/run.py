@@ -227,9 +227,9 @@ def put_back(part: object, saved: object) -> object:
 
 
 def check_parts(state: dict, variables: dict) -> dict[str, str]:
-    """The class and the options of each optimizer in `state`, by name. Raises ValueError if checkpoints would lack a
-    variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state` could not be
-    put back."""
+    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints
+    would lack a variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state`
+    could not be put back."""
     parts, optimizers, held = {id(state), *map(id, state.values())}, {}, set()
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
@@ -257,19 +257,21 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
-        raise ValueError(f"no part of the `state` that Run gets has {what}, so a resumed run would lose it; add it")
-    return {name: described(optimizer) for name, optimizer in optimizers.items()}
+        raise ValueError(f"`state` lacks {what}, so a resumed run would lose it; add it before Run(...)")
+    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    return {name: described(part) for name, part in state.items() if isinstance(part, kinds)}
 
 
-def described(optimizer: torch.optim.Optimizer) -> str:
-    """The class of an optimizer and, for each of its parameter groups, the options that act on the result. A rate that
-    a scheduler changes is its `initial_lr`."""
-    options = []
-    for group in optimizer.param_groups:
+def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:
+    """The class of a new scheduler and its options, or of an optimizer and, for each of its parameter groups, the
+    options that act on the result. A rate that a scheduler changes is its `initial_lr`."""
+    options, groups = [], getattr(part, "param_groups", None) or [part.state_dict()]
+    for group in groups:
         idle = {"params", "foreach", "fused", "capturable", "differentiable"}
         idle |= {"lr"} if "initial_lr" in group else set()
-        options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
-    return f"{type(optimizer).__name__}({'; '.join(options)})"
+        shown = (name for name in group if name not in idle and not name.startswith("_"))
+        options.append(", ".join(f"{name}={group[name]}" for name in shown))
+    return f"{type(part).__name__}({'; '.join(options)})"
 
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
@@ -294,9 +296,8 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 
 def one_by_one(source: Path, before: range) -> str | None:
-    """The place of a loop in a source over parameters or layers, which the kernels would replace, or of a call that
-    gives them with their names; None if there is none. Those inside `in_torch`, a constructor or `forward`, or in the
-    lines of train `before` Run(...), are allowed."""
+    """Where a source loops over parameters or layers, which the kernels would replace, or asks for them by name; None
+    if nowhere. Inside `in_torch`, a constructor or `forward`, and in the lines of train `before` Run(...), it may."""
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
@@ -442,7 +443,7 @@ class Run:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
             optimizers = check_parts(state, variables)
-        held = held_apart(self.nets, [state[name] for name in optimizers], variables)
+        held = held_apart(self.nets, [p for p in state.values() if isinstance(p, torch.optim.Optimizer)], variables)
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
         python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
         self.own_files = [path for path in python if not record.is_ours(path)]  # the script and its reader's modules
@@ -462,12 +463,13 @@ class Run:
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
             segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
             past = (segments or config["segments"])[-1]
-            if (had := past["optimizers"]) != optimizers:
-                which = f"the run has the optimizers {had} and the script {optimizers}"
-                kinds, own = ({n: text.partition("(")[0] for n, text in of.items()} for of in (had, optimizers))
-                if kinds != own:
+            for name in sorted(past["optimizers"] | optimizers):
+                was, here = past["optimizers"].get(name, "none"), optimizers.get(name, "none")
+                which = f"{name} was {was} and is {here} in the script"
+                if was.partition("(")[0] != here.partition("(")[0]:
                     fail(f"{which}; use the script that saved it")
-                tqdm.write(f"warning: {which}; the run keeps its own options")
+                if was != here:
+                    tqdm.write(f"warning: {which}; the run goes on with what it was")
             args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
@@ -859,7 +861,7 @@ def main(arguments: type, train: Callable) -> None:
     module = sys.modules[train.__module__]
     script = Path(module.__file__)
     if inspect.currentframe().f_back.f_globals["__name__"] != train.__module__:
-        fail(f"`train` is that of {script.name}, so the record would not know this script; edit a copy of that one")
+        fail(f"`train` comes from {script.name}, so the record would miss this script; edit a copy of {script.name}")
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
     if args.evaluate is not None or args.resume is not None:
         saved = saved_args(arguments, args, script)

@@ -122,6 +122,14 @@ def test_cht_and_tar_ch_take_the_highest_scores():
     assert baselines.tar_ch_budgets({"fc": mask}, 15) == su.tar_budgets({"fc": mask}, 15)
 
 
+def test_a_rule_may_revive_the_largest_of_the_pruned_weights(monkeypatch):
+    mask, weights = random_mask(5, (12, 9), 0.3), torch.randn(12, 9, generator=generator())
+    monkeypatch.setitem(su.PLACES, "tar", lambda weight, mask, generator: weight.abs())
+    net = row({"fc": weights}, "tar", reserve=15, static={"fc": mask})
+    added, size = su.revive(net, [15], generator())["fc"] & ~mask, weights.abs()
+    assert int(added.sum()) == 15 and size[added].min() >= size[~mask & ~added].max()
+
+
 def test_chance_has_the_odds_that_are_published():
     """Within five standard deviations of 2000 draws."""
 
@@ -473,7 +481,7 @@ def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, h
 
     args, budget = SimpleNamespace(hidden_size=hidden), round((1 - sparsity) * weights(hidden))
     if budget < weights(1):
-        with pytest.raises(ValueError, match="no connections for even one hidden neuron"):
+        with pytest.raises(ValueError, match="a network of one hidden neuron has"):
             baselines.hidden_size(network, None, args, "tiny", sparsity)
     else:
         width = baselines.hidden_size(network, None, args, "tiny", sparsity)

@@ -347,6 +347,11 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
             read()
     with kernels.in_torch(nets):
         assert torch.equal(network.fc1.weight, weight)
+    with pytest.raises(RuntimeError, match="do it inside"):
+        sparse_utils.revive(nets["qf1"], [0, 0, 0], torch.Generator())
+    nets["qf1"].masks["fc1"] = ~nets["qf1"].masks["fc1"]
+    with pytest.raises(RuntimeError, match="masks of the qf1 changed outside of"), kernels.in_torch(nets):
+        pass
 
 
 def keep(self, run, x):

@@ -327,6 +327,17 @@ def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, scrip
     assert "--method rigl rewires by a schedule over --total-timesteps" in message
 
 
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, capsys):
+    line = "state['cosine'] = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, args.total_timesteps)"
+    mine = edited(tmp_path, (RUN_BEGINS, f"    {line}\n{RUN_BEGINS}"))
+    run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
+    for steps, said in ((90, 0), (100, 1)):
+        capsys.readouterr()
+        again(mine, run_dir, total_timesteps=steps)
+        assert capsys.readouterr().out.count("warning: cosine was CosineAnnealingLR(T_max=90, ") == said
+
+
 def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):
     given = f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity"
     main(script, monkeypatch, *given.split(), 0.5, "--method", "static", "--eval-episodes", 1)
@@ -498,6 +509,7 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     run_dir = work(total_timesteps=70)
     config = record.read_config(run_dir)
     kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
+    kinds |= {"cosine": "CosineAnnealingLR", "steps": "MultiStepLR", "falls": "ReduceLROnPlateau"}
     recorded = config["segments"][0]["optimizers"]
     assert {name: text.partition("(")[0] for name, text in recorded.items()} == kinds
     assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("initial_lr=") == 2
@@ -514,17 +526,17 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "has scheduler, so"),
-        ("normalizer = nn.BatchNorm1d(3)", "has normalizer, so"),
-        ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "has scale, extra, so"),
+        ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "lacks scheduler, so"),
+        ("normalizer = nn.BatchNorm1d(3)", "lacks normalizer, so"),
+        ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "lacks scale, extra, so"),
         (
             "state['other'] = torch.optim.SGD([torch.ones(2, requires_grad=True)])",
             "a parameter that an optimizer trains",
         ),
-        ("generator = torch.Generator()", "has generator, so"),
-        ("generator = np.random.default_rng(1)", "has generator, so"),
-        ("several = {'all': [nn.BatchNorm1d(3)]}", "has several, so"),
-        ("del state['log_prob'], state['q_optimizer']", "has q_optimizer, so"),
+        ("generator = torch.Generator()", "lacks generator, so"),
+        ("generator = np.random.default_rng(1)", "lacks generator, so"),
+        ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
+        ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act = actor.fc1, nn.Tanh()", None),
     ],
@@ -574,15 +586,16 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
         capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
     )
     mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "torch.optim.SGD(critics.parameters()"))
-    before, now = refused(capsys, again, mine, run_dir).split("} and the script {")
-    assert "'q_optimizer': 'Adam(lr=" in before and "'q_optimizer': 'SGD(lr=" in now
-    assert now.endswith("; use the script that saved it")
+    message = refused(capsys, again, mine, run_dir)
+    assert "q_optimizer was Adam(lr=" in message and " and is SGD(lr=" in message
+    assert message.endswith("in the script; use the script that saved it")
     mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "kernels.Adam(critics.parameters(), eps=0.1"))
     again(mine, run_dir)
-    assert "eps=0.1, weight_decay=0" in (said := capsys.readouterr().out) and "the run keeps its own options" in said
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if "the run goes on with what it was" in line)
+    assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
-    assert "`train` is that of sac_tar.py" in message
+    assert "`train` comes from sac_tar.py" in message
 
 
 HOLDS = [

@@ -279,7 +279,7 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ({"criterion": "snip", "prune_at": 0}, "--criterion snip needs replay data"),
         ({"active_width": 25}, "--active-width must be from 1 to --hidden-size 24, got 25"),
         ({"active_width": 6}, "--active-width 6 cannot hold"),
-        ({"method": "tiny", "sparsity": 0.999}, "no connections for even one hidden neuron; choose a lower"),
+        ({"method": "tiny", "sparsity": 0.999}, "weights, more than the budget of 1; choose a lower"),
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs 400000 GB of memory; lower it"),
         ({"capture_video": True, "env_id": "Probe-v0"}, "--capture-video cannot film here"),
         ({"runs_dir": "/dev/null/runs"}, "cannot make the run folder"),
