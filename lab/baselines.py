@@ -103,8 +103,8 @@ def magnitude_worth(layer: Layer) -> Tensor:
 
 
 def set_worth(layer: Layer) -> Tensor:
-    """|w|, ranked among the positive and among the negative weights apart, the same fraction of both dropped (Mocanu et
-    al. 2018; Nowak et al. drop the same number)."""
+    """|w|, positive and negative weights ranked apart, the same fraction of each dropped (Mocanu et al. 2018; Nowak et
+    al. drop the same number)."""
     weight, mask = layer.weight, layer.mask
     rank = torch.zeros_like(weight)  # within the weights of one sign, as a fraction of their number
     for same_sign in (mask & (weight >= 0), mask & (weight < 0)):
@@ -194,7 +194,7 @@ METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils
 
 # FLAGS
 
-Method = one_of(METHODS, "How connections are pruned and revived. All methods but dense and tiny train K connections.")
+Method = one_of(METHODS, "How connections are pruned and revived. All but dense and tiny train K = (1 - sparsity) * weights.")
 Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
@@ -363,7 +363,7 @@ def rewire_layers(
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
     that were inactive before. Ties go to the lower index. A layer where cht or chts has settled joins `stopped`.
-    Nothing is dropped from a layer that is to be full: it would all grow again, unlike its chains in other layers."""
+    A layer that is to be full drops nothing: all of it would grow again, but not what its chains lose elsewhere."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()
@@ -440,8 +440,8 @@ def rewiring_steps(args: object) -> range:
 class Diagonals:
     """DynaDiag in one network until pruning. A weight is V * a, where a = clamp(k softmax(alpha / T), 0, 1) is
     the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1. All
-    alphas start equal, and T falls from 5 to 0.05. Layers that the budget leaves whole have no gates; in the source
-    it is the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
+    alphas start equal, and T falls from 5 to 0.05. Layers that the budget leaves whole have no gates; in the source,
+    the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
 
     The network holds the products V * a, so it is run and saved like any other, and its target averages them. It holds
     V and dL/dV only while its optimizer steps. alpha has its own Adam, with the learning rate of the network."""
