@@ -268,9 +268,9 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
     options, groups = [], getattr(part, "param_groups", None) or [part.state_dict()]
     for group in groups:
         idle = {"params", "foreach", "fused", "capturable", "differentiable"}
+        idle |= {"last_epoch", "_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
         idle |= {"lr"} if "initial_lr" in group else set()
-        shown = (name for name in group if name not in idle and not name.startswith("_"))
-        options.append(", ".join(f"{name}={group[name]}" for name in shown))
+        options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
     return f"{type(part).__name__}({'; '.join(options)})"
 
 
@@ -458,18 +458,19 @@ class Run:
             claim(self.folder)
             self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
             config = read_config(self.folder)
-            self.restore(self.checkpoint)
-            self.returns, sps_seconds = self.checkpoint["returns"], self.checkpoint["sps_seconds"]
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
-            segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
+            segments = [part for part in config["segments"] if part["from_step"] < saved["global_step"]]
             past = (segments or config["segments"])[-1]
-            for name in sorted(past["optimizers"] | optimizers):
-                was, here = past["optimizers"].get(name, "none"), optimizers.get(name, "none")
+            for name, was in past.get("optimizers", {}).items():
+                here = optimizers.get(name, "none")
                 which = f"{name} was {was} and is {here} in the script"
                 if was.partition("(")[0] != here.partition("(")[0]:
                     fail(f"{which}; use the script that saved it")
                 if was != here:
                     tqdm.write(f"warning: {which}; the run goes on with what it was")
+                optimizers[name] = was
+            self.restore(saved)
+            self.returns, sps_seconds = saved["returns"], saved["sps_seconds"]
             args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
@@ -499,8 +500,8 @@ class Run:
         else:
             self.rewind(self.checkpoint["log_sizes"])
             for what in ("code", "processor", "device", "in_kernels", "versions"):
-                if past[what] != now[what]:
-                    was = f"was {past[what]} and is {now[what]} from step {self.start_step} on"
+                if past.get(what) != now[what]:
+                    was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
         config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
         write_json(self.folder / "config.json", config)

@@ -138,6 +138,8 @@ def test_the_numbers_of_the_front_page_are_those_of_the_published_runs():
             at, mask = (metric if at == systems else at, "") if method == "tiny" else (at, mask)
             assert cell in ("", mean(at, method + mask) if cell else ""), row
     assert f"after 300,000 steps (`dense`: {mean(at_95, 'dense')})" in README
+    for grid in ("metric", "systems", "evidence"):
+        assert {config["args"]["total_timesteps"] for _, config in record.configs(PROJECT / "runs" / grid)} == {300_000}
 
 
 def test_the_tables_name_every_tag_every_file_and_every_key_of_a_run(run, script, monkeypatch):

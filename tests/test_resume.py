@@ -327,15 +327,23 @@ def test_what_rewires_by_a_schedule_over_all_of_training_may_not_grow(run, scrip
     assert "--method rigl rewires by a schedule over --total-timesteps" in message
 
 
+COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, args.total_timesteps)"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [COSINE, f"torch.optim.lr_scheduler.SequentialLR(q_optimizer, [{COSINE}, {COSINE}], [args.total_timesteps])"],
+)
 @pytest.mark.parametrize("script", [sac_tar])
-def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, capsys):
-    line = "state['cosine'] = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, args.total_timesteps)"
-    mine = edited(tmp_path, (RUN_BEGINS, f"    {line}\n{RUN_BEGINS}"))
+def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, capsys, scheduler):
+    mine = edited(tmp_path, (RUN_BEGINS, f"    state['rates'] = {scheduler}\n{RUN_BEGINS}"))
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
-    for steps, said in ((90, 0), (100, 1)):
+    (begun,) = (segment["optimizers"] for segment in record.read_config(run_dir)["segments"])
+    for steps, said in ((90, 0), (100, 1), (100, 1)):
         capsys.readouterr()
         again(mine, run_dir, total_timesteps=steps)
-        assert capsys.readouterr().out.count("warning: cosine was CosineAnnealingLR(T_max=90, ") == said
+        assert capsys.readouterr().out.count(f"warning: rates was {begun['rates']} and is ") == said
+        assert all(segment["optimizers"] == begun for segment in record.read_config(run_dir)["segments"])
 
 
 def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):

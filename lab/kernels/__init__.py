@@ -485,12 +485,12 @@ def compact(nets: dict[str, Net]) -> None:
 
 def expand(nets: dict[str, Net]) -> None:
     """Undo `compact`, to the bit: restore the original layers, with current values and moments, zero where pruned.
-    Raises RuntimeError if masks have changed meanwhile."""
+    Raises RuntimeError if masks of layers in the kernels have changed meanwhile."""
     for name, net in nets.items():
         for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
             for mlp in [] if network is None else list(network.modules()):
                 if isinstance(mlp, SparseMLP):
-                    if not all(torch.equal(mask, net.masks[layer]) for layer, mask in mlp.masks.items()):
+                    if not all(n in net.masks and torch.equal(mask, net.masks[n]) for n, mask in mlp.masks.items()):
                         raise RuntimeError(f"masks of the {name} changed outside of `with kernels.in_torch(nets):`")
                     expand_part(network, mlp, optimizer)
 
