@@ -198,7 +198,7 @@ def train(args: Args) -> Path:
     log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log()
     log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
     target_entropy = -env.action_space.shape[0]
-    # alpha is learned with the actor, in one backward pass and one step: its own learning rate, else the same options
+    # alpha is learned together with the actor, in one backward pass and one step; only its learning rate is its own
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor_groups)

@@ -324,8 +324,8 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
 
 # methods that revive: (masks, R) -> how many of the R connections each layer gets
 REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
-# for methods in REVIVALS that choose within a layer not at random but by the highest of these scores
-PLACES = {}  # (weight, mask, generator) -> scores of a layer
+# for methods of REVIVALS that revive by score within a layer, not at random: (weight, mask, generator) -> scores
+PLACES = {}
 CONTROLS = {"static": "Prune to K connections and revive none"}  # compare.py holds the other methods against these
 UNPRUNED = {"dense": "Prune nothing"}
 

@@ -194,7 +194,7 @@ METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils
 
 # FLAGS
 
-Method = one_of(METHODS, "How to prune and revive. All but dense and tiny train K = (1 - sparsity) * weights.")
+Method = one_of(METHODS, "How to prune and revive. All but dense and tiny train K connections, 1 - sparsity of all.")
 Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(

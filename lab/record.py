@@ -224,17 +224,17 @@ def code_hash(script: Path, env_id: str = "") -> str:
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     """The path of every run in a folder, and its record: `args`, `script` (its name without .py), `published`, and
     `segments`, one for each process that trained the run: `from_step`, `code` (see `code_hash`; None in runs older than
-    the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers`
-    (and schedulers), `in_kernels` (the networks in the kernels)
-    and `milliseconds` (of a training pass in torch and in the kernels, where measured). The segments of older runs lack
-    some of these. A run is a folder with config.json or, if published, an entry of runs.json."""
+    the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers` (and schedulers), `in_kernels` (the
+    networks in the kernels) and `milliseconds` (of a training pass in torch and in the kernels, where measured). The
+    segments of older runs lack some of these. A run is a folder with config.json or, if published, an entry of
+    runs.json. Ends the program with one sentence if a run is so old that its flags have other names."""
     published = folder / "runs.json"
     whole = json.loads(published.read_text()) if published.exists() else {}
     found = [(folder / name, config | {"published": True}) for name, config in whole.items()]
     found += [(path.parent, read_config(path.parent)) for path in sorted(folder.glob("*/config.json"))]
     for path, config in found:
         if "method" not in config["args"]:
-            fail(f"{path} is of an older version, with other flags; take it out of {folder} or use that version")
+            fail(f"{path} is of a version whose flags had other names; take it out of {folder} or use that version")
         yield path, config
 
 

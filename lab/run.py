@@ -64,6 +64,7 @@ IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
+OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -175,8 +176,7 @@ def keep_code(folder: Path, script: Path, env_id: str) -> None:
 
 def is_of_the_policy(name: str, part: object) -> bool:
     """Whether a part of `state` belongs to the agent itself, rather than to its training."""
-    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    return name not in OF_TRAINING and not isinstance(part, kinds)
+    return name not in OF_TRAINING and not isinstance(part, OPTIMIZERS)
 
 
 def pack(part: object) -> object:
@@ -230,7 +230,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints
     would lack a variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state`
     could not be put back."""
-    parts, optimizers, held = {id(state), *map(id, state.values())}, {}, set()
+    parts, groups, held = {id(state), *map(id, state.values())}, [], set()
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, nn.Module):
@@ -238,7 +238,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
         elif isinstance(part, Tensor):
             held.add(part.data_ptr())
         elif isinstance(part, torch.optim.Optimizer):
-            optimizers[name] = part
+            groups += part.param_groups
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
@@ -254,17 +254,15 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
         return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
     lost = [name for name, value in variables.items() if is_lost(value)]
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run would lose it; add it before Run(...)")
-    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-    return {name: described(part) for name, part in state.items() if isinstance(part, kinds)}
+    return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
 
 def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:
-    """The class of a new scheduler and its options, or of an optimizer and, for each of its parameter groups, the
-    options that act on the result. A rate that a scheduler changes is its `initial_lr`."""
+    """The class of a part and its options that act on the result, group by group for an optimizer. Where a scheduler
+    changes the learning rate, only `initial_lr` is given; how far a scheduler has come is left out."""
     options, groups = [], getattr(part, "param_groups", None) or [part.state_dict()]
     for group in groups:
         idle = {"params", "foreach", "fused", "capturable", "differentiable"}
