@@ -171,7 +171,7 @@ def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
     settle(args)  # sets flags whose default is another flag's value; ends the program if a value cannot work
-    env = make_env(args.env_id)
+    env = make_env(args.env_id)  # evaluations make their own: change it in lab/environment.py, so that both change
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
 
@@ -186,8 +186,8 @@ def train(args: Args) -> Path:
     # ALGO LOGIC: initialize agent here
     with bad_input():
         # BASELINES: with `tiny` a smaller number of neurons, for every other method --hidden-size
-        actor_hidden = baselines.hidden_size(Actor, env, args, args.method, args.sparsity)
-        critic_hidden = baselines.hidden_size(QNetwork, env, args, args.critic_method, args.critic_sparsity)
+        actor_hidden = baselines.hidden_size(Actor, env, args.hidden_size, args.method, args.sparsity)
+        critic_hidden = baselines.hidden_size(QNetwork, env, args.hidden_size, args.critic_method, args.critic_sparsity)
         rb = ReplayBuffer(args, env, device)
     actor = Actor(env, actor_hidden).to(device)
     qf1 = QNetwork(env, critic_hidden).to(device)
@@ -232,7 +232,7 @@ def train(args: Args) -> Path:
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game
+    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here runs again with --resume and --evaluate
     done = True
     for global_step in run.steps():  # at the last one, --total-timesteps, there is only an evaluation left
         if done:

@@ -70,10 +70,10 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
     is all weights if its method prunes nothing, and R is 0 if its method revives nothing. Raises ValueError if no
     connection would be left, if `active_width` cannot hold K connections, or if a weight is no parameter of its own."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
+    if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
+        raise ValueError(f"the weight of {found[0]} is computed from others, as by weight_norm; no method can train it")
     if net.method in UNPRUNED:
         return
-    if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
-        raise ValueError(f"the weight of {found[0]} is computed from others, as by weight_norm, and cannot be pruned")
     if not net.size:
         raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)
@@ -159,13 +159,20 @@ def embed(part: Masks, weights: dict[str, Tensor]) -> Masks:
     return masks
 
 
+def chain_shapes(weights: dict[str, Tensor], what: str) -> list[tuple[int, int]]:
+    """The shapes of the layers. Raises ValueError, saying `what` needs it, unless each reads what the one before it
+    writes."""
+    shapes = [tuple(weight.shape) for weight in weights.values()]
+    if any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
+        raise ValueError(f"{what} needs layers that read one another in a chain, but their shapes are {shapes}")
+    return shapes
+
+
 def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> int:
     """Neurons of each hidden layer that have connections: `asked`, or with "auto" the most for which K is at least
     AUTO_WIDTH_C times the topology need of all layers together, but never too few to hold K connections. Raises
-    ValueError if `asked` is too few."""
-    shapes = [tuple(weight.shape) for weight in weights.values()]
-    if any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
-        raise ValueError(f"--active-width needs layers that read one another in a chain, but their shapes are {shapes}")
+    ValueError if `asked` is too few or the layers are not a chain."""
+    shapes = chain_shapes(weights, "--active-width")
     hidden = max((n for (n_out, _), (_, n_in) in zip(shapes, shapes[1:]) for n in (n_out, n_in)), default=0)
     parts = {h: active_part(weights, h).values() for h in range(1, hidden + 1)}
     narrowest = min(h for h, part in parts.items() if sum(w.numel() for w in part) >= budget)
@@ -223,13 +230,10 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """|w dR/dw|, R the flow of an all-ones input through |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R leaves out
     biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer product of
-    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32.
-
-    Raises ValueError if the layers are not a chain, each reading what the one before it writes.
-    """
+    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32. Raises
+    ValueError if the layers are not a chain."""
+    chain_shapes(weights, "synflow")
     magnitudes = [(w.detach() * masks[name]).abs().double() for name, w in weights.items()]
-    if any(b.shape[1] != a.shape[0] for a, b in zip(magnitudes, magnitudes[1:])):
-        raise ValueError(f"synflow needs a chain of layers, got {[tuple(m.shape) for m in magnitudes]}")
     into = [magnitudes[0].new_ones(magnitudes[0].shape[1])]
     for m in magnitudes[:-1]:
         into.append(m @ into[-1])

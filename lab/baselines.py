@@ -314,18 +314,18 @@ def check_longer(args: object) -> None:
 # TINY
 
 
-def hidden_size(network: type[nn.Module], env: object, args: object, method: str, sparsity: float) -> int:
-    """Neurons in each hidden layer: --hidden-size, or with `tiny` the most for which the dense `network(env, neurons)`
-    has at most as many weights as the network of --hidden-size keeps at this sparsity. ValueError if there are none."""
+def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, sparsity: float) -> int:
+    """Neurons in each hidden layer: those `asked`, or with `tiny` the most for which the dense `network(env, neurons)`
+    has at most as many weights as the network asked for keeps at this sparsity. ValueError if there are none."""
     if method != "tiny":
-        return args.hidden_size
+        return asked
 
     def weights(neurons: int) -> int:
         return sum(weight.numel() for weight in linear_weights(network(env, neurons)).values())
 
     with torch.random.fork_rng(devices=[]):  # networks built to be counted must not shift the run's random numbers
-        budget = round((1 - sparsity) * weights(args.hidden_size))
-        neurons = bisect.bisect_right(range(1, args.hidden_size + 1), budget, key=weights)
+        budget = round((1 - sparsity) * weights(asked))
+        neurons = bisect.bisect_right(range(1, asked + 1), budget, key=weights)
     if neurons < 1:
         least = f"one hidden neuron has {weights(1)} weights, more than the budget of {budget}"
         raise ValueError(f"--method tiny: a {network.__name__} of {least}; choose a lower --sparsity")
@@ -566,6 +566,10 @@ class Schedule:
         self.diagonals = {}  # what dynadiag learns until pruning
         for name, net in nets.items():
             net.budget, net.reserve = self.first[name]
+            if name in self.rules and self.rules[name].growth.by_topology:
+                sparse_utils.chain_shapes(net.weights, f"method {net.method}")
+            if args.criterion == "synflow" and net.method not in sparse_utils.UNPRUNED:
+                sparse_utils.chain_shapes(net.weights, "--criterion synflow")
             if args.criterion == "dynadiag" and net.budget - net.reserve < net.size:
                 self.diagonals[name] = Diagonals(net, args.distribution)
 

@@ -243,7 +243,7 @@ def fingerprint(
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         yield f"`{name}` in train", value
         own = is_own(type(value)) and hasattr(value, "__dict__")
-        held = value if type(value) is dict else vars(value) if own else {}
+        held = value if isinstance(value, dict) else vars(value) if own else {}
         for key, part in held.items() if depth < 2 and "params" not in held else ():  # as have groups of an optimizer
             if isinstance(key, (str, int)) and not str(key).startswith("_") and key not in but:
                 yield from inside(f"{name}.{key}", part, depth + 1)
@@ -257,13 +257,16 @@ def fingerprint(
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
+        if isinstance(value, dict) and not any(isinstance(key, (str, int)) for key in value):
+            value = [*value.items()]  # as counts of visited states
         parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 
     named = itertools.chain.from_iterable(inside(*variable) for variable in variables.items())
     found = {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}
     simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
-    for layer in (one for one in layers(env) if not type(one).__module__.startswith(("gymnasium.", __name__))):
+    foreign = (one for one in layers(env) if not isinstance(one, (Guard, NewWorld)))
+    for layer in (one for one in foreign if not type(one).__module__.startswith("gymnasium.")):
         for name, value in vars(layer).items():
             if isinstance(value, simple) and " at 0x" not in repr(value):  # of the address of an object
                 whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()

@@ -246,7 +246,8 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
         if id(value) in parts:
             return False
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            value = value.state_dict(keep_vars=True)
+            tensors = filter(torch.is_tensor, value.state_dict().values())
+            return any(tensor.data_ptr() not in held for tensor in tensors)
         if isinstance(value, (list, tuple, dict)):
             return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
@@ -401,7 +402,7 @@ def cut_to_active_width(final: dict, nets: dict[str, Net]) -> dict:
         final["masks"][name] = part
         for network in (final[key] for key in (name, f"{name}_target") if key in final):
             for layer, mask in part.items():
-                for key in (f"{layer}.weight", f"{layer}.bias"):
+                for key in {f"{layer}.weight", f"{layer}.bias"} & network.keys():
                     network[key] = network[key][tuple(map(slice, mask.shape[: network[key].dim()]))].clone()
     return final
 
@@ -448,7 +449,8 @@ class Run:
         if walked := next(filter(None, (one_by_one(path, before.get(path, ())) for path in self.own_files)), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):
-            tqdm.write(f"warning: nothing prunes {', '.join(dense)}, with layers that are in no row of `nets`")
+            why = "with layers that are in no row of `nets`; a target belongs in the row of its network"
+            tqdm.write(f"warning: nothing prunes {', '.join(dense)}, {why}")
         if args.evaluate is not None:
             saved = self.load_policy()
         elif args.resume is not None:
@@ -483,6 +485,7 @@ class Run:
             return
         now = {
             "from_step": self.start_step,
+            "total_timesteps": args.total_timesteps,
             "code": code_hash(script, args.env_id),
             "git_commit": git_commit(script.resolve().parent),
             "processor": processor(),
@@ -497,8 +500,8 @@ class Run:
             claim(self.folder)
         else:
             self.rewind(self.checkpoint["log_sizes"])
-            for what in ("code", "processor", "device", "in_kernels", "versions"):
-                if past.get(what) != now[what]:
+            for what in ("total_timesteps", "code", "processor", "device", "in_kernels", "versions"):
+                if past.get(what, now[what]) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
         config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
@@ -739,7 +742,9 @@ class Run:
 
     def log(self, global_step: int, scalars: dict[str, Tensor | float]) -> None:
         """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if one of them is
-        NaN or infinite."""
+        NaN or infinite. With --evaluate nothing is logged."""
+        if self.args.evaluate is not None:
+            return
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -827,6 +832,8 @@ class Run:
         if self.args.evaluate is not None:
             return self.folder
         end = self.args.total_timesteps
+        if end not in self.returns:
+            fail(f"training ended before step {end}; go on with --resume, or set a lower --total-timesteps", code=1)
         # as compare.py takes it: the mean of the evaluations in the last tenth of training
         final_return = np.mean([value for step, value in self.returns.items() if step > 0.9 * end])
         self.writer.add_scalar("eval/final_return", final_return, end)

@@ -479,19 +479,19 @@ def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, h
     def weights(neurons):
         return n_in * neurons + (depth - 1) * neurons**2 + neurons * n_out
 
-    args, budget = SimpleNamespace(hidden_size=hidden), round((1 - sparsity) * weights(hidden))
+    budget = round((1 - sparsity) * weights(hidden))
     if budget < weights(1):
         with pytest.raises(ValueError, match="a network of one hidden neuron has"):
-            baselines.hidden_size(network, None, args, "tiny", sparsity)
+            baselines.hidden_size(network, None, hidden, "tiny", sparsity)
     else:
-        width = baselines.hidden_size(network, None, args, "tiny", sparsity)
+        width = baselines.hidden_size(network, None, hidden, "tiny", sparsity)
         assert weights(width) <= budget < weights(width + 1) or width == hidden
-    assert baselines.hidden_size(network, None, args, "tar", sparsity) == hidden
+    assert baselines.hidden_size(network, None, hidden, "tar", sparsity) == hidden
 
 
 def test_tiny_runs_dense_within_the_budget(train):
-    before, args = torch.get_rng_state(), SimpleNamespace(hidden_size=8)
-    assert baselines.hidden_size(lambda _, neurons: nn.Linear(3, neurons), None, args, "tiny", 0.5) == 4
+    before = torch.get_rng_state()
+    assert baselines.hidden_size(lambda _, neurons: nn.Linear(3, neurons), None, 8, "tiny", 0.5) == 4
     assert torch.equal(torch.get_rng_state(), before)  # although networks are made to be counted
     tiny, static = (train(method=method, sparsity=0.8, init="sparse") for method in ("tiny", "static"))
     for name, masks in tiny.masks.items():

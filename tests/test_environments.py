@@ -391,6 +391,17 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     assert fingerprint(second, {}) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
 
 
+def test_a_count_in_a_wrapper_is_seen_wherever_the_wrapper_is_defined(register):
+    class Counts(gym.Wrapper):
+        __module__ = "lab.environment"
+
+        def __init__(self, env):
+            super().__init__(env)
+            self.begun = 3
+
+    assert "Counts.begun" in fingerprint(Counts(make_env(register(Plain))), {})
+
+
 def test_evaluations_normalize_with_the_statistics_of_training(run, script, register, monkeypatch, capsys):
     run_dir = run(env_id=register(Plain, NormalizeObservation, NormalizeReward), eval_episodes=3)
     logged, final = scalars(run_dir)["eval/episodic_return"], load(run_dir)

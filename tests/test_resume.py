@@ -168,6 +168,7 @@ def test_training_may_grow_after_its_end_and_after_a_death(run, script, tmp_path
     assert child(functools.partial(run, **flags, total_timesteps=175, runs_dir=str(tmp_path / "b"))) == 0
     (run_dir,) = (tmp_path / "b").iterdir()
     assert (run_dir / "final.pt").exists()
+    assert record.read_config(run_dir)["segments"][0]["total_timesteps"] == 175
     work = functools.partial(again, script, run_dir, total_timesteps=250)
     assert child(functools.partial(dies, ReplayBuffer, "add", 65, work)) == -9
     assert not (run_dir / "final.pt").exists()  # until it is finished, for the longer time too, which it now has
@@ -541,6 +542,7 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
             "state['other'] = torch.optim.SGD([torch.ones(2, requires_grad=True)])",
             "a parameter that an optimizer trains",
         ),
+        ("average = copy.deepcopy(actor).requires_grad_(False)", "lacks average, so"),
         ("generator = torch.Generator()", "lacks generator, so"),
         ("generator = np.random.default_rng(1)", "lacks generator, so"),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
@@ -570,6 +572,7 @@ BROKEN = [
         2,
     ),
     (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}", "of qf2.fc2 are not zero at step 80, since", 1),
+    ("global_step == args.total_timesteps:", "global_step == 80:", "training ended before step 90; go on with", 1),
 ]
 
 
@@ -634,15 +637,17 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
     lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
     lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
-    lines += "    best, ticks, mean = None, {'all': {'steps': 0}, 'of': nets}, Mean()\n    actor.noise = 1.0\n"
+    lines += "    best, ticks, mean = None, collections.Counter(steps=0), Mean()\n"
+    lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets}\n    actor.noise = 1.0\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
-    changes += "        ticks['all']['steps'] += 1\n        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n"
+    changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     of_mean = MEAN.partition("    def state_dict")[0]
-    edits = [("class QNetwork", of_mean + "class QNetwork")]
+    edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
-    mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)\n", wrapped))
+    mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
     again(sac_tar, plain, total_timesteps=90)
     assert "warning" not in capsys.readouterr().out.replace("warning: the run's", "")
@@ -651,8 +656,21 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
     again(mine, run_dir, total_timesteps=90)
-    names = ("args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best", "ticks.all.steps", "mean.count")
-    named = capsys.readouterr().out.split("begins with another value of ")[1].split(" than before")[0]
+    names = (
+        "args.gamma",
+        "actor.noise",
+        "level",
+        "scale",
+        "visits",
+        "rms",
+        "best",
+        "ticks.steps",
+        "cells.of",
+        "mean.count",
+    )
+    out = capsys.readouterr().out
+    assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
+    named = out.split("begins with another value of ")[1].split(" than before")[0]
     assert sorted(named.split(", ")) == sorted(f"`{name}` in train" for name in names)
 
 
@@ -680,6 +698,18 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
     )
     with pytest.raises(RuntimeError, match="do it inside `with kernels"):
         run(mine, compute="sparse", **small)
+
+
+@pytest.mark.parametrize("compute", ["masked", "sparse"])
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_layer_may_be_reset_where_torch_holds_the_networks(run, tmp_path, compute):
+    reset = "with kernels.in_torch(nets):\n                qf2.fc2.reset_parameters()"
+    mine = edited(tmp_path, (STEP, f"        if global_step == 75:\n            {reset}\n{STEP}"))
+    small = {"env_id": "Short-v0", "total_timesteps": 90, "checkpoint_frequency": 10, "compute": compute}
+    final, plain = load(run(mine, **small)), load(run(**small))
+    mask, weight = final["masks"]["qf2"]["fc2"], final["qf2"]["fc2.weight"]
+    assert (weight[mask] != 0).all() and (weight[~mask] == 0).all() and torch.equal(mask, plain["masks"]["qf2"]["fc2"])
+    assert not torch.equal(weight, plain["qf2"]["fc2.weight"])
 
 
 ONE_BY_ONE = {
@@ -850,6 +880,22 @@ def test_evaluate_runs_a_policy_that_was_cut_to_its_active_width(run, script, mo
     main(script, monkeypatch, "--evaluate", run_dir)
     printed = float(capsys.readouterr().out.split("mean ")[1].split(",")[0])
     assert printed == pytest.approx(scalars(run_dir)["eval/episodic_return"][-1][1], abs=0.06)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_networks_without_biases_and_logs_of_ones_own_can_be_evaluated(run, tmp_path, monkeypatch, capsys):
+    log = "        run.log(global_step, {'eval/mine': 1.0})\n"
+    at_end = "        if global_step == args.total_timesteps:\n"
+    mine = edited(
+        tmp_path, ("(input_size, hidden_size)", "(input_size, hidden_size, bias=False)"), (at_end, log + at_end)
+    )
+    run_dir = run(mine, env_id="Short-v0", active_width=9, total_timesteps=90)
+    assert load(run_dir)["actor"]["fc1.weight"].shape == (9, 3) and "fc1.bias" not in load(run_dir)["actor"]
+    capsys.readouterr()
+    main(mine, monkeypatch, "--evaluate", run_dir)
+    logged = scalars(run_dir)
+    assert len(logged["eval/mine"]) == 91
+    assert f"mean {logged['eval/episodic_return'][-1][1]:.1f}," in capsys.readouterr().out
 
 
 def test_evaluate_computes_as_the_run_did(run, script, monkeypatch):

@@ -300,11 +300,37 @@ def test_weights_that_are_computed_from_others_are_refused_before_anything_is_wr
             torch.nn.utils.parametrizations.weight_norm(self.fc2)
 
     monkeypatch.setattr(script, "QNetwork", Normalized)
-    sentence = "the weight of fc2 is computed from others, as by weight_norm, and cannot be pruned"
+    sentence = "the weight of fc2 is computed from others, as by weight_norm; no method can train it"
     for compute in ("auto", "masked", "sparse"):
         assert sentence in refused(capsys, run, compute=compute)
+    assert sentence in refused(capsys, run, method="tar", critic_method="dense")
     assert not (tmp_path / "runs").exists()
-    assert run(method="tar", critic_method="dense").exists()  # where nothing is pruned they train
+
+
+@pytest.mark.parametrize(
+    "what, flags",
+    [
+        ("method cht", {"method": "cht", "rewire_every": 20}),
+        ("--criterion synflow", {"criterion": "synflow"}),
+        ("--active-width", {"active_width": "auto"}),
+    ],
+)
+def test_a_rule_that_needs_a_chain_of_layers_refuses_other_networks(
+    run, script, monkeypatch, tmp_path, capsys, what, flags
+):
+    class Sum(torch.nn.ModuleList):
+        def forward(self, x):
+            return self[0](x) + self[1](x)
+
+    class TwoHeads(script.Actor):
+        def __init__(self, env, hidden_size):
+            super().__init__(env, hidden_size)
+            self.fc3 = Sum([self.fc3, torch.nn.Linear(hidden_size, 1)])
+
+    monkeypatch.setattr(script, "Actor", TwoHeads)
+    assert f"{what} needs layers that read one another in a chain, but" in refused(capsys, run, **flags)
+    assert not (tmp_path / "runs").exists()
+    assert run(method="tar", critic_method="cht", rewire_every=20).exists()
 
 
 @pytest.mark.parametrize(

@@ -498,9 +498,12 @@ def expand(nets: dict[str, Net]) -> None:
 @contextlib.contextmanager
 def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     """Inside the block all networks are ordinary torch modules, whose masks, weights and optimizers may be read and
-    changed; afterwards those that are `in_kernels` are compact again."""
+    changed; afterwards pruned weights are zero and networks that are `in_kernels` are compact again."""
     expand(nets)
     yield
+    for net in nets.values():
+        if net.masks:
+            sparse_utils.zero_pruned(net)
     compact(nets)
 
 
