@@ -108,14 +108,12 @@ class Actor(nn.Sequential):
         log_std = (LOG_STD_MAX + LOG_STD_MIN) / 2 + (LOG_STD_MAX - LOG_STD_MIN) / 2 * torch.tanh(log_std)
         return mean, log_std
 
-    def get_action(self, x, with_log_prob: bool = True):
+    def get_action(self, x):
         """A sampled action (batch, action_size) and its log-probability density (batch, 1)."""
         mean, log_std = self(x)
         noise = torch.randn_like(mean)
         x_t = mean + log_std.exp() * noise
         action = torch.tanh(x_t) * self.action_scale + self.action_bias
-        if not with_log_prob:
-            return action, None
         # the normal log density of x_t minus the log of the slope of the squashing, log(1 - tanh(x)^2), which is
         # 2 (log 2 - x - softplus(-2x)) without the rounding error of 1 - tanh(x)^2
         log_prob = 2 * (x_t + F.softplus(-2 * x_t)) - log_std - 0.5 * noise.square()
@@ -272,7 +270,7 @@ def train(args: Args) -> Path:
         else:
             with torch.no_grad():
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
-                action, _ = actor.get_action(obs_tensor, with_log_prob=False)
+                action, _ = actor.get_action(obs_tensor)
             action = action[0].cpu().numpy()
             progress["training_flops"] += flops.action
 

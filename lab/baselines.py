@@ -401,8 +401,6 @@ def rewire(
     if net.budget < sum(int(mask.sum()) for mask in net.masks.values()):
         left = sparse_utils.static_prune(net, net.budget, "magnitude", distribution, generator)
     counts = {name: int(mask.sum()) for name, mask in left.items()}
-    if sum(counts.values()) != net.budget:
-        raise ValueError(f"distribution {distribution} leaves {sum(counts.values())} of {net.budget} connections")
     weights = active_part(net.weights, net.width)
     gradients = dict.fromkeys(weights)
     if rules.uses_loss:

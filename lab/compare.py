@@ -64,7 +64,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     row["final"] = curve["return"][curve.index > 0.9 * args["total_timesteps"]].mean()
     row["code"] = "+".join(code[:7] if code else "older" for code in record.codes(result))
     for name in ("git_commit", "processor", "device", *PACKAGES):
-        values = ((segment | (segment["versions"] or {})).get(name) or "unknown" for segment in segments)
+        values = ((segment | segment["versions"]).get(name) or "unknown" for segment in segments)
         row[name] = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", " then ".join(dict.fromkeys(values)))
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag

@@ -59,13 +59,11 @@ class Guard(gym.Wrapper):
         return self.checked(obs), value.item(), *map(bool, ends), info
 
     def checked(self, obs) -> np.ndarray:
-        obs, shape = np.array(obs), self.observation_space.shape
+        obs, shape, what = np.array(obs), self.observation_space.shape, f"the observation at step {self.global_step}"
         if obs.shape != shape:
-            fail(f"the observation at step {self.global_step} has shape {obs.shape} and its space {shape}", code=1)
+            fail(f"{what} has shape {obs.shape} and its space {shape}", code=1)
         if not (np.abs(obs) <= np.finfo(np.float32).max).all():
-            fail(
-                f"the observation at step {self.global_step} is {obs.tolist()}; all its numbers must be finite", code=1
-            )
+            fail(f"{what} is {obs.tolist()}; all its numbers must be finite", code=1)
         return obs
 
 

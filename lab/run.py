@@ -392,29 +392,6 @@ def check_saved_args(given: object, saved: object) -> None:
         baselines.check_longer(saved)
 
 
-def cut_to_active_width(final: dict, nets: dict[str, Net]) -> dict:
-    """The content of final.pt with networks and masks cut to their active widths: in a chain of Linear and ReLU the
-    neurons outside have no connections, so the outputs stay the same. Other networks are left whole."""
-    for name, net in nets.items():
-        if net.width is None or not kernels.is_chain(net):
-            continue
-        part = {layer: m.clone() for layer, m in sparse_utils.active_part(final["masks"][name], net.width).items()}
-        final["masks"][name] = part
-        for network in (final[key] for key in (name, f"{name}_target") if key in final):
-            for layer, mask in part.items():
-                for key in {f"{layer}.weight", f"{layer}.bias"} & network.keys():
-                    network[key] = network[key][tuple(map(slice, mask.shape[: network[key].dim()]))].clone()
-    return final
-
-
-def uncut(saved: dict, network: nn.Module) -> dict:
-    """Undo `cut_to_active_width` in the state dictionary of this network, with zeros."""
-    whole = {key: torch.zeros_like(tensor) for key, tensor in network.state_dict().items() if key in saved}
-    for key, tensor in whole.items():
-        tensor[tuple(map(slice, saved[key].shape))] = saved[key]
-    return saved | whole
-
-
 # THE RUN
 
 
@@ -718,9 +695,7 @@ class Run:
         saved = load_state(path, self.script)
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         for name, net in self.nets.items():
-            net.masks = sparse_utils.embed(masks[name], net.weights) if masks.get(name) else {}
-            for key in {name, f"{name}_target"} & saved.keys() if net.width is not None else ():
-                saved[key] = uncut(saved[key], net.network)
+            net.masks = masks.get(name, {})
         self.load_agent(path, saved)
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
@@ -842,7 +817,7 @@ class Run:
             self.check_weights(end)
             final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
-            final = cut_to_active_width(final | self.about(end), self.nets)
+            final |= self.about(end)
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
         self.eval_env.close()

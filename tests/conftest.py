@@ -1,3 +1,4 @@
+import functools
 import signal
 import sys
 from pathlib import Path
@@ -8,11 +9,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import lab.run
 import sac_tar
 import td3_tar
+from lab import record, topology
+from lab.environment import STOP_SIGNALS
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job starts would ignore it
 SCRIPTS = {"sac": sac_tar, "td3": td3_tar}
+CACHED = {name: functools.cache(getattr(record, name)) for name in ("code_hash", "sources")}
+MASK_IMAGE = topology.mask_image
 QUICK = {"test_masks.py", "test_agents.py", "test_loop.py"}
 
 
@@ -21,6 +27,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "real_sweep" not in item.name)  # the longest comes first, or one core waits for it
     for item in items:
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)
@@ -64,6 +71,16 @@ class BrokenEnv(ProbeEnv):
 gym.register("BrokenProbe-v0", BrokenEnv)
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
 gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Hashing the code and drawing masks, which have tests of their own, take most of the time of a short run."""
+    for name, function in CACHED.items():
+        monkeypatch.setattr(lab.run, name, function)
+    monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
+    yield
+    STOP_SIGNALS.clear()
 
 
 @pytest.fixture(params=SCRIPTS)

@@ -483,14 +483,6 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     assert all(tick == round(tick) for axes in second for tick in [*axes.get_yticks(), *axes.get_xticks()])
 
 
-def test_a_run_whose_flags_had_other_names_is_refused_in_a_sentence(make, tmp_path, capsys):
-    file = make(5) / "config.json"
-    file.write_text(file.read_text().replace('"method"', '"actor_method"'))
-    with pytest.raises(SystemExit) as stop:
-        compare.main(compare.Args(tmp_path / "runs"))
-    assert stop.value.code == 2 and "a version whose flags had other names; take it out of" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("args, sentence", [
     ({}, "holds no finished run"),
     ({"masks_of": "nothing"}, "--masks-of nothing is no finished run here with a masks.pt"),

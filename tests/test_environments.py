@@ -13,7 +13,7 @@ import pytest
 import torch
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
-from test_resume import again, assert_same_run, child, dies, quick, rows_of  # noqa: F401 - quick is a fixture
+from test_resume import again, assert_same_run, child, dies, rows_of
 from test_run import load, main, refused, scalars
 
 import lab.environment
@@ -424,7 +424,8 @@ def test_evaluations_normalize_with_the_statistics_of_training(run, script, regi
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: latin-1\nname = '\xe4'\n"])
 def test_a_module_may_begin_as_python_allows(run, tmp_path, monkeypatch, start):
-    monkeypatch.setattr(lab.run, "code_hash", record.code_hash)
+    for name in ("code_hash", "sources"):
+        monkeypatch.setattr(lab.run, name, getattr(record, name))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "odd_module", raising=False)
     source = b"import gymnasium\ngymnasium.register('Odd-v0', 'gymnasium.envs.classic_control:PendulumEnv')\n"

@@ -543,12 +543,9 @@ def test_adam_is_torchs_to_the_bit(case, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built():
     """The kernels as a file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("built")))
-        kernels.load_kernels.cache_clear()
-        return Path(kernels.load_kernels()._name)
+    return Path(kernels.load_kernels()._name)
 
 
 @pytest.fixture

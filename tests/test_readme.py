@@ -1,6 +1,6 @@
 """What the pages say is so: words, links, names, commands, quoted lines, numbers, and the edits that they show."""
 
-import functools
+import inspect
 import json
 import math
 import os
@@ -18,13 +18,14 @@ import pytest
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_run import copy_project
+from test_resume import edited
+from test_run import copy_project, main
 
 import lab.run
 import sac_tar
 import sparse_utils
 import td3_tar
-from lab import baselines, compare, record, sweep
+from lab import baselines, compare, environment, record, sweep
 
 PROJECT = Path(__file__).parent.parent
 README, LAB, FIELD = ((PROJECT / page).read_text() for page in ("README.md", "lab/README.md", "lab/systems.md"))
@@ -163,17 +164,19 @@ def test_the_tables_name_every_tag_every_file_and_every_key_of_a_run(run, script
 SYSTEMS = dict(re.findall(r"^\| ([^|]*?) \(.*?\) \| `(--.*?)` \|", FIELD, re.M))
 
 
+@pytest.mark.parametrize("script", [td3_tar])
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system_of_the_field_trains_k_connections_and_each_of_its_flags_acts(system, run, script):
+def test_every_system_of_the_field_trains_k_connections_and_each_of_its_flags_acts(system, run):
     """In a thousandth of the steps."""
     words = [str(int(w) // 1000) if w.isdigit() and len(w) > 3 else w for w in SYSTEMS[system].split()]
     base = ["--criterion", "random", "--distribution", "er"]
-    given, usual = (vars(tyro.cli(script.Args, args=base + own)) for own in (words, []))
-    given = {name: value for name, value in given.items() if value != usual[name]}
-    run_dir = run(total_timesteps=300, learning_starts=25, rewire_every=20, recent_size=50, sparsity=0.8, **given)
-    recorded = record.read_config(run_dir)["args"]
-    assert given and recorded | given == recorded  # a flag that makes no difference has its default there
-    for name, masks in torch.load(run_dir / "final.pt", weights_only=True)["masks"].items():
+    small = {"total_timesteps": 300, "learning_starts": 25, "rewire_every": 20, "recent_size": 50, "sparsity": 0.8}
+    for script in (sac_tar, td3_tar):
+        given, usual = (vars(tyro.cli(script.Args, args=base + own)) for own in (words, []))
+        given = {name: value for name, value in given.items() if value != usual[name]}
+        record.settle(args := script.Args(**{"criterion": "random", "distribution": "er"} | small | given))
+        assert given and vars(args) | given == vars(args)  # a flag that makes no difference has its default there
+    for name, masks in torch.load(run(**small | given) / "final.pt", weights_only=True)["masks"].items():
         every = torch.cat([mask.flatten() for mask in masks.values()])
         assert int(every.sum()) == round(0.2 * len(every)), name
 
@@ -191,8 +194,8 @@ def snippets():
 
 def python(folder, *words):
     """What a command prints that is run in a copy of the project."""
-    environment = os.environ | {"COLUMNS": "250", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": folder, "env": environment, "text": True, "check": True, "capture_output": True}
+    settings = os.environ | {"COLUMNS": "250", "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": settings, "text": True, "check": True, "capture_output": True}
     return subprocess.run([sys.executable, *map(str, words)], **options).stdout
 
 
@@ -253,30 +256,29 @@ SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts
 SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.5 --seed 3 --compute sparse"
 
 
-def edit(folder, block, script):
-    """Apply one of the page's diffs in a copy of the project."""
-    head, _, body = block.partition("\n")
-    file = folder / head.removeprefix("--- ").split(":")[0].replace("sac_tar", script)
-    text = file.read_text()
-    for hunk in body.split("@@\n"):
+def changes_of(block):
+    """The texts of one of the page's diffs, each with what takes its place."""
+    for hunk in block.partition("\n")[2].split("@@\n"):
         lines = hunk.splitlines(keepends=True)
-        before, after = ("".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +"))
-        assert text.count(before) == 1, before
-        text = text.replace(before, after)
-    file.write_text(text)
+        yield ["".join(line[1:] for line in lines if line[0] in kinds) for kinds in (" -", " +")]
 
 
-@pytest.mark.parametrize("script", ["sac_tar", "td3_tar"])
 @pytest.mark.parametrize("name", DIFFS)
-def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, script, tmp_path):
-    copy_project(tmp_path)
-    train, block = functools.partial(python, tmp_path, f"{script}.py", *SMALL.split()), DIFFS[name]
+def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, script, tmp_path, monkeypatch, capsys):
+    block, mine = DIFFS[name], script
     if name == "trained":
-        train("--method", "dense", "--runs-dir", "dense")
+        main(script, monkeypatch, *SMALL.split(), "--method", "dense", "--runs-dir", tmp_path / "dense")
         (dense,) = tmp_path.glob("dense/*")
         block = block.replace("runs/<run folder>", str(dense))
-    edit(tmp_path, block, script)
-    train("--runs-dir", "there")
+    if name == "normalizer":
+        ((before, after),), source = changes_of(block), inspect.getsource(environment.make_env)
+        assert source.count(before) == 1
+        exec(source.replace(before, after), names := {**vars(environment)})
+        for module in (script, environment):
+            monkeypatch.setattr(module, "make_env", names["make_env"])
+    else:
+        mine = edited(tmp_path, *changes_of(block), script=script)
+    main(mine, monkeypatch, *SMALL.split(), "--runs-dir", tmp_path / "there")
     (run_dir,) = tmp_path.glob("there/*")
     final, checkpoint = (torch.load(run_dir / f"{kind}.pt", weights_only=True) for kind in ("final", "checkpoint"))
     returns = {e.step: e.value for e in EventAccumulator(str(run_dir)).Reload().Scalars("eval/episodic_return")}
@@ -293,5 +295,6 @@ def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, s
         case "trained":
             events = EventAccumulator(str(dense)).Reload().Scalars("eval/episodic_return")
             assert returns[0] == events[-1].value
-    printed = float(re.search(r"step 200: mean (\S+),", python(tmp_path, f"{script}.py", "--evaluate", run_dir))[1])
+    main(mine, monkeypatch, "--evaluate", run_dir)
+    printed = float(re.search(r"step 200: mean (\S+),", capsys.readouterr().out)[1])
     assert printed == pytest.approx(returns[200], abs=0.06)

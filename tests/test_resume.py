@@ -27,21 +27,10 @@ import lab.run
 import sac_tar
 import sparse_utils
 import td3_tar
-from lab import kernels, record, topology
-from lab.environment import STOP_SIGNALS
+from lab import kernels, record
 from lab.replay import ReplayBuffer
 
 SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Two things that have tests of their own take most of the time of a short run."""
-    monkeypatch.setattr(lab.run, "code_hash", functools.cache(record.code_hash))
-    monkeypatch.setattr(lab.run, "sources", functools.cache(record.sources))
-    monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
-    yield
-    STOP_SIGNALS.clear()
 
 
 def same(a, b):
@@ -656,22 +645,11 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
     again(mine, run_dir, total_timesteps=90)
-    names = (
-        "args.gamma",
-        "actor.noise",
-        "level",
-        "scale",
-        "visits",
-        "rms",
-        "best",
-        "ticks.steps",
-        "cells.of",
-        "mean.count",
-    )
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
-    assert sorted(named.split(", ")) == sorted(f"`{name}` in train" for name in names)
+    names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
+    assert {*named.split(", ")} == {f"`{name}` in train" for name in names | {"ticks.steps", "cells.of", "mean.count"}}
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -723,28 +701,33 @@ ONE_BY_ONE = {
 
 
 @pytest.mark.parametrize("call", ONE_BY_ONE)
-@pytest.mark.parametrize("script", [sac_tar])
-def test_who_goes_through_parameters_one_by_one_goes_through_those_of_torch(run, tmp_path, capsys, call):
-    small = {"env_id": "Short-v0", "total_timesteps": 90, "compute": "sparse"}
-    at, indent = "            q_optimizer.step()\n", 12 * " "
+def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
+    """But not inside `in_torch`, in a constructor, or in the lines of train before Run(...)."""
+    at, indent, file = "            q_optimizer.step()\n", 12 * " ", tmp_path / "my_sac_tar.py"
+    lines, inside = ("".join(f"{i}{line}\n" for line in ONE_BY_ONE[call]) for i in (indent, f"{indent}    "))
     shape = "env.observation_space.shape[0] + env.action_space.shape[0], hidden_size, 1"
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
-    mine = edited(tmp_path, (at, "".join(f"{indent}{line}\n" for line in ONE_BY_ONE[call]) + at))
+    edited(tmp_path, (at, lines + at))
     name = "'params'" if "groups" in call else call.split(".")[1].partition("(")[0]
-    sentence = f"my_sac_tar.py goes through {name} in line "
-    assert sentence in refused(capsys, run, mine, **small)
-    inside = "".join(f"{indent}    {line}\n" for line in ONE_BY_ONE[call])
-    for edit in (
-        (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"),
-        (RUN_BEGINS, f"    all(True for _ in {call})\n{RUN_BEGINS}"),
-        (constructor, f"{constructor}        all(True for _ in self.modules())\n"),
-    ):
-        assert run(edited(tmp_path, edit), **small).exists() and sentence not in capsys.readouterr().out
-    helper = "def walk(critics, qf1, qf2, q_optimizer):\n" + "".join(f"    {line}\n" for line in ONE_BY_ONE[call])
-    (tmp_path / "my_walk.py").write_text(helper)
+    assert lab.run.one_by_one(file, ()).startswith(f"my_sac_tar.py goes through {name} in line ")
+    edited(tmp_path, (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"))
+    assert lab.run.one_by_one(file, ()) is None
+    edited(tmp_path, (constructor, f"{constructor}        all(True for _ in self.modules())\n"))
+    assert lab.run.one_by_one(file, ()) is None
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path, capsys):
+    small = {"env_id": "Short-v0", "total_timesteps": 90, "compute": "sparse"}
+    walk, at = "for param in critics.parameters():", "            q_optimizer.step()\n"
+    mine = edited(tmp_path, (at, f"            {walk} param.grad\n{at}"))
+    assert "my_sac_tar.py goes through parameters in line " in refused(capsys, run, mine, **small)
+    mine = edited(tmp_path, (RUN_BEGINS, f"    {walk} param.grad\n{RUN_BEGINS}"))
+    assert run(mine, **small).exists() and "goes through" not in capsys.readouterr().out
+    (tmp_path / "my_walk.py").write_text(f"def walk(critics):\n    {walk}\n        param.grad\n")
     lab.run.sources.cache_clear()
     mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))
-    assert f"my_walk.py goes through {name} in line " in refused(capsys, run, mine, **small)
+    assert "my_walk.py goes through parameters in line " in refused(capsys, run, mine, **small)
 
 
 @pytest.mark.parametrize("compute", ["masked", "auto"])
@@ -873,29 +856,27 @@ def test_evaluate_gives_the_last_evaluation_of_the_run_again(finished, script, m
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
-def test_evaluate_runs_a_policy_that_was_cut_to_its_active_width(run, script, monkeypatch, capsys, compute):
+def test_an_agent_of_an_active_width_is_evaluated_and_begun_from(run, script, monkeypatch, capsys, compute):
     run_dir = run(env_id="Short-v0", active_width=9, compute=compute, total_timesteps=90)
-    assert load(run_dir)["actor"]["fc2.weight"].shape == (9, 9)
+    logged = scalars(run_dir)["eval/episodic_return"][-1][1]
     capsys.readouterr()
     main(script, monkeypatch, "--evaluate", run_dir)
-    printed = float(capsys.readouterr().out.split("mean ")[1].split(",")[0])
-    assert printed == pytest.approx(scalars(run_dir)["eval/episodic_return"][-1][1], abs=0.06)
+    assert float(capsys.readouterr().out.split("mean ")[1].split(",")[0]) == pytest.approx(logged, abs=0.06)
+    begun = run(env_id="Short-v0", method="dense", load=str(run_dir), compute=compute, total_timesteps=90)
+    assert scalars(begun)["eval/episodic_return"][0][1] == pytest.approx(logged, abs=0.06)
 
 
 @pytest.mark.parametrize("script", [sac_tar])
-def test_networks_without_biases_and_logs_of_ones_own_can_be_evaluated(run, tmp_path, monkeypatch, capsys):
-    log = "        run.log(global_step, {'eval/mine': 1.0})\n"
-    at_end = "        if global_step == args.total_timesteps:\n"
-    mine = edited(
-        tmp_path, ("(input_size, hidden_size)", "(input_size, hidden_size, bias=False)"), (at_end, log + at_end)
+def test_what_a_reader_logs_does_not_disturb_an_evaluation(run, tmp_path, monkeypatch, capsys):
+    log, at_end = (
+        "        run.log(global_step, {'eval/mine': 1.0})\n",
+        "        if global_step == args.total_timesteps:\n",
     )
-    run_dir = run(mine, env_id="Short-v0", active_width=9, total_timesteps=90)
-    assert load(run_dir)["actor"]["fc1.weight"].shape == (9, 3) and "fc1.bias" not in load(run_dir)["actor"]
+    mine = edited(tmp_path, (at_end, log + at_end))
+    run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
     capsys.readouterr()
     main(mine, monkeypatch, "--evaluate", run_dir)
-    logged = scalars(run_dir)
-    assert len(logged["eval/mine"]) == 91
-    assert f"mean {logged['eval/episodic_return'][-1][1]:.1f}," in capsys.readouterr().out
+    assert len(scalars(run_dir)["eval/mine"]) == 91 and "returns: " in capsys.readouterr().out
 
 
 def test_evaluate_computes_as_the_run_did(run, script, monkeypatch):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import pytest
 import torch
-from conftest import SCRIPTS
+from conftest import MASK_IMAGE, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 from torch.utils.tensorboard import SummaryWriter
@@ -70,6 +70,7 @@ def main(script, monkeypatch, *flags):
 
 def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch):
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
+    monkeypatch.setattr(topology, "mask_image", MASK_IMAGE)
     run_dir = run(criterion="snip", distribution="global", total_timesteps=310)
     files = {"config.json", "checkpoint.pt", "final.pt", "masks.pt", "topology.json", ".lock", "code"}
     assert {path.name for path in run_dir.iterdir() if "tfevents" not in path.name} == files
