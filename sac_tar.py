@@ -30,7 +30,7 @@ from sparse_utils import Net
 
 
 # The flags of other papers' methods are in lab/baselines.py, those that every run has (folder, device, evaluation,
-# checkpoints) in lab/flags.py. The text behind a flag is its --help.
+# checkpoints) in lab/flags.py. The comment on a flag, or else the docstrings of its rules, is its --help.
 @dataclass
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
@@ -114,8 +114,8 @@ class Actor(nn.Sequential):
         noise = torch.randn_like(mean)
         x_t = mean + log_std.exp() * noise
         action = torch.tanh(x_t) * self.action_scale + self.action_bias
-        # the normal log density of x_t minus the log of the slope of the squashing, log(1 - tanh(x)^2), which is
-        # 2 (log 2 - x - softplus(-2x)) without the rounding error of 1 - tanh(x)^2
+        # the normal log density of x_t minus the log of the slope of the squashing, log(scale (1 - tanh(x)^2)), where
+        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)) exactly; the constant terms are in log_prob_constant
         log_prob = 2 * (x_t + F.softplus(-2 * x_t)) - log_std - 0.5 * noise.square()
         return action, log_prob.sum(1, keepdim=True) - self.log_prob_constant
 
@@ -125,14 +125,13 @@ class Actor(nn.Sequential):
 
 
 def critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data: Batch):
-    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1). An n-step target has the
-    entropy of the action after the last step only; RLx2 also adds the policy's entropy at each step in between."""
+    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1)."""
     with torch.no_grad():
         next_actions, next_log_pi = actor.get_action(data.next_observations)
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target) - alpha * next_log_pi
-        next_q_value = data.rewards + data.discounts * min_qf_next_target
+        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discount: gamma, 0 after a termination
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
@@ -161,9 +160,9 @@ def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
 
 
 @torch.no_grad()
-def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
-    """target += tau * (network - target), all parameters of all targets in one call."""
-    torch._foreach_lerp_(list(targets.parameters()), list(networks.parameters()), tau)
+def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
+    """target += tau * (online - target), all parameters of all targets in one call."""
+    torch._foreach_lerp_(list(targets.parameters()), list(online.parameters()), tau)
 
 
 def train(args: Args) -> Path:
@@ -178,11 +177,11 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
-    # masks are drawn from a generator of their own, so that all methods share initial weights and replay batches
+    # masks are drawn from a generator of their own, so that all methods share initial weights and replay indices
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
     # ALGO LOGIC: initialize agent here
-    with bad_input():
+    with bad_input():  # a ValueError inside ends the program with its sentence
         # BASELINES: with `tiny` a smaller number of neurons, for every other method --hidden-size
         actor_hidden = baselines.hidden_size(Actor, env, args.hidden_size, args.method, args.sparsity)
         critic_hidden = baselines.hidden_size(QNetwork, env, args.hidden_size, args.critic_method, args.critic_sparsity)
@@ -193,8 +192,7 @@ def train(args: Args) -> Path:
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
     critics, targets = nn.ModuleList([qf1, qf2]), nn.ModuleList([qf1_target, qf2_target])
-    log_alpha = torch.tensor([1.0 if args.autotune else args.alpha], device=device).log()
-    log_alpha = nn.Parameter(log_alpha, requires_grad=args.autotune)
+    log_alpha = nn.Parameter(torch.tensor([1.0 if args.autotune else args.alpha], device=device).log(), args.autotune)
     target_entropy = -env.action_space.shape[0]
     # alpha is learned together with the actor, in one backward pass and one step; only its learning rate is its own
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
@@ -230,7 +228,7 @@ def train(args: Args) -> Path:
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here runs again with --resume and --evaluate
+    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here acts on what --resume or --load has loaded
     done = True
     for global_step in run.steps():  # at the last one, --total-timesteps, there is only an evaluation left
         if done:
@@ -241,7 +239,7 @@ def train(args: Args) -> Path:
         if global_step in schedule.prunings:
             criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion, but magnitude at a second pruning
             with kernels.in_torch(nets):  # KERNELS
-                # prune: in each network the K - R connections with the highest scores survive
+                # prune: in each network K - R connections survive, in each layer those with the highest scores
                 losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
                 for name, net in nets.items():
                     keep, rules = net.budget - net.reserve, (criterion, args.distribution)
@@ -298,7 +296,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
+                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))  # KERNELS: not a loop
                 for param in trained:
                     param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 for _ in range(args.policy_frequency):  # make up for the delay

@@ -2,8 +2,8 @@
 Topology-Aware Revival, and the hooks that keep pruned weights at zero.
 
 `weights` and `masks` of a network are dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in
-which the layers are applied. A mask is boolean, and True marks an active connection. Nothing here moves torch's global
-random generator.
+which the network defines its layers. A mask is boolean, and True marks an active connection. Nothing here moves torch's
+global random generator.
 
 To add a rule, write a function and add one line to the dictionary of its kind: CRITERIA, DISTRIBUTIONS or REVIVALS
 here, DROPS or GROWTHS in lab/baselines.py. Flags, their help, sweeps and comparisons take its name from there.
@@ -39,7 +39,7 @@ class Net:
     optimizer: torch.optim.Optimizer | None
     method: str
     sparsity: float
-    size: int = 0  # its weights
+    size: int = 0  # the number of its weights
     active: int = 0  # its active connections now; all before pruning
     budget: int = 0  # K: its active connections after pruning and revival
     reserve: int = 0  # R: how many of the K connections revival places
@@ -118,8 +118,7 @@ def room(scores: dict[str, Tensor]) -> list[int]:
 
 
 def er_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
-    """Erdos-Renyi. Density proportional to (n_in + n_out) / (n_in * n_out), so a count proportional to n_in + n_out; a
-    layer that would pass density 1 is dense and the others are rescaled (Mocanu et al. 2018; Evci et al. 2020)."""
+    """Erdos-Renyi: counts proportional to n_in + n_out, up to whole layers (Mocanu et al. 2018; Evci et al. 2020)."""
     return allocate(keep, [sum(s.shape) for s in scores.values()], room(scores))
 
 
@@ -173,9 +172,9 @@ def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> i
     AUTO_WIDTH_C times the topology need of all layers together, but never too few to hold K connections. Raises
     ValueError if `asked` is too few or the layers are not a chain."""
     shapes = chain_shapes(weights, "--active-width")
-    hidden = max((n for (n_out, _), (_, n_in) in zip(shapes, shapes[1:]) for n in (n_out, n_in)), default=0)
+    hidden = max((n_out for n_out, _ in shapes[:-1]), default=0)
     parts = {h: active_part(weights, h).values() for h in range(1, hidden + 1)}
-    narrowest = min(h for h, part in parts.items() if sum(w.numel() for w in part) >= budget)
+    narrowest = min((h for h, part in parts.items() if sum(w.numel() for w in part) >= budget), default=0)
     fed = [h for h, ws in parts.items() if budget >= AUTO_WIDTH_C * sum(topology_need(tuple(w.shape)) for w in ws)]
     width = max([*fed, narrowest]) if asked == "auto" else asked
     if width < narrowest:
@@ -274,6 +273,8 @@ def static_prune(
     everything = embed({name: torch.ones_like(w) for name, w in active_part(weights, net.width).items()}, weights)
     masks = net.masks or everything
     size = sum(int(mask.sum()) for mask in masks.values())
+    if keep == size:
+        return masks
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
         # minus infinity, so that what is pruned stays pruned even where an active connection scores zero
@@ -307,21 +308,21 @@ def tar_budgets(masks: Masks, reserve: int) -> list[int]:
     """Prune, then revive connections in the layers whose topology needs them (Jin et al. 2026, arXiv 2602.04166; the
     exact rule is ours, see the README).
 
-    How many of the `reserve` connections each layer gets. A reserve too small for all deficits is split in proportion
-    to them. Otherwise every deficit is filled and the rest split in proportion to topology need, as far as a layer
-    still has pruned connections.
+    Returns how many of the `reserve` connections each layer gets. A reserve too small for all deficits is split in
+    proportion to them. Otherwise every deficit is filled and the rest is split in proportion to topology need, as far
+    as a layer still has pruned connections.
     """
     kept = [int(mask.sum()) for mask in masks.values()]
     deficits = [max(0, topology_floor(tuple(m.shape)) - k) for m, k in zip(masks.values(), kept, strict=True)]
     if sum(deficits) >= reserve:
         return allocate(reserve, deficits, deficits)
-    room = [mask.numel() - k - d for mask, k, d in zip(masks.values(), kept, deficits, strict=True)]
-    rest = allocate(reserve - sum(deficits), [topology_need(tuple(mask.shape)) for mask in masks.values()], room)
+    space = [mask.numel() - k - d for mask, k, d in zip(masks.values(), kept, deficits, strict=True)]
+    rest = allocate(reserve - sum(deficits), [topology_need(tuple(mask.shape)) for mask in masks.values()], space)
     return [d + r for d, r in zip(deficits, rest, strict=True)]
 
 
 def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
-    """Prune, then revive at random among the network's pruned connections (the control in Jin et al. 2026)."""
+    """Prune, then revive the same fraction of each layer's pruned connections (the control in Jin et al. 2026)."""
     pruned = [mask.numel() - int(mask.sum()) for mask in masks.values()]
     return allocate(reserve, pruned, pruned)
 
@@ -330,7 +331,7 @@ def uniform_budgets(masks: Masks, reserve: int) -> list[int]:
 REVIVALS = {"tar": tar_budgets, "uniform": uniform_budgets}
 # for methods of REVIVALS that revive by score within a layer, not at random: (weight, mask, generator) -> scores
 PLACES = {}
-CONTROLS = {"static": "Prune to K connections and revive none"}  # compare.py holds the other methods against these
+CONTROLS = {"static": "Prune to K connections and revive none"}  # lab/compare.py compares other methods with these
 UNPRUNED = {"dense": "Prune nothing"}
 
 

@@ -30,7 +30,7 @@ from sparse_utils import Net
 
 
 # The flags of other papers' methods are in lab/baselines.py, those that every run has (folder, device, evaluation,
-# checkpoints) in lab/flags.py. The text behind a flag is its --help.
+# checkpoints) in lab/flags.py. The comment on a flag, or else the docstrings of its rules, is its --help.
 @dataclass
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
@@ -114,7 +114,7 @@ def critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data: Batch, a
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        next_q_value = data.rewards + data.discounts * min_qf_next_target
+        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discount: gamma, 0 after a termination
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
@@ -141,9 +141,9 @@ def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
 
 
 @torch.no_grad()
-def polyak_update(targets: nn.Module, networks: nn.Module, tau: float) -> None:
-    """target += tau * (network - target), all parameters of all targets in one call."""
-    torch._foreach_lerp_(list(targets.parameters()), list(networks.parameters()), tau)
+def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
+    """target += tau * (online - target), all parameters of all targets in one call."""
+    torch._foreach_lerp_(list(targets.parameters()), list(online.parameters()), tau)
 
 
 def train(args: Args) -> Path:
@@ -158,11 +158,11 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
-    # masks are drawn from a generator of their own, so that all methods share initial weights and replay batches
+    # masks are drawn from a generator of their own, so that all methods share initial weights and replay indices
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
     # ALGO LOGIC: initialize agent here
-    with bad_input():
+    with bad_input():  # a ValueError inside ends the program with its sentence
         # BASELINES: with `tiny` a smaller number of neurons, for every other method --hidden-size
         actor_hidden = baselines.hidden_size(Actor, env, args.hidden_size, args.method, args.sparsity)
         critic_hidden = baselines.hidden_size(QNetwork, env, args.hidden_size, args.critic_method, args.critic_sparsity)
@@ -173,7 +173,7 @@ def train(args: Args) -> Path:
     actor_target = copy.deepcopy(actor).requires_grad_(False)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
-    critics, networks = nn.ModuleList([qf1, qf2]), nn.ModuleList([actor, qf1, qf2])
+    critics, online = nn.ModuleList([qf1, qf2]), nn.ModuleList([actor, qf1, qf2])
     targets = nn.ModuleList([actor_target, qf1_target, qf2_target])
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor.parameters(), lr=args.learning_rate)
@@ -206,7 +206,7 @@ def train(args: Args) -> Path:
             actor_loss = policy_loss(actor, qf1, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here runs again with --resume and --evaluate
+    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here acts on what --resume or --load has loaded
     done = True
     for global_step in run.steps():  # at the last one, --total-timesteps, there is only an evaluation left
         if done:
@@ -217,7 +217,7 @@ def train(args: Args) -> Path:
         if global_step in schedule.prunings:
             criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion, but magnitude at a second pruning
             with kernels.in_torch(nets):  # KERNELS
-                # prune: in each network the K - R connections with the highest scores survive
+                # prune: in each network K - R connections survive, in each layer those with the highest scores
                 losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
                 for name, net in nets.items():
                     keep, rules = net.budget - net.reserve, (criterion, args.distribution)
@@ -273,7 +273,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
+                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))  # KERNELS: not a loop
                 for param in trained:
                     param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 actor_loss = policy_loss(actor, qf1, data)
@@ -284,7 +284,7 @@ def train(args: Args) -> Path:
                 progress["training_flops"] += flops.actor_update
                 for param in trained:
                     param.requires_grad_(True)
-                polyak_update(targets, networks, args.tau)
+                polyak_update(targets, online, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:
                 losses = {

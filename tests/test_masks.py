@@ -244,7 +244,7 @@ def test_i3_all_methods_share_weights_replay_batches_and_random_numbers(train):
     dynamic = {"method": "chts", "rewire_every": 20, "drop_criterion": "mest"}
     snip = {"method": "static", "criterion": "snip", "active_width": 12}
     others = [train(prune_at=90, **flags) for flags in (snip, {"method": "uniform", "reserve": 0.5}, {}, dynamic)]
-    dense = train(prune_at=90, method="dense")
+    dense = train(prune_at=90, method="static", sparsity=0.0)
 
     def batches(seen):
         return [tensor for size, step, batch in seen.batches if size == 32 and step < 90 for tensor in batch]
@@ -340,9 +340,13 @@ def test_allocate_by_hand():
     assert su.allocate(9, [8, 1, 1], [2, 3, 100]) == [2, 3, 4]  # and then the second
 
 
-def test_a_network_without_a_linear_layer_cannot_be_pruned():
+def test_networks_of_no_or_one_linear_layer_and_whole_ones():
     with pytest.raises(ValueError, match="has nothing that can be pruned"):
         su.plan(row({}, "tar", 0.5), 0.1)
+    assert su.static_prune(row({}, "dense"), 0, "synflow", "er", generator()) == {}
+    parallel = row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, "dense")  # no chain, which synflow cannot score
+    assert counts(su.static_prune(parallel, 12, "synflow", "er", generator())) == [6, 6]
+    assert su.choose_width({"a": torch.ones(3, 2)}, 4, "auto") == 0  # it has no hidden neurons
 
 
 @given(st.sampled_from([*baselines.METHODS]), st.integers(1, 40), FRACTION, FRACTION)

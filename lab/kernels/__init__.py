@@ -365,7 +365,7 @@ def time_passes(net: Net, batch_size: int) -> Times:
     copies of the parts of a network that the kernels would compute, with K random connections between its active
     neurons. They take turns, and draw from no random generator of training."""
     generator = torch.Generator().manual_seed(0)
-    row = Net(copy.deepcopy(net.network), None, None, "static", 0.0, width=net.width)
+    row = Net(copy.deepcopy(net.network).requires_grad_(True), None, None, "static", 0.0, width=net.width)
     row.masks = sparse_utils.static_prune(row, net.budget, "random", "er", generator)
     sparse_utils.mask_gradients(row)
     ways, inputs, times = ([], []), [], ([], [])
