@@ -71,7 +71,9 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
     connection would be left, if `active_width` cannot hold K connections, or if a weight is no parameter of its own."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
-        raise ValueError(f"the weight of {found[0]} is computed from others, as by weight_norm; no method can train it")
+        raise ValueError(
+            f"the weight of {found[0]} is computed from others, as by weight_norm, and cannot be trained here"
+        )
     if net.method in UNPRUNED:
         return
     if not net.size:
@@ -229,8 +231,9 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """|w dR/dw|, R the flow of an all-ones input through |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R leaves out
     biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer product of
-    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32. It
-    needs a chain of layers."""
+    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32. Raises
+    ValueError if the layers are not a chain."""
+    chain_shapes(weights, "synflow")
     magnitudes = [(w.detach() * masks[name]).abs().double() for name, w in weights.items()]
     into = [magnitudes[0].new_ones(magnitudes[0].shape[1])]
     for m in magnitudes[:-1]:
@@ -282,7 +285,7 @@ def static_prune(
         scores, left = active_part(scores, net.width), active_part(masks, net.width)
         count = round(size * (keep / size) ** (i / rule.rounds))
         counts = DISTRIBUTIONS[distribution](scores, count)
-        if sum(counts) != count or any(n > most for n, most in zip(counts, room(scores), strict=True)):
+        if sum(counts) != count or any(not 0 <= n <= most for n, most in zip(counts, room(scores), strict=True)):
             where = f"{counts} connections to layers with room for {room(scores)}; {count} are to be placed"
             raise ValueError(f"distribution {distribution} gives {where}")
         masks = embed({name: highest(scores[name], n, left[name]) for name, n in zip(left, counts)}, weights)

@@ -338,7 +338,7 @@ def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, 
 def remove_chains(masks: Masks, stopped: list[str]) -> None:
     """Drop, in place, the connections of hidden neurons that have no active output, or no active input, until there are
     none (Zhang et al. 2024), but not those of the layers that have `stopped`."""
-    pairs = [(a, b) for a, b in zip(masks, list(masks)[1:]) if masks[a].shape[0] == masks[b].shape[1]]
+    pairs = [*zip(masks, list(masks)[1:])]
     for a, b in reversed(pairs):
         masks[a] &= masks[b].any(0).unsqueeze(1) | (a in stopped)
     for a, b in pairs:
@@ -393,8 +393,8 @@ def rewire(
     distribution: str,
     generator: torch.Generator,
 ) -> None:
-    """Rewire a network between its active neurons, its masks in place, to net.budget connections. If these are fewer
-    than before, a layer keeps as many as pruning by magnitude with `distribution` would leave there. `loss` is the
+    """Rewire a network between its active neurons, its masks in place. If net.budget is less than its connections, a
+    layer keeps as many as pruning by magnitude with `distribution` would leave there. `loss` is the
     network's own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's
     moments and in the target; a connection that was inactive before starts at zero."""
     left = net.masks
@@ -414,7 +414,7 @@ def rewire(
     for group in [layers] if rules.growth.by_topology else [{name: layer} for name, layer in layers.items()]:
         rewire_layers(group, counts, stopped, fraction, rules)
     sparse_utils.zero_pruned(net)
-    net.active = net.budget
+    net.active = sum(counts.values())
 
 
 def rewiring_flops(net: Net, rules: Rules) -> int:

@@ -255,8 +255,8 @@ def fingerprint(
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
-        if isinstance(value, dict) and not any(isinstance(key, (str, int)) for key in value):
-            value = [*value.items()]  # as counts of visited states
+        if isinstance(value, dict):  # what it holds under names was taken already, and other keys may be states visited
+            value = [*value] if any(isinstance(key, (str, int)) for key in value) else [*value.items()]
         parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 

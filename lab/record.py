@@ -225,11 +225,11 @@ def code_hash(script: Path, env_id: str = "") -> str:
 
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     """The path of every run in a folder, and its record: `args`, `script` (its name without .py), `published`, and
-    `segments`, one for each process that trained the run: `from_step`, `code` (see `code_hash`; None in runs older than
-    the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers` (and schedulers), `in_kernels` (the
-    networks in the kernels) and `milliseconds` (of a training pass in torch and in the kernels, where measured). The
-    segments of older runs lack some of these. A run is a folder with config.json or, if published, an entry of
-    runs.json."""
+    `segments`, one for each process that trained the run: `from_step`, `total_timesteps`, `code` (see `code_hash`; None
+    in runs older than the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers` (and schedulers),
+    `in_kernels` (the networks in the kernels) and `milliseconds` (of a training pass in torch and in the kernels, where
+    measured). The segments of older runs lack some of these. A run is a folder with config.json or, if published, an
+    entry of runs.json."""
     published = folder / "runs.json"
     whole = json.loads(published.read_text()) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())

@@ -230,34 +230,38 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints
     would lack a variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state`
     could not be put back."""
-    parts, groups, held = {id(state), *map(id, state.values())}, [], set()
+
+    def tensors(value: object) -> set[int]:
+        """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
+        if isinstance(value, nn.Module):
+            value = value.state_dict(keep_vars=True)
+        if isinstance(value, (list, tuple, dict)):
+            return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
+        return {id(value)} if isinstance(value, Tensor) else set()
+
+    parts, groups, held = {id(state), *map(id, state.values())}, [], tensors(state)
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
-        if isinstance(part, nn.Module):
-            held |= {tensor.data_ptr() for tensor in part.state_dict().values()}
-        elif isinstance(part, Tensor):
-            held.add(part.data_ptr())
-        elif isinstance(part, torch.optim.Optimizer):
+        if isinstance(part, torch.optim.Optimizer):
             groups += part.param_groups
-        elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, np.ndarray, dict)):
+        elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
     def is_lost(value: object) -> bool:
         if id(value) in parts:
             return False
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            tensors = filter(torch.is_tensor, value.state_dict().values())
-            return any(tensor.data_ptr() not in held for tensor in tensors)
+            return not tensors(value) <= held
         if isinstance(value, (list, tuple, dict)):
             return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
-            return value.requires_grad and value.data_ptr() not in held
+            return value.requires_grad and id(value) not in held
         return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
     lost = [name for name, value in variables.items() if is_lost(value)]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
         what = ", ".join(lost) or "a parameter that an optimizer trains"
-        raise ValueError(f"`state` lacks {what}, so a resumed run would lose it; add it before Run(...)")
+        raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
 
@@ -695,7 +699,7 @@ class Run:
         saved = load_state(path, self.script)
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         for name, net in self.nets.items():
-            net.masks = masks.get(name, {})
+            net.load_state_dict({"masks": masks.get(name, {})})
         self.load_agent(path, saved)
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
@@ -808,7 +812,8 @@ class Run:
             return self.folder
         end = self.args.total_timesteps
         if end not in self.returns:
-            fail(f"training ended before step {end}; go on with --resume, or set a lower --total-timesteps", code=1)
+            why = "training ended before it, or `run.evaluate` was not called"
+            fail(f"there is no evaluation of step {end}: {why}; mend the script, then go on with --resume", code=1)
         # as compare.py takes it: the mean of the evaluations in the last tenth of training
         final_return = np.mean([value for step, value in self.returns.items() if step > 0.9 * end])
         self.writer.add_scalar("eval/final_return", final_return, end)

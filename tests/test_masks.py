@@ -443,9 +443,10 @@ def test_the_criteria_by_hand(monkeypatch):
         ValueError, match=r"distribution global gives \[1, 0\] connections to layers with room for \[2, 1\]"
     ):
         scores("magnitude")
-    monkeypatch.setitem(su.DISTRIBUTIONS, "global", lambda scores, keep: [0, 2])
-    with pytest.raises(ValueError, match=r"\[0, 2\] connections to layers with room for \[2, 1\]; 2 are to be placed"):
-        scores("magnitude")
+    for wrong in ([0, 2], [3, -1]):
+        monkeypatch.setitem(su.DISTRIBUTIONS, "global", lambda scores, keep, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=r" connections to layers with room for \[2, 1\]; 2 are to be placed"):
+            scores("magnitude")
     monkeypatch.setitem(su.CRITERIA, "iterative", su.CRITERIA["snip"]._replace(rounds=5))
     with pytest.raises(ValueError, match="criterion iterative uses the loss of the dense network, so it can have one"):
         scores("iterative")
@@ -473,6 +474,8 @@ def test_synflow_has_a_hundred_rounds_never_takes_back_and_survives_large_flows(
         kept = [torch.ones(84).bool(), *(torch.cat(rounds[i : i + 3]) for i in range(0, 300, 3))]
         assert [int(mask.sum()) for mask in kept] == [round(84 * (5 / 84) ** (i / 100)) for i in range(101)]
         assert not any((later & ~earlier).any() for earlier, later in zip(kept, kept[1:]))
+    with pytest.raises(ValueError, match="chain"):
+        su.static_prune(row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}), 2, "synflow", "er", g)
 
 
 @given(st.data(), st.integers(1, 20), st.integers(1, 20))

@@ -538,6 +538,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act = actor.fc1, nn.Tanh()", None),
+        ("state['slow'] = {'of': [average := copy.deepcopy(actor)]}; both = nn.ModuleList([average, actor])", None),
+        ("state['support'] = torch.ones(0).to_sparse(); atoms = [state['support']]", None),
     ],
 )
 @pytest.mark.parametrize("script", [sac_tar])
@@ -561,7 +563,12 @@ BROKEN = [
         2,
     ),
     (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}", "of qf2.fc2 are not zero at step 80, since", 1),
-    ("global_step == args.total_timesteps:", "global_step == 80:", "training ended before step 90; go on with", 1),
+    (
+        "global_step == args.total_timesteps:",
+        "global_step == 80:",
+        "there is no evaluation of step 90: training ended",
+        1,
+    ),
 ]
 
 
@@ -626,10 +633,10 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
     lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
     lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
-    lines += "    best, ticks, mean = None, collections.Counter(steps=0), Mean()\n"
-    lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets}\n    actor.noise = 1.0\n"
+    lines += "    best, ticks, mean = None, collections.Counter(), Mean()\n"
+    lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
-    changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n"
+    changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
@@ -649,7 +656,9 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    assert {*named.split(", ")} == {f"`{name}` in train" for name in names | {"ticks.steps", "cells.of", "mean.count"}}
+    assert {*named.split(", ")} == {
+        f"`{name}` in train" for name in names | {"ticks", "cells.of", "cells.all.steps", "mean.count"}
+    }
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -702,7 +711,7 @@ ONE_BY_ONE = {
 
 @pytest.mark.parametrize("call", ONE_BY_ONE)
 def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
-    """But not inside `in_torch`, in a constructor, or in the lines of train before Run(...)."""
+    """But not inside `in_torch` or in a constructor."""
     at, indent, file = "            q_optimizer.step()\n", 12 * " ", tmp_path / "my_sac_tar.py"
     lines, inside = ("".join(f"{i}{line}\n" for line in ONE_BY_ONE[call]) for i in (indent, f"{indent}    "))
     shape = "env.observation_space.shape[0] + env.action_space.shape[0], hidden_size, 1"
@@ -724,6 +733,14 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     assert "my_sac_tar.py goes through parameters in line " in refused(capsys, run, mine, **small)
     mine = edited(tmp_path, (RUN_BEGINS, f"    {walk} param.grad\n{RUN_BEGINS}"))
     assert run(mine, **small).exists() and "goes through" not in capsys.readouterr().out
+    begins = "            q_optimizer.zero_grad()\n"
+    read = f"            with kernels.in_torch(nets):\n                norm = [float(param.norm()) {walk[:-1]}]\n"
+    for compute in ("masked", "sparse"):
+        assert run(edited(tmp_path, (at, read + at)), **small | {"compute": compute}).exists()
+    mine = edited(tmp_path, (begins, read + begins))
+    assert run(mine, **small | {"compute": "masked"}).exists()
+    with pytest.raises(RuntimeError, match="a loss from before"):
+        run(mine, **small)
     (tmp_path / "my_walk.py").write_text(f"def walk(critics):\n    {walk}\n        param.grad\n")
     lab.run.sources.cache_clear()
     mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))

@@ -21,6 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import lab.run
 import sac_tar
+import sparse_utils
 import td3_tar
 from lab import record, topology
 from lab.replay import ReplayBuffer
@@ -110,6 +111,22 @@ def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys
     sentence, out = "qf1.fc3 keeps no connection after static pruning and has 0 after revival.", capsys.readouterr().out
     assert f"warning: {sentence}" in out and "Topology at step 70:" in out and " qf2.fc3 |" in out
     assert sentence.encode() in events(run_dir).Tensors("topology/warnings/text_summary")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("reserve, rewired, width", [(0, False, None), (2, False, None), (0, True, 2), (2, False, 2)])
+def test_a_picture_shows_each_connection_of_a_mask(reserve, rewired, width):
+    static, masks = torch.eye(4, 3).bool(), torch.eye(4, 3).bool()
+    masks[1, 0] = True
+    net = sparse_utils.Net(None, None, None, "tar", 0.5, reserve=reserve, width=width)
+    net.static, net.masks = ({"fc1": mask, "fc2": mask.T} for mask in (static, masks))
+    image, kept = MASK_IMAGE(net, "fc1", rewired), static.long()
+    panels = [kept] if not (reserve or rewired) else [kept, masks.long() + masks * ~static]
+    assert image.shape[1] == 263 * len(panels) - 8  # three columns of 85 pixels and a gap of 8
+    for i, kinds in enumerate(panels):
+        if width is not None:
+            kinds[width:] = 3
+        colours = [[list(topology.MASK_COLOURS[kind][0]) for kind in row] for row in kinds.tolist()]
+        assert image[32:256:64, 263 * i + 42 : 263 * i + 255 : 85].tolist() == colours
 
 
 @pytest.mark.parametrize(
@@ -301,7 +318,7 @@ def test_weights_that_are_computed_from_others_are_refused_before_anything_is_wr
             torch.nn.utils.parametrizations.weight_norm(self.fc2)
 
     monkeypatch.setattr(script, "QNetwork", Normalized)
-    sentence = "the weight of fc2 is computed from others, as by weight_norm; no method can train it"
+    sentence = "the weight of fc2 is computed from others, as by weight_norm, and cannot be trained here"
     for compute in ("auto", "masked", "sparse"):
         assert sentence in refused(capsys, run, compute=compute)
     assert sentence in refused(capsys, run, method="tar", critic_method="dense")

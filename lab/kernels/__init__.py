@@ -6,7 +6,7 @@ agree to rounding.
 
 It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` and `compact` in lab/run.py
 before training, and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without
-these lines and this folder, only speed is lost.
+these lines and this folder, training is the same and slower.
 """
 
 import contextlib
@@ -131,6 +131,10 @@ def not_here(*_: object) -> None:
         "a layer in the kernels cannot be read, saved or changed by itself; do it inside "
         "`with kernels.in_torch(nets):`, or train with --compute masked"
     )
+
+
+def too_late(_: object) -> None:
+    raise RuntimeError("a loss from before `with kernels.in_torch(nets):` cannot be differentiated after it")
 
 
 class InChain:
@@ -502,7 +506,7 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     expand(nets)
     yield
     for net in nets.values():
-        if net.masks:
+        if any(net.weights[layer][~mask].any() for layer, mask in net.masks.items()):  # as of a layer that was reset
             sparse_utils.zero_pruned(net)
     compact(nets)
 
@@ -541,6 +545,8 @@ def compact_part(
 @torch.no_grad()
 def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optimizer | None = None) -> None:
     """`expand` for the modules that `compact_part` has replaced."""
+    if mlp.flat.requires_grad:
+        mlp.flat.register_hook(too_late)
     if len(mlp.replaced) > 1:
         del network.sparse
     for name, module in mlp.replaced.items():
