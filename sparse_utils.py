@@ -381,7 +381,8 @@ def zero_pruned(net: Net) -> None:
     for name, weight in net.weights.items():
         state = net.optimizer.state.get(weight, {}).values() if net.optimizer else ()
         for tensor in (weight, targets.get(name), *state):
-            if torch.is_tensor(tensor) and tensor.shape == weight.shape:
+            # what is zero already is not written, so that a backward pass through it stays possible
+            if torch.is_tensor(tensor) and tensor.shape == weight.shape and tensor[~net.masks[name]].any():
                 tensor.mul_(net.masks[name])
 
 

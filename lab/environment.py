@@ -239,11 +239,15 @@ def fingerprint(
         return bool(file) and Path(file).resolve() in files and not issubclass(kind, (list, tuple, dict, deque))
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
-        yield f"`{name}` in train", value
         own = is_own(type(value)) and hasattr(value, "__dict__")
         held = value if isinstance(value, dict) else vars(value) if own else {}
-        for key, part in held.items() if depth < 2 and "params" not in held else ():  # as have groups of an optimizer
-            if isinstance(key, (str, int)) and not str(key).startswith("_") and key not in but:
+        named = {
+            key: part for key, part in held.items() if isinstance(key, (str, int)) and not str(key).startswith("_")
+        }
+        named = named if depth < 2 and "params" not in held else {}  # as have groups of an optimizer
+        yield f"`{name}` in train", [*named] if named and held is value else value
+        for key, part in named.items():
+            if key not in but:
                 yield from inside(f"{name}.{key}", part, depth + 1)
 
     def content(value: object) -> bytes | None:
@@ -255,8 +259,8 @@ def fingerprint(
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
-        if isinstance(value, dict):  # what it holds under names was taken already, and other keys may be states visited
-            value = [*value] if any(isinstance(key, (str, int)) for key in value) else [*value.items()]
+        if isinstance(value, dict) and "params" not in value:
+            value = [*value.items()]
         parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 

@@ -48,8 +48,6 @@ def settle(args: object) -> None:
     for prefix in ("", "critic_"):
         if getattr(args, f"{prefix}method") == "dense":
             setattr(args, f"{prefix}sparsity", 0.0)
-    if {args.method, args.critic_method} <= sparse_utils.UNPRUNED.keys():
-        args.prune_at = args.learning_starts
     check(args)
     if isinstance(args, baselines.Flags):
         baselines.check(args)

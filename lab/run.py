@@ -218,7 +218,7 @@ def put_back(part: object, saved: object) -> object:
     elif isinstance(part, np.ndarray):
         part[...] = saved
     elif isinstance(part, dict):
-        part.update({name: put_back(part.get(name), value) for name, value in saved.items()})
+        dict.update(part, {name: put_back(part.get(name), value) for name, value in saved.items()})
     elif type(part) in (list, tuple):
         return type(part)(put_back(*pair) for pair in itertools.zip_longest(part[: len(saved)], saved))
     else:
@@ -234,7 +234,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
         if isinstance(value, nn.Module):
-            value = value.state_dict(keep_vars=True)
+            value = [*value.parameters(), *value.buffers()]
         if isinstance(value, (list, tuple, dict)):
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
@@ -255,7 +255,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
         if isinstance(value, (list, tuple, dict)):
             return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
-            return value.requires_grad and id(value) not in held
+            return value.requires_grad and not {id(value), id(value._base)} & held
         return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
     lost = [name for name, value in variables.items() if is_lost(value)]
@@ -698,9 +698,9 @@ class Run:
         path = file_of(self.args.evaluate)
         saved = load_state(path, self.script)
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
+        self.load_agent(path, saved)
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
-        self.load_agent(path, saved)
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
         return saved

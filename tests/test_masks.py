@@ -244,7 +244,7 @@ def test_i3_all_methods_share_weights_replay_batches_and_random_numbers(train):
     dynamic = {"method": "chts", "rewire_every": 20, "drop_criterion": "mest"}
     snip = {"method": "static", "criterion": "snip", "active_width": 12}
     others = [train(prune_at=90, **flags) for flags in (snip, {"method": "uniform", "reserve": 0.5}, {}, dynamic)]
-    dense = train(prune_at=90, method="static", sparsity=0.0)
+    dense = train(prune_at=90, method="dense")
 
     def batches(seen):
         return [tensor for size, step, batch in seen.batches if size == 32 and step < 90 for tensor in batch]

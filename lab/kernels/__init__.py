@@ -6,7 +6,7 @@ agree to rounding.
 
 It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` and `compact` in lab/run.py
 before training, and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without
-these lines and this folder, training is the same and slower.
+these lines and this folder, training is the same to rounding, and slower.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ def not_here(*_: object) -> None:
 
 
 def too_late(_: object) -> None:
-    raise RuntimeError("a loss from before `with kernels.in_torch(nets):` cannot be differentiated after it")
+    raise RuntimeError("a loss cannot be differentiated once layers have left the kernels, as in `in_torch`")
 
 
 class InChain:
@@ -506,7 +506,7 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     expand(nets)
     yield
     for net in nets.values():
-        if any(net.weights[layer][~mask].any() for layer, mask in net.masks.items()):  # as of a layer that was reset
+        if net.masks:
             sparse_utils.zero_pruned(net)
     compact(nets)
 
@@ -522,6 +522,8 @@ def compact_part(
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
     mlp.flat.requires_grad_(dense[0].requires_grad)
+    if all(param.grad is not None for param in dense):
+        mlp.flat.grad = mlp.compress({name: (m.weight.grad, m.bias.grad) for name, m in linears.items()})
     if len(names) == 1:
         network.set_submodule(names[0], mlp)
     else:
@@ -556,10 +558,12 @@ def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optim
     for group in optimizer.param_groups if optimizer else ():
         group["params"][:] = [param for param in group["params"] if param is not mlp.flat]
     moments = {key: mlp.expand(tensor) for key, tensor in state.items() if key != "step"}
+    gradients = {} if mlp.flat.grad is None else mlp.expand(mlp.flat.grad)
     for name, value in mlp.expand(mlp.flat).items():
         param = network.get_parameter(name)
         param.copy_(value)
         param.requires_grad_(mlp.flat.requires_grad)
+        param.grad = gradients.get(name)
         if state:
             own = {key: tensors[name] for key, tensors in moments.items()}
             optimizer.state[param] = {"step": state["step"].clone()} | own
