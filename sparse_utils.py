@@ -285,8 +285,9 @@ def static_prune(
         scores, left = active_part(scores, net.width), active_part(masks, net.width)
         count = round(size * (keep / size) ** (i / rule.rounds))
         counts = DISTRIBUTIONS[distribution](scores, count)
-        if sum(counts) != count or any(not 0 <= n <= most for n, most in zip(counts, room(scores), strict=True)):
-            where = f"{counts} connections to layers with room for {room(scores)}; {count} are to be placed"
+        most = room(scores)
+        if sum(counts) != count or any(not 0 <= n <= m for n, m in zip(counts, most, strict=True)):
+            where = f"{counts} connections to layers with room for {most}; {count} are to be placed"
             raise ValueError(f"distribution {distribution} gives {where}")
         masks = embed({name: highest(scores[name], n, left[name]) for name, n in zip(left, counts)}, weights)
     return masks

@@ -300,10 +300,7 @@ def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
         baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "global", generator())
         assert counts(net.masks) == left and net.active == net.budget
     net.budget = 3
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ValueError, match="distribution er gives "),
-    ):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er gives "):
         patch.setitem(su.DISTRIBUTIONS, "er", lambda scores, keep: [0, keep])
         baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "er", generator())
 

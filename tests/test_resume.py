@@ -662,9 +662,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    assert {*named.split(", ")} == {
-        f"`{name}` in train" for name in names | {"ticks", "cells.of", "cells.all.steps", "mean.count"}
-    }
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
+    assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -896,11 +895,8 @@ def test_an_agent_of_an_active_width_is_evaluated_and_begun_from(run, script, mo
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_reader_logs_does_not_disturb_an_evaluation(run, tmp_path, monkeypatch, capsys):
-    log, at_end = (
-        "        run.log(global_step, {'eval/mine': 1.0})\n",
-        "        if global_step == args.total_timesteps:\n",
-    )
-    mine = edited(tmp_path, (at_end, log + at_end))
+    at_end = "        if global_step == args.total_timesteps:\n"
+    mine = edited(tmp_path, (at_end, f"        run.log(global_step, {{'eval/mine': 1.0}})\n{at_end}"))
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
     capsys.readouterr()
     main(mine, monkeypatch, "--evaluate", run_dir)
