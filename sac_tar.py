@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # [ours] The number of neurons of each hidden layer that get connections, or auto: as many as the budget can feed.
-    # The default is all of them, as in the paper.
+    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto: the most for
+    # which there are at least 4 times the connections that all layers need by the formula in README.md [ours].
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -177,7 +177,7 @@ def train(args: Args) -> Path:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     env.action_space.seed(args.seed)
-    # masks are drawn from a generator of their own, so that all methods share initial weights and replay indices
+    # masks are drawn from a generator of their own, so that methods share initial weights and replay indices
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
     # ALGO LOGIC: initialize agent here
@@ -251,7 +251,7 @@ def train(args: Args) -> Path:
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
                 # train sparse: zero what is pruned; from here on hooks zero its gradients, so that it stays zero
                 sparse_utils.fix_masks(nets)
-                schedule.after_pruning(global_step)  # BASELINES: --init sparse
+                schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
             run.log_topology(global_step)
 
         run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], count_flops(nets, 1).action)

@@ -220,7 +220,7 @@ def snip_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generato
 
 
 def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generator: torch.Generator):
-    """w (H g) on replay data (GraSP, Wang et al. 2020). g is the gradient and H the Hessian of the loss. The paper
+    """w (H g), of the loss's gradient g and Hessian H on replay data (GraSP, Wang et al. 2020). The paper
     prunes the connections with the highest -w * (H g): this reduces the gradient's norm least."""
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     squared_norm = sum((g * g.detach()).sum() for g in gradients)

@@ -1,9 +1,8 @@
 """Other papers' methods for sparse agents, called from the lines of the scripts that are marked BASELINES.
 
 Methods that rewire (SET, RigL, CHT, CHTs), `tar_ch`, `tiny`, random and learned diagonals (DynaDiag), a falling density
-(CHTss, SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. A script without
-the marked lines and the base class `baselines.Flags` still has TAR and its controls. The flags of n-step targets (RLx2)
-and of recent transitions (after MAST) are here too; lab/replay.py implements both.
+(CHTss, SCULPT), sparsity-aware initialization, cyclic learning rates, and the flags of all of these. The flags of
+n-step targets (RLx2) and of recent transitions (after MAST) are here too; lab/replay.py implements both.
 """
 
 import bisect
@@ -199,7 +198,7 @@ Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ran
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
     DROPS | {None: "Soft with chts, else magnitude"},
-    "For methods that rewire: a connection's worth; those of the lowest worth are dropped.",
+    "For methods that rewire: a connection's worth, of its weight w and gradient g; the lowest are dropped.",
 )
 
 
@@ -213,8 +212,8 @@ class Flags:
     drop_criterion: DropCriterion = None
     # For methods that rewire: connections that were just dropped may grow again at once (Evci et al. 2020).
     regrow: bool = True
-    # The weights that training starts from at pruning. dense: as the dense network drew them. sparse: scaled to the
-    # active inputs of each neuron (Evci et al. 2022).
+    # The weights of active connections after pruning. dense: unchanged. sparse: scaled to how many active inputs a
+    # neuron has (Evci et al. 2022).
     init: Literal["dense", "sparse"] = "dense"
     # The density after the first pruning, if it is to fall to that of --sparsity during training: at the rewirings, or
     # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
@@ -227,7 +226,7 @@ class Flags:
     n_step: int = 1
     n_step_from: int = 0  # Use one-step targets before this environment step (RLx2).
     recent_fraction: float = 0.0  # The fraction of each batch that is drawn from the newest transitions (after MAST).
-    recent_size: int = 20_000  # The number of transitions that count as newest.
+    recent_size: int = 20_000  # The number of newest transitions from which --recent-fraction draws.
 
 
 def usual_drop(methods: set[str]) -> str | None:
@@ -363,7 +362,7 @@ def rewire_layers(
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
     that were inactive before. Ties go to the lower index. A layer where cht or chts has settled joins `stopped`.
-    A layer that is to be full drops nothing: all of it would grow again, but not what its chains lose elsewhere."""
+    A layer that is to be full drops nothing: it would regrow everything, while other layers lost connections by it."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()
@@ -550,9 +549,7 @@ class Schedule:
         self.args, self.nets, self.generator = args, nets, generator
         self.final = {name: (net.budget, net.reserve) for name, net in nets.items()}
         self.first = {name: first_budget(net, args.density_start) for name, net in nets.items()}
-        self.prunings = {args.prune_at: args.criterion}
-        if args.final_prune_at is not None:
-            self.prunings[args.final_prune_at] = "magnitude"
+        self.prunings = {args.prune_at, args.final_prune_at} - {None}
         self.rewirings = rewiring_steps(args)
         self.dynamic = {name: net for name, net in nets.items() if net.method in GROWTHS}
         self.rules = {
@@ -591,10 +588,10 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        return self.prunings.get(global_step, "magnitude")
+        return self.args.criterion if global_step == self.args.prune_at else "magnitude"
 
     def after_pruning(self, global_step: int) -> None:
-        """Rescale the weights that are left, with --init sparse."""
+        """Keep the masks that rewiring starts from; with --init sparse, rescale the weights that are left."""
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():

@@ -35,11 +35,12 @@ from lab.flags import fail
 class Args:
     folder: tyro.conf.Positional[Path]  # A folder of run folders, or a published grid.
     out: Path | None = None  # The folder of the comparison; default: comparison, in the folder of the runs.
-    # Compare with this arm, or the one with this in its name; default: the `static` arm that each arm is most like.
+    # Compare with this arm, or the one with this in its name (an arm: runs that differ only in seed and environment).
+    # Default: the `static` arm that each arm is most like.
     against: str | None = None
     env_id: tuple[str, ...] = ()  # Compare in these environments only.
     arm: tuple[str, ...] = ()  # Compare only these arms, or those whose names contain one of these.
-    # Against which costs to compare returns too. Time says nothing where runs shared their cores with other work.
+    # Compare returns at equal cost, too. Time says nothing where runs shared their cores with other work.
     costs: tuple[Literal["time", "flops"], ...] = ("time", "flops")
     separate_code: bool = False  # Split an arm whose runs were made by different code into an arm for each code.
     publish: Path | None = None  # First add the finished runs to the published grid in this folder, and compare that.

@@ -86,7 +86,8 @@ def write_events(runs: pd.DataFrame, folder: Path) -> None:
     words = [name for name in names if any(isinstance(s.get(name), (str, bool)) for s in runs.settings)]
     metrics = ["eval/final_return", TAGS["return"], TAGS["flops"]]
     for run in runs.itertuples():
-        first = {name: getattr(run, name) for name in ("base", "env_id", "method", "seed", "sparsity")}
+        first = {name: getattr(run, name) for name in ("base", "env_id", "seed", "sparsity")}
+        first["method"] = "+".join(dict.fromkeys([run.args["method"], run.args["critic_method"]]))
         own = {n: str(value) if n in words and value is not None else value for n, value in run.settings.items()}
         settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script, "code": run.code} | own
         events = [Event(wall_time=run.began, file_version="brain.Event:2")]

@@ -279,8 +279,8 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a list, tuple or dictionary that holds layers or parameters of the network, and would keep the old ones.
-    The parameter groups of the optimizers do not count, since the kernels replace parameters in them too."""
+    train is a list, tuple or dictionary that holds layers or parameters of the network, or one of the `optimizers` is
+    not that of its row and trains them. Either would keep the old ones."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int]) -> bool:
@@ -292,6 +292,9 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
     for name, net in nets.items():
         networks = [network for network in (net.network, net.target) if network is not None]
         inner = {id(part) for network in networks for part in (*network.parameters(), *[*network.modules()][1:])}
+        others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
+        if any(id(param) in inner for group in others for param in group["params"]):
+            found[name] = "an optimizer beside that of its row trains parameters of it"
         for variable, value in variables.items():
             if isinstance(value, (list, tuple, dict)) and holds(value, inner):
                 found[name] = f"`{variable}` in train holds layers or parameters of it"
@@ -552,7 +555,7 @@ class Run:
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():
-            fail(f"{why}, the {name}, which the kernels replace; make it before Run(...), or use --compute masked")
+            fail(f"{why}, the {name}, and the kernels replace these; make it before Run(...), or use --compute masked")
         for step in self.bar:
             self.env.set_wrapper_attr("global_step", step)
             if step == self.sps_from:
@@ -674,8 +677,7 @@ class Run:
         else:  # collect anew before learning goes on
             self.learn_from += self.start_step
         try:
-            for name, part in self.state.items():
-                put_back(part, checkpoint[name])
+            put_back(self.state, {name: checkpoint[name] for name in self.state})
         except (KeyError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
@@ -688,8 +690,7 @@ class Run:
         if other := sorted((saved.keys() - ABOUT - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
         try:
-            for name, part in mine.items():
-                put_back(part, saved[name])
+            put_back(mine, {name: saved[name] for name in mine})
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
 

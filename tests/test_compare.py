@@ -398,7 +398,9 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):
     for method, width in (("static", "auto"), ("dense", None), ("tar", None)):
         make(100, method=method, active_width=width)
+    make(100, method="static", critic_method="rigl")
     comparison(publish=tmp_path / "published")
+    methods = set()
     code = "import sys; sys.modules.update(dict.fromkeys(('gymnasium', 'mujoco', 'ray', 'Box2D')));"
     code += "from lab.compare import *; main(Args(Path(sys.argv[1]), events=Path(sys.argv[2])))"
     subprocess.run([sys.executable, "-c", code, tmp_path / "published", tmp_path / "events"], cwd=PROJECT, check=True)
@@ -418,6 +420,8 @@ def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_
         assert shown["base"] == ("" if shown["method"] == "dense" else "random+er")
         assert ("reserve" in shown) == (shown["method"] == "tar")
         assert shown.get("active_width") == ("auto" if shown["method"] == "static" else None)
+        methods.add(shown["method"])
+    assert methods == {"static", "dense", "tar", "static+rigl"}
 
 
 def test_a_figure_has_thin_lines_shades_or_small_axes(make, comparison, drawn):

@@ -622,6 +622,11 @@ HOLDS = [
         "kept = {'of all': [qf1_target.fc1]}",
         "`kept` in train holds layers or parameters of it, the qf1",
     ),
+    (
+        RUN_BEGINS,
+        "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
+        "had for the qf1: an optimizer beside that of its row trains parameters of it",
+    ),
 ]
 
 

@@ -450,7 +450,7 @@ def choose(
         if kept is not None:
             return in_kernels if name in kept else in_torch, "the run was begun so"
         if net.budget > MOST_BY_LAYER * net.size and not is_chain(net):
-            return in_torch, "single layers with so many connections take less time there"
+            return in_torch, "single layers with so many connections take less time in torch"
         times[name] = by_torch, by_kernels = known_times(net, batch_size)
         comparison = f"{by_kernels / by_torch:.2f} of torch's time ({by_kernels:.2f} of {by_torch:.2f} ms a pass)"
         if by_kernels < by_torch:
