@@ -6,6 +6,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -71,6 +72,16 @@ class BrokenEnv(ProbeEnv):
 gym.register("BrokenProbe-v0", BrokenEnv)
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
 gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_masks import copied, counts, flops_of, generator, inside, mlp, row, same, sizes, stored, train, watch
+from test_masks import copied, counts, flops_of, generator, inside, mlp, row, sizes, stored, train, watch
+from test_run import events, scalars
 
 import lab.run
 import sparse_utils as su
@@ -33,6 +35,11 @@ def random_mask(seed, shape, density):
 def layer(mask, weight=None, gradient=None, done=0.5, seed=0):
     weight = torch.zeros(mask.shape) if weight is None else weight
     return baselines.Layer(weight, gradient, mask, generator(seed), done)
+
+
+def missing(masks, others):
+    """How many connections of masks the other ones do not have."""
+    return sum(int((mask & ~others[name]).sum()) for name, mask in masks.items())
 
 
 def rules_of(method, drop="magnitude", regrow=True):
@@ -206,7 +213,7 @@ def test_a_layer_stops_when_more_than_nine_tenths_grow_back_although_there_is_ro
 # REWIRING IN RUNS
 
 REWIRINGS = [
-    ({"method": "set", "rewire_stop": 0.7}, [80]),  # not at the step where it stops
+    ({"method": "set", "rewire_stop": 0.7, "drop_criterion": "mest"}, [80]),  # not at the step where it stops
     ({"method": "rigl", "regrow": False, "prune_at": 80, "drop_criterion": "mest"}, [120]),  # nor at that of pruning
     ({"method": "cht", "prune_at": 20}, [80, 120]),  # learning comes first
     ({"method": "chts", "active_width": 14, "compute": "sparse"}, [80, 120]),
@@ -234,10 +241,21 @@ def test_counts_steps_and_fractions_of_rewirings_in_a_run(train, script, watch, 
                 count = int(fraction * int(mask.sum()))
                 assert new[key] <= count or method in ("cht", "chts")  # which move chains too
                 assert flags.get("regrow", True) or new[key] == min(count, int((~mask).sum()))
-                last = report[name]["layers"][key]["last_rewiring"]
-                assert step != steps[-1] or (last["step"], last["replaced"]) == (step, new[key])
+                part = su.active_part(masks, seen.nets[name].width)[key]
+                last = {"step": step, "replaced": new[key], "active": int(mask.sum())}
+                last |= {"blind_inputs": int((~part.any(0)).sum()), "dead_units": int((~part.any(1)).sum())}
+                assert step != steps[-1] or report[name]["layers"][key]["last_rewiring"] == last
     assert all(same(seen.masks[name], net.masks) for name, net in seen.nets.items())  # no change after the stop
-    own = {"rigl": lambda active, size: 4 * active + 2 * size}.get(method, lambda active, size: 0)
+    logged, (pruned_at,), (pruning,) = scalars(seen.folder), seen.prunings, seen.prunings.values()
+    for name, net in seen.nets.items():
+        new = [missing(now.masks[name], now.before[name]) / net.budget for now in seen.rewirings.values()]
+        lost = [missing(pruning.masks[name], now.masks[name]) / net.budget for now in seen.rewirings.values()]
+        for tag, values in (("rewired", new), ("distance", lost)) if name in rewired else ():
+            assert logged[f"sparsity/{name}_{tag}"] == [(step, pytest.approx(n)) for step, n in zip(steps, values)]
+        pictures = [picture.step for picture in events(seen.folder).Images(f"topology/{name}.fc1")]
+        assert pictures == [pruned_at, *steps[-1:] * (name in rewired)]
+    own = {"rigl": lambda active, size: 4 * active + 2 * size, "set": lambda active, size: 6 * active}
+    own = own.get(method, lambda active, size: 0)
     assert len(rewired) < 3 or seen.state["progress"]["training_flops"] == flops_of(script, seen, 1, own)
     # an evaluation at a step of a rewiring comes before it
     both = [["play"] + ["rewire"] * len(rewired) * (step in steps) for step in (0, 40, 80, 120, 160, 171)]
@@ -283,8 +301,10 @@ def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(t
         size = seen.nets[name].size
         start, end = round(flags["density_start"] * size), round(0.15 * size)
         assert sum(counts(seen.prunings[60].masks[name])) == start and sum(counts(seen.masks[name])) == end
-        for i, rewiring in enumerate(seen.rewirings.values(), 1):
+        logged = scalars(seen.folder)[f"sparsity/density_{name}.fc1"]
+        for i, (step, rewiring) in enumerate(seen.rewirings.items(), 1):
             after, before = counts(rewiring.masks[name]), counts(rewiring.before[name])
+            assert logged[i] == (step, pytest.approx(after[0] / rewiring.masks[name]["fc1"].numel()))
             assert sum(after) == round(published_density(start, end, i, 4))
             assert all(a <= b for a, b in zip(after, before, strict=True))
     if flags["method"] == "rigl":
@@ -409,10 +429,8 @@ def test_values_and_gates_are_learned_as_if_both_were_the_networks_parameters():
             n_out, n_in = own[f"{name}.weight"].shape
             k = max(1, budgets[name] / min(n_out, n_in))
             gates = (k * torch.softmax(alpha / temperature, 0)).clamp(0, 1)
-            spread = torch.stack(
-                [torch.stack([gates[(c - r) % len(gates)] for c in range(n_in)]) for r in range(n_out)]
-            )
-            found[f"{name}.weight"] = own[f"{name}.weight"] * spread
+            of = torch.tensor([[(c - r) % len(gates) for c in range(n_in)] for r in range(n_out)])
+            found[f"{name}.weight"] = own[f"{name}.weight"] * gates[of]
         return found
 
     for step in range(150):
@@ -570,6 +588,17 @@ def test_a_run_samples_by_its_flags(train):
 DECAY = {"density_start": 0.5, "sparsity": 0.85, "total_timesteps": 230, "rewire_every": 20}
 TWICE = {"density_start": 0.6, "final_prune_at": 120, "sparsity": 0.85, "total_timesteps": 200}
 REFUSED = [
+    ({"method": "rigl", "rewire_every": 0}, "--rewire-every must be positive"),
+    ({"method": "rigl", "rewire_fraction": 1.5}, "--rewire-fraction must be in [0, 1]"),
+    ({"method": "rigl", "rewire_stop": -1.0}, "--rewire-stop must be in [0, 1]"),
+    ({"method": "rigl", "rewire_every": 20, "rewire_fraction": 0.0}, "rewires nothing; raise it, or use static"),
+    ({"n_step": 0}, "--n-step must be positive"),
+    ({"n_step": 3, "n_step_from": 160}, "--n-step-from must be at least 0 and below the end of training"),
+    ({"recent_fraction": 1.0}, "--recent-fraction must be at least 0 and below 1"),
+    ({"recent_fraction": 0.01}, "of --batch-size 32 is no transition; raise one"),
+    ({"recent_fraction": 0.5, "recent_size": 160}, "is all that the buffer ever holds; choose a smaller one"),
+    ({"lr_cycles": 101}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 101"),
+    ({"final_prune_at": 100}, "--final-prune-at is the end of a --density-start; set both or neither"),
     ({"method": "rigl", "density_start": 1.0}, "must be above 0 and below 1, got 1.0"),
     ({"method": "rigl", **DECAY, "density_start": 0.1}, "choose one above the"),
     ({"method": "rigl", **DECAY, "density_start": 0.9, "active_width": 12}, "that its active neurons can have"),

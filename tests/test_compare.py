@@ -300,7 +300,9 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
             make(factor * value, method=method, criterion=criterion)
     table = comparison(against="rigl snip")["returns"].set_index("arm")
     assert table.difference["tar random+er"] == 3 - 12 and table.against["rigl snip+er"] == "none: it is the reference"
-    chosen = comparison(against="dense", arm=("tar random+er",))["returns"]
+    make(7, env_id="B-v1")
+    assert {*comparison(env_id=("A-v1",))["returns"].environment} == {"A-v1"}
+    chosen = comparison(against="dense", arm=("tar random+er",), env_id=("A-v1",))["returns"]
     assert list(chosen.arm) == ["dense", "tar random+er"] and set(chosen.against[1:]) == {"dense"}
     monkeypatch.setattr(sparse_utils, "CONTROLS", {"rigl": "a control of the reader"})
     assert comparison()["returns"].set_index("arm").against["tar snip+er"] == "rigl snip+er"
@@ -484,6 +486,10 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     assert [list(patch.get_data().values) for patch in inputs.patches] == [[2, 1, 0], [2, 2, 1]]
     assert [list(patch.get_data().values) for patch in outputs.patches] == [[2, 1], [3, 2]]
     assert outputs.get_ylim()[1] > 3  # all of it is seen
+    every = {"fc1": torch.ones(2, 3).bool(), "fc2": torch.tensor([[True, False]])}
+    torch.save({"qf1": {"static": masks, "masks": every}}, (other := make(5, seed=2)) / "masks.pt")
+    comparison(masks_of=other.name)
+    assert drawn["masks_qf1.png"].axes[1].images[0].get_array().tolist() == [[1, 1, 2], [1, 1, 1]]
     assert all(tick == round(tick) for axes in second for tick in [*axes.get_yticks(), *axes.get_xticks()])
 
 

@@ -2,9 +2,12 @@
 
 import difflib
 import random
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,6 +36,10 @@ def test_each_transition_is_stored_as_it_happened(run, script, monkeypatch):
     monkeypatch.setattr(ReplayBuffer, "add", lambda rb, *t: stored.append(t) or add(rb, *t))
     one = lambda actor, x: acted.extend(x.tolist() if len(x) == 1 else []) or act(actor, x)  # noqa: E731
     monkeypatch.setattr(script.Actor, "forward", one)
+    explored, name = [], "get_action" if script is sac_tar else "add_noise"
+    explore = getattr(script.Actor, name)
+    noisy = lambda actor, x, *std: explored.append((explore(actor, x, *std), *std)) or explored[-1][0]  # noqa: E731
+    monkeypatch.setattr(script.Actor, name, noisy)
     run(env_id="Probe-v0", total_timesteps=80, learning_starts=60, eval_frequency=1000, seed=3)
     episode, step = 0, 0
     for obs, next_obs, _, reward, terminated, truncated in stored:
@@ -48,6 +55,9 @@ def test_each_transition_is_stored_as_it_happened(run, script, monkeypatch):
     seen = [obs.tolist() for obs, *_ in stored[60:]]  # then the actor's, between those of the two evaluations
     first = acted.index(seen[0])
     assert acted[first : first + 20] == seen and first > 0 and len(acted) - first - 20 in (5, 7)
+    drawn = [(a[0] if script is sac_tar else a, *std) for a, *std in explored]
+    drawn = [(a[0].tolist(), *std) for a, *std in drawn if len(a) == 1]  # not those of batches
+    assert drawn == [(action.tolist(), *[0.1] * (script is td3_tar)) for action in actions[60:]]
 
 
 def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
@@ -55,6 +65,11 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
     now, at, sample, sac = [], {"polyak_update": [], "policy_loss": []}, ReplayBuffer.sample, script is sac_tar
     monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, n, step: now.append(step) or sample(rb, n, step))
+    losses, critic_losses, evaluated, play = {}, script.critic_losses, [], lab.run.play
+    monkeypatch.setattr(script, "critic_losses", lambda *a: losses.setdefault(now[-1], critic_losses(*a)))
+    monkeypatch.setattr(lab.run, "play", lambda *a: evaluated.append(1) or play(*a))
+    clock = lambda: len(now) + 1000.0 * len(evaluated)  # noqa: E731 - a second a step, a thousand an evaluation
+    monkeypatch.setattr(lab.run, "time", SimpleNamespace(perf_counter=clock, time=time.time))
     for name, steps in at.items():
         past = getattr(script, name)
         spy = lambda *arguments, past=past, steps=steps: steps.append(now[-1]) or past(*arguments)  # noqa: E731
@@ -78,7 +93,13 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     assert found["charts/episodic_return"] == found["charts/episodic_length"] == ends
     for name in ("qf1_loss", "qf_loss", "qf2_values", "actor_loss", *(["alpha", "alpha_loss"] if sac else [])):
         assert list(found[f"losses/{name}"]) == [100, 200, 249]  # every 100 steps and at the last one
-    assert list(found["charts/SPS"]) == [200, 249]  # since 20 steps after pruning
+    for step in (100, 200, 249):
+        qf1_loss, qf2_loss, qf1_values, qf2_values = losses[step]
+        values = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
+        values |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
+        for name, value in values.items():
+            assert found[f"losses/{name}"][step] == pytest.approx(value.item())
+    assert found["charts/SPS"] == {200: pytest.approx(1, abs=0.05), 249: pytest.approx(1, abs=0.05)}  # 20 steps later
     assert [list(found[tag]) for tag in found if tag.startswith("sparsity/")] == [[140]] * 12  # 3 networks, 9 layers
     inference = found["flops/inference"]
     assert inference[120] == inference[0] > 9 * inference[140] and found["flops/training"][60] == 0
@@ -95,8 +116,8 @@ def test_evaluations_are_without_noise_from_the_same_states_and_do_not_disturb_t
 def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_another(run):
     first = run(seed=5)
     random.random(), np.random.random(), torch.randn(3)
-    again, other = run(seed=5), run(seed=6)
-    assert same_weights(first, again) and not same_weights(first, other)
+    again, other = run(seed=5), run(seed=6, torch_threads=3)
+    assert torch.get_num_threads() == 3 and same_weights(first, again) and not same_weights(first, other)
     assert scalars(first) == scalars(again) != scalars(other)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,10 +42,6 @@ def sizes(masks):
 
 def copied(masks):
     return {name: mask.clone() for name, mask in masks.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def row(weights, method="tar", sparsity=0.9, **fields):
@@ -229,7 +226,11 @@ def test_a_run_prunes_once_revives_and_trains_within_the_mask(train, script, fla
         part, part_before = su.active_part(masks, net.width), su.active_part(static, net.width)
         for layer, found in report[name]["layers"].items():
             blind, dead = ([int((~m[layer].any(d)).sum()) for m in (part_before, part)] for d in (0, 1))
-            assert (found["static"], found["active"]) == (int(static[layer].sum()), int(masks[layer].sum()))
+            of_static, of_all = int(static[layer].sum()), int(masks[layer].sum())
+            size, floor = masks[layer].numel(), su.topology_floor(tuple(part[layer].shape))
+            assert (found["shape"], found["part"]) == ([*masks[layer].shape], [*part[layer].shape])
+            assert (found["floor"], found["deficit"], found["size"]) == (floor, max(0, floor - of_static), size)
+            assert (found["static"], found["revived"], found["active"]) == (of_static, of_all - of_static, of_all)
             assert (found["blind_inputs"], found["dead_units"]) == (blind, dead)
         for network in (n for n in (name, f"{name}_target") if n in pruning.before):
             trained, after, before = seen.trained[network], pruning.after[network], pruning.before[network]
@@ -264,13 +265,13 @@ def test_i4_sparsity_zero_is_dense_bit_for_bit(train, compute):
         assert all(m.all() for masks in seen.masks.values() for m in masks.values())
 
 
-def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(run, script, monkeypatch, watch):
+def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(run, monkeypatch):
     """TAR and its controls need neither: with stand-ins that do nothing, and torch's own Adam, all is as before."""
 
     def nothing(args, nets, generator):
         does = {"state_dict": dict, "begin_pruning": lambda _: args.criterion, "after_pruning": lambda _: None}
         does |= {"load_state_dict": lambda _: None, "step": lambda *_: 0}
-        return SimpleNamespace(prunings={args.prune_at: args.criterion}, **does)
+        return SimpleNamespace(prunings={args.prune_at}, **does)
 
     def finals():
         folders = [run(method=method, total_timesteps=90) for method in ("tar", "uniform", "static", "dense")]
@@ -474,14 +475,23 @@ def test_synflow_has_a_hundred_rounds_never_takes_back_and_survives_large_flows(
         kept = [torch.ones(84).bool(), *(torch.cat(rounds[i : i + 3]) for i in range(0, 300, 3))]
         assert [int(mask.sum()) for mask in kept] == [round(84 * (5 / 84) ** (i / 100)) for i in range(101)]
         assert not any((later & ~earlier).any() for earlier, later in zip(kept, kept[1:]))
+    large = row({f"fc{i}": torch.full((2, 2), 1e20) for i in range(3)})  # float32 ends at 3e38
+    found = su.synflow_scores(large.weights, {name: torch.ones(2, 2) for name in large.weights}, None, g)
+    assert all((scores > 1e60).all() and scores.isfinite().all() for scores in found.values())
     with pytest.raises(ValueError, match="chain"):
         su.static_prune(row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}), 2, "synflow", "er", g)
 
 
 @given(st.data(), st.integers(1, 20), st.integers(1, 20))
 def test_diagonals_are_whole_but_for_the_last_and_fans_are_equal_up_to_one(data, m, n):
+    """Between the active neurons of a layer."""
     keep, short, long = data.draw(st.integers(0, m * n)), min(m, n), max(m, n)
-    mask = su.static_prune(row({"fc": torch.zeros(m, n)}), keep, "diagonal", "global", generator(keep))["fc"]
+    net = row({"fc": torch.zeros(m + data.draw(st.integers(0, 5)), n), "out": torch.zeros(1, m)}, width=m)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(su.DISTRIBUTIONS, "first", lambda scores, keep: [keep, 0])
+        whole = su.static_prune(net, keep, "diagonal", "first", generator(keep))["fc"]
+    mask = whole[:m]
+    assert not whole[m:].any()
     out_of, into = mask.nonzero().T
     found = torch.bincount((into - out_of) % long, minlength=long).sort(descending=True).values
     assert found.tolist() == [min(short, max(0, keep - i * short)) for i in range(long)]

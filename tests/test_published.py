@@ -1,8 +1,10 @@
 """What the pages say in numbers is what the published grids give, and the comparisons beside them are of these runs."""
 
+import functools
 import itertools
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -21,18 +23,16 @@ PAGES = {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}
 FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=sparse", "--no-regrow": "regrow=False"}
 
 
-@pytest.fixture(scope="module")
-def grids(tmp_path_factory):
-    """The runs of each grid by algorithm and sparsity in %, as its comparison has them on a page."""
-    grids, out = {}, tmp_path_factory.mktemp("out")
-    with pytest.MonkeyPatch.context() as patch:
+@functools.cache
+def pages_of(grid):
+    """The runs of a grid by algorithm and sparsity, as its comparison has them on a page."""
+    pages = {}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as out:
         for name in ("draw_sparsities", "draw_gains"):
             patch.setattr(figures, name, lambda *args: None)
         patch.setattr(compare, "write_page", lambda *given: pages.__setitem__(given[-1].name, given[0]))
-        for grid in GRIDS:
-            pages = grids[grid] = {}
-            compare.main(compare.Args(PROJECT / "runs" / grid, out=out))
-    return grids
+        compare.main(compare.Args(PROJECT / "runs" / grid, out=Path(out)))
+    return pages
 
 
 def shown(values):
@@ -55,7 +55,7 @@ def tables(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
+def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
     """Its columns are an algorithm and a sparsity each, or base masks of one of these."""
     found = 0
     for names, rows in tables(page):
@@ -64,7 +64,7 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
         for name, *values in rows if env_id else ():
             for column, value in zip(names[1:], values, strict=True):
                 algo, sparsity = (whole or re.fullmatch(r"(\w+), (\d+)%", column)).groups()
-                group = grids[PAGES[page]][f"{algo.lower()}_tar_s{int(sparsity) / 100}"]
+                group = pages_of(PAGES[page])[f"{algo.lower()}_tar_s{int(sparsity) / 100}"]
                 arm = arm_named(name, column.strip("`")) if whole else arm_named(name)
                 final = compare.finals_of(group).get((env_id[0], arm))
                 if value:
@@ -76,10 +76,10 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(grids, page):
 
 
 @pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
-def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page, grid):
+def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
     """A mean, or a difference of two arms paired by seed, in one environment."""
     known = set()
-    for group in grids[grid].values():
+    for group in pages_of(grid).values():
         finals = compare.finals_of(group)
         known |= {shown(compare.t_interval(final.to_numpy())) for final in finals.values()}
         for one, other in itertools.permutations(finals, 2):
@@ -90,9 +90,9 @@ def test_every_interval_in_a_sentence_is_one_that_the_runs_give(grids, page, gri
     assert said and not [interval for interval in said if " ".join(interval.split()) not in known]
 
 
-def test_the_return_of_each_system_is_that_of_runs_with_its_flags(grids):
+def test_the_return_of_each_system_is_that_of_runs_with_its_flags():
     """Those of lab/systems.md: one setting, three seeds."""
-    runs, found = pd.concat(grids["systems"].values()), 0
+    runs, found = pd.concat(pages_of("systems").values()), 0
     common = "--env-id HalfCheetah-v4 --sparsity 0.9 --total-timesteps 300000 --criterion random --distribution er"
     for system, flags, value, _ in next(tables("lab/systems.md"))[1]:
         if not value:
@@ -107,9 +107,9 @@ def test_the_return_of_each_system_is_that_of_runs_with_its_flags(grids):
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_comparison_of_a_grid_is_of_its_runs(grids, grid):
+def test_the_comparison_of_a_grid_is_of_its_runs(grid):
     folder = PROJECT / "runs" / grid / "comparison"
-    for name, group in grids[grid].items():
+    for name, group in pages_of(grid).items():
         chosen = compare.references(group, None)
         returns = compare.returns_table(group, chosen)
         written = pd.read_csv(folder / f"{name}_returns.csv", dtype={"seeds": str})
@@ -117,7 +117,11 @@ def test_the_comparison_of_a_grid_is_of_its_runs(grids, grid):
         page = (folder / f"{name}.md").read_text()
         for table in (returns, compare.wins_table(group)):
             assert table.empty or compare.markdown(table) in page
-        for link in re.findall(r"\]\(([\w./]+)\)", page):
+        others = {"aggregate": compare.aggregate_table(group, chosen), "flops": compare.cost_table(group, "1e12 FLOPs")}
+        for kind, table in others.items():
+            if (file := folder / f"{name}_{kind}.csv").exists():
+                pd.testing.assert_frame_equal(pd.read_csv(file), table, check_dtype=False)
+        for link in re.findall(r"\]\(([^)\s]+)\)", page):
             assert (folder / link).exists()
 
 

@@ -109,7 +109,10 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch)
 def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys):
     run_dir = run(method="static", criterion="magnitude", distribution="global", sparsity=0.97, prune_at=70)
     sentence, out = "qf1.fc3 keeps no connection after static pruning and has 0 after revival.", capsys.readouterr().out
-    assert f"warning: {sentence}" in out and "Topology at step 70:" in out and " qf2.fc3 |" in out
+    assert f"warning: {sentence}" in out and "Topology at step 70:" in out
+    titles = "layer | shape | size | static | floor | deficit | revived | active | density | blind inputs | dead units"
+    for line in (titles, "qf2.fc3 | 1x24 | 24 | 0 | 24 | 24 | 0 | 0 | 0.0000 | 24 -> 24 | 1 -> 1"):
+        assert f"| {line} |" in re.sub(" +", " ", out)
     assert sentence.encode() in events(run_dir).Tensors("topology/warnings/text_summary")[0].tensor_proto.string_val[0]
 
 
@@ -284,7 +287,6 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ({"critic_sparsity": -0.5}, "--critic-sparsity must be at least 0 and below 1, got -0.5"),
         ({"sparsity": 0.9999999}, "--sparsity 0.9999999 keeps none of"),
         ({"reserve": 1.0}, "--reserve must be at least 0 and below 1"),
-        ({"env_id": "Hoper-v4"}, "cannot make Hoper-v4"),
         ({"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
         ({"env_id": "NeedsPackageProbe-v0"}, "rare_physics is not installed); `pip install"),
         ({"env_id": "no_such_module:Foo-v0"}, "cannot make no_such_module:Foo-v0"),
@@ -294,6 +296,8 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ({"gamma": 1.1}, "--gamma must be in [0, 1]"),
         ({"tau": 0.0}, "--tau must be above 0"),
         ({"seed": -1}, "--seed must be at least 0"),
+        ({"q_lr": 0.0}, "--q-lr must be positive"),
+        ({"autotune": False, "alpha": -0.1}, "--alpha must be at least 0"),
         ({"criterion": "snip", "prune_at": 0}, "--criterion snip needs replay data"),
         ({"active_width": 25}, "--active-width must be from 1 to --hidden-size 24, got 25"),
         ({"active_width": 6}, "--active-width 6 cannot hold"),
@@ -304,6 +308,7 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         pytest.param({"device": "cuda"}, "--device cuda needs a CUDA device", marks=CUDA),
     ],
 )
+@pytest.mark.parametrize("script", [sac_tar])
 def test_bad_input_is_one_sentence_and_leaves_no_folder(run, tmp_path, capsys, flags, sentence):
     assert sentence in refused(capsys, run, **flags)
     assert not (tmp_path / "runs").exists()
@@ -319,8 +324,7 @@ def test_weights_that_are_computed_from_others_are_refused_before_anything_is_wr
 
     monkeypatch.setattr(script, "QNetwork", Normalized)
     sentence = "the weight of fc2 is computed from others, as by weight_norm, and cannot be trained here"
-    for compute in ("auto", "masked", "sparse"):
-        assert sentence in refused(capsys, run, compute=compute)
+    assert sentence in refused(capsys, run)
     assert sentence in refused(capsys, run, method="tar", critic_method="dense")
     assert not (tmp_path / "runs").exists()
 
@@ -406,8 +410,8 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(run, script, monkeypa
     made, network = [], script.QNetwork.__init__
     monkeypatch.setattr(script.QNetwork, "__init__", lambda net, *a: network(net, *a) or made.append(net))
     monkeypatch.setattr(ReplayBuffer, "add", spoil)
-    message = refused(capsys, run, code=1, env_id="Short-v0", checkpoint_frequency=10, sparsity=0.0)
-    assert "of qf1 is not finite at step 80" in message or "the action at step" in message
+    flags = {"env_id": "Short-v0", "checkpoint_frequency": 10, "sparsity": 0.0, "policy_frequency": 99}
+    assert "a weight of qf1 is not finite at step 80" in refused(capsys, run, code=1, **flags)
     (path,) = (tmp_path / "runs").glob("*/checkpoint.pt")
     saved = load(path)
     assert saved["global_step"] == 70 and all(t.isfinite().all() for t in saved["qf1"].values())
