@@ -198,7 +198,7 @@ class Rule(NamedTuple):
     scores: Callable
     uses_loss: bool = False  # whether it reads the network's own loss (in rewiring: the gradient); if not, it gets None
     rounds: int = 1  # pruning: rounds of scoring the remaining connections and pruning further; 1 if it uses the loss
-    drop: str = "magnitude"  # growth: the default of --drop-criterion, as in the paper of the rule
+    drop: str = "magnitude"  # growth: the default of --drop-criterion
     by_topology: bool = False  # growth: drop connections of neurons without inputs or outputs; stop in settled layers
 
 

@@ -30,7 +30,8 @@ EARLY_STOP = 0.9  # fraction of the grown connections that were just dropped, ab
 def ch_scores(mask: Tensor) -> Tensor:
     """CH2-L3n of each unconnected pair of an output and an input, 0 elsewhere: float64, of shape (n_out, n_in). The
     neurons on paths of three connections between the two are their local community. The score sums over these neurons
-    (1 + connections to the community) / (1 + connections to all but community and pair) (Muscoloni et al. 2022)."""
+    (1 + connections to the community) / (1 + connections to all but community and pair) (Zhang et al. 2025, after
+    Muscoloni et al. 2022)."""
 
     def by_community(m: Tensor) -> Tensor:  # the sum over those neurons of the community that are rows of m
         common = m @ m.T  # [i, j]: connections of row j inside the community of i and any other neighbour of j
@@ -143,7 +144,7 @@ def sample(odds: Tensor, layer: Layer) -> Tensor:
 
 
 def soft_worth(layer: Layer) -> Tensor:
-    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025)."""
+    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025, in its code of MLPs)."""
     return sample(layer.weight.abs().double() ** (1 + 2 * layer.done), layer)
 
 
@@ -171,7 +172,7 @@ def rigl_growth(layer: Layer) -> Tensor:
 
 
 def cht_growth(layer: Layer) -> Tensor:
-    """As set, but grow where Cannistraci-Hebb scores (CH2-L3n) are highest (CHT, Zhang et al. 2024)."""
+    """As set, but grow where Cannistraci-Hebb scores are highest (CHT, Zhang et al. 2024; here CH2-L3n)."""
     return ch_places(layer.weight, layer.mask, layer.generator)
 
 
@@ -230,7 +231,7 @@ class Flags:
 
 
 def usual_drop(methods: set[str]) -> str | None:
-    """The drop criterion of these methods in their sources; None if they have different ones or none."""
+    """The drop criterion that these methods have by default; None if they have different ones or none."""
     usual = {GROWTHS[method].drop for method in methods & GROWTHS.keys()}
     return usual.pop() if len(usual) == 1 else None
 

@@ -186,7 +186,8 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
     """The arm with which each arm is compared: `against`, or a control, whose pruned networks have methods of CONTROLS,
     on the same base mask (on the only one if the arm has none). Of several it is the one with fewest different flags,
-    then the fewest words in its name, then most runs in common. A control is compared with one of fewer words."""
+    then the fewest words in its name, then most runs in common, then the first by name. A control is compared with one
+    of fewer words."""
     arms = runs.drop_duplicates("arm").set_index("arm")
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
@@ -304,13 +305,16 @@ that under `against` (Agarwal et al. 2021), has no interval below five seeds, no
 only seeds that were run. Lines are means, thin lines seeds (from six on: a shade, their 95% t interval), light grey
 lines other methods."""),
     "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
-in % of dense, with a 95% stratified bootstrap interval, too narrow at few seeds; and the mean of P(better)."""),
+in % of dense, with a 95% stratified bootstrap interval, too narrow at few seeds and since the mean of dense is fixed;
+and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
 counting half, mean over the environments in which both have runs (a star: not all; none: there is none)."""),
-    "time": ("Return against time", "time", """After as many minutes as the fastest run in the environment took (upright
-line), evaluations included, pauses not; among the runs of the processor that made most of them."""),
-    "flops": ("Return against training FLOPs", "flops", """After as many floating-point operations of training as the
-cheapest run in the environment took (upright line). Pruned weights are not counted."""),
+    "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
+fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
+that made most of them."""),
+    "flops": ("Return against training FLOPs", "flops", """Interpolated between two evaluations, after as many
+floating-point operations of training as the cheapest run in the environment took (upright line). Pruned weights are not
+counted."""),
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
 
 @pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
 def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
-    """A mean, or a difference of two arms paired by seed, in one environment."""
+    """A mean, or a difference of two arms paired by seed, in one environment; of all seeds or of the first three."""
     known = set()
     for group in pages_of(grid).values():
         finals = compare.finals_of(group)
@@ -85,7 +85,7 @@ def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
         for one, other in itertools.permutations(finals, 2):
             if one[0] == other[0]:
                 difference = (finals[one] - finals[other]).dropna().to_numpy()
-                known.add(shown(compare.t_interval(difference)))
+                known |= {shown(compare.t_interval(values)) for values in (difference, difference[:3])}
     said = re.findall(r"-?\d+\s\[-?\d+,\s-?\d+\]", (PROJECT / page).read_text())
     assert said and not [interval for interval in said if " ".join(interval.split()) not in known]
 
