@@ -849,6 +849,9 @@ def main(arguments: type, train: Callable) -> None:
     script = Path(module.__file__)
     if inspect.currentframe().f_back.f_globals["__name__"] != train.__module__:
         fail(f"`train` comes from {script.name}, so the record would miss this script; edit a copy of {script.name}")
+    # --help, config.json and TensorBoard's table begin with the script's own flags
+    order = sorted(fields(arguments), key=lambda flag: flag.name not in inspect.get_annotations(arguments))
+    arguments.__dataclass_fields__ = {flag.name: flag for flag in order}
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
     if args.evaluate is not None or args.resume is not None:
         saved = saved_args(arguments, args, script)

@@ -218,6 +218,7 @@ def test_every_rule_acts_and_help_tells_of_it(tmp_path):
 
     added = {(place, name): code for _, place, name, code in snippets()}
     text = re.sub(r"[\s│]+", " ", python(tmp_path, "td3_tar.py", "--help"))
+    assert text.index("--env-id STR") < text.index("--method {") < text.index("--runs-dir STR")  # its own flags first
     for name in ("CRITERIA", "DISTRIBUTIONS", "REVIVALS", "DROPS", "GROWTHS"):
         rule = re.search(r'"(\w+)": ', added["in", name])[1]
         sentence = re.search(r'"""(.*)\."""', added["before", name])[1]
