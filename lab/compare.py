@@ -394,9 +394,8 @@ def main(args: Args) -> None:
         runs, notes, against = read(folder, args)
     out = args.out or folder / "comparison"
     out.mkdir(parents=True, exist_ok=True)
-    styles = figures.styles_of(runs)
     for algo, of_algo in runs.groupby("algo"):
-        sparse, gains = of_algo[~of_algo.dense], []
+        styles, sparse, gains = figures.styles_of(of_algo), of_algo[~of_algo.dense], []
         sparsities = sorted(set(sparse.sparsity)) or [0.0]
         if len(sparsities) > 1:
             figures.draw_sparsities(of_algo, styles, out / f"{algo}_sparsity.png")

@@ -448,6 +448,17 @@ def test_a_figure_has_thin_lines_shades_or_small_axes(make, comparison, drawn):
     assert all(len(axes.get_legend_handles_labels()[1]) == 1 and len(axes.get_lines()) >= 7 for axes in small)
 
 
+def test_the_colours_of_a_page_begin_anew_with_each_algorithm(make, comparison, drawn):
+    for method in ("rigl", "set", "static", "tar"):
+        config = make(100, method=method, script="sac_tar", alpha=0.2) / "config.json"
+        config.write_text(config.read_text().replace("policy_noise", "autotune"))
+    for method in ("static", "tar"):
+        make(100, method=method)
+    comparison()
+    (axes,) = drawn["td3_tar_s0.9_curves.png"].axes
+    assert {line.get_color() for line in axes.get_lines()} == {*figures.COLOURS[:2]}
+
+
 def test_sparsities_stay_apart_and_bars_inside_the_axes(make, comparison, drawn):
     for sparsity, seed, i in itertools.product((0.9, 0.95), (1, 2), range(1, 13)):
         make(1000 * i * seed, sparsity=sparsity, seed=seed, reserve=i / 100)
