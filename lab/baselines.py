@@ -363,7 +363,8 @@ def rewire_layers(
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
     that were inactive before. Ties go to the lower index. A layer where cht or chts has settled joins `stopped`.
-    A layer that is to be full drops nothing: it would regrow everything, while other layers lost connections by it."""
+    A layer that is to be full drops nothing: it would regrow all of it, but neurons that it had cut off meanwhile would
+    have lost their connections in other layers."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()

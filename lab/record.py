@@ -149,6 +149,11 @@ def hyperparameters(settings: dict, first: dict, metrics: Sequence[str]) -> list
     return [Summary(value=[Summary.Value(tag=metadata.EXPERIMENT_TAG, metadata=about)]), *hparams(values, {})[1:]]
 
 
+def both_methods(args: dict) -> str:
+    """The method of a run as TensorBoard shows it: <actor's>+<critics'> where these differ."""
+    return "+".join(dict.fromkeys([args["method"], args["critic_method"]]))
+
+
 # CODE
 
 

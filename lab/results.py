@@ -87,7 +87,7 @@ def write_events(runs: pd.DataFrame, folder: Path) -> None:
     metrics = ["eval/final_return", TAGS["return"], TAGS["flops"]]
     for run in runs.itertuples():
         first = {name: getattr(run, name) for name in ("base", "env_id", "seed", "sparsity")}
-        first["method"] = "+".join(dict.fromkeys([run.args["method"], run.args["critic_method"]]))
+        first["method"] = record.both_methods(run.args)
         own = {n: str(value) if n in words and value is not None else value for n, value in run.settings.items()}
         settings = dict.fromkeys(names) | {"arm": run.arm, "script": run.script, "code": run.code} | own
         events = [Event(wall_time=run.began, file_version="brain.Event:2")]

@@ -745,7 +745,7 @@ class Run:
         first = {
             "base": "+".join(filter(None, (settings["criterion"], settings["distribution"]))),
             "env_id": given["env_id"],
-            "method": "+".join(dict.fromkeys([given["method"], given["critic_method"]])),
+            "method": record.both_methods(given),
             "seed": given["seed"],
             "sparsity": max(given["sparsity"], given["critic_sparsity"]),
         }

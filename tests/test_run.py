@@ -103,7 +103,9 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch)
             assert logged[f"sparsity/density_{name}.{layer}"] == [(60, density)]
     texts = {tag: log.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in log.Tags()["tensors"]}
     assert "|hidden_size|24|" in texts["hyperparameters/text_summary"]
-    assert texts["topology/revival/text_summary"] == topology.topology_table(report)
+    assert texts["topology/revival/text_summary"] == (table := topology.topology_table(report))
+    blind, read = max(row["blind_inputs"] for network in report.values() for row in network["layers"].values())
+    assert blind > read and f"| {blind} -> {read} |" in re.sub(" +", " ", table)
 
 
 def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys):
