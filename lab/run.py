@@ -495,7 +495,10 @@ class Run:
         if self.checkpoint is None:
             self.log_args(now["code"])
         of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
-        if alone := [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]:
+        alone = [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]
+        mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (env, self.eval_env))
+        alone += [f"{n}={v}" for n, v in mine.items() if n != "render_mode" and str(there.get(n)) != str(v)]
+        if alone:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
         if names := [kind.__name__ for kind in of_evaluation if issubclass(kind, REWARD_WRAPPERS)]:
@@ -636,13 +639,19 @@ class Run:
     def in_kernels(self) -> list[str]:
         return [name for name, net in self.nets.items() if net.in_kernels]
 
-    def check_weights(self, global_step: int) -> None:
-        """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
+    def not_finite(self) -> str | None:
+        """The first part of `state` with a weight that is not finite, or None."""
         for name, part in self.state.items():
             params = part.parameters() if isinstance(part, nn.Module) else ()
             # trained parameters alone: the logarithm of a fixed alpha of 0 is infinite
             if not all(param.isfinite().all() for param in params if param.requires_grad):
-                self.diverged(f"a weight of {name} is not finite at step {global_step}")
+                return name
+        return None
+
+    def check_weights(self, global_step: int) -> None:
+        """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
+        if name := self.not_finite():
+            self.diverged(f"a weight of {name} is not finite at step {global_step}")
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
@@ -693,6 +702,8 @@ class Run:
             put_back(mine, {name: saved[name] for name in mine})
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
+        if name := self.not_finite():
+            fail(f"{name} in {path} is not finite, as the logarithm of --alpha 0 is, so load another agent")
 
     def load_policy(self) -> dict:
         """Read agent, masks and statistics from the file that --evaluate names. Returns the content of the file."""

@@ -649,6 +649,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
+    wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
     of_mean = MEAN.partition("    def state_dict")[0]
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
@@ -659,7 +660,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
-    assert "warning: nothing prunes average, with layers" in out and "warning: evaluations do without Transform" in out
+    assert "warning: nothing prunes average, with layers" in out
+    assert "warning: evaluations do without TransformReward, healthy_reward=2, which is in training alone" in out
     again(mine, run_dir, total_timesteps=90)
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
@@ -848,7 +850,11 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     saved, other = finished[sac_tar], finished[td3_tar]
     small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
     digest = hashlib.sha256((saved / "final.pt").read_bytes()).hexdigest()[:12]
+    without_entropy = torch.load(saved / "final.pt", weights_only=True)
+    without_entropy["entropy"]["log_alpha"] = torch.tensor([-torch.inf])
+    torch.save(without_entropy, tmp_path / "final.pt")
     for flags, sentence in [
+        ({"load": f"{tmp_path / 'final.pt'}", "hidden_size": 16}, "is not finite, as the logarithm of --alpha 0 is"),
         ({"load": f"{saved}"}, "is not of the shape of this one"),  # 16 neurons against 256
         ({"load": f"{saved}", "hidden_size": 16, "env_id": "MountainCarContinuous-v0"}, "is not of the shape"),
         ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, entropy"),
