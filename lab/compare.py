@@ -6,7 +6,7 @@ python lab/compare.py runs --publish runs/mine               # add the runs to a
 python lab/compare.py runs/published --events /tmp/events    # event files of published runs, for TensorBoard
 
 Runs with the same algorithm and flags form one arm; they differ only in seed and environment. Its name is the method,
-the base mask (criterion+distribution), and every flag in which it differs from other arms of that method.
+the base mask (criterion+distribution), and every flag in which runs of one method in one environment differ.
 """
 
 import itertools
@@ -104,6 +104,7 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     for _, of_algo in runs.groupby("algo"):
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
+        differ |= {"code"} if of_algo.code.nunique() > 1 else set()  # with --separate-code a setting
         for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
@@ -186,9 +187,14 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
     """The arm with which each arm is compared: `against`, or a control, whose pruned networks have methods of CONTROLS,
     on the same base mask (on the only one if the arm has none). Of several it is the one with fewest different flags,
-    then the fewest words in its name, then most runs in common, then the first by name. A control is compared with one
-    of fewer words."""
+    where another script or other unpruned networks count as one, then the fewest words in its name, then most runs in
+    common, then the first by name. A control is compared with one of fewer words."""
     arms = runs.drop_duplicates("arm").set_index("arm")
+
+    def kind(arm: pd.Series) -> list[str]:
+        """Its script, and which of its networks are not pruned, and how."""
+        return [arm.script, *({arm.args[name]} & sparse_utils.UNPRUNED.keys() for name in ("method", "critic_method"))]
+
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
     controls = arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in arms.pruned]]
@@ -198,7 +204,7 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
         words = len(name.split())
         if same_base and (arm not in controls.index or words < len(arm.split())):
             apart = {"method", "critic_method"} if own.base else IN_EVERY_NAME  # an unpruned one has another sparsity
-            unlike = len({*differing([own.settings, control.settings])} - apart)
+            unlike = len({*differing([own.settings, control.settings])} - apart) + (kind(own) != kind(control))
             ranks.setdefault(arm, []).append((unlike, words, -len(cells[arm] & cells[name]), name))
     return {arm: min(found)[-1] for arm, found in ranks.items()}
 
@@ -368,6 +374,9 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
     runs = read_runs(folder, notes, args.separate_code)
     arms = arms_of(runs)
     named = {t: [t] if t in arms else [arm for arm in arms if t in arm] for t in {args.against, *args.arm} - {None}}
+    if unknown := [t for t in args.arm if not named[t]] + sorted({*args.env_id} - {*runs.env_id}):
+        where = f"the arms are: {', '.join(arms)}; the environments: {', '.join(sorted({*runs.env_id}))}"
+        fail(f"there is no finished run of {unknown[0]}; {where}")
     against = named.get(args.against, [None])
     if len(against) != 1:
         fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
@@ -377,6 +386,8 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
 
 
 def main(args: Args) -> None:
+    if args.publish and args.events:
+        fail("--publish and --events cannot stand in one command; publish first")
     for flag, folder in (("--publish", args.publish), ("--events", args.events)):
         if folder and folder.resolve() == args.folder.resolve():
             fail(f"{flag} needs another folder than that of the runs")
@@ -384,7 +395,7 @@ def main(args: Args) -> None:
     runs, notes, against = read(args.folder, args)
     if args.events:
         return results.write_events(runs, args.events)
-    asked = [path for path in runs.path if args.masks_of in (None, path.name)]
+    asked = [path for path in runs.path if Path(args.masks_of or path).name == path.name]
     drawn, masks = next(((path.name, masks) for path in asked if (masks := results.masks_of(path))), ("", {}))
     if args.masks_of and not masks:
         fail(f"--masks-of {args.masks_of} is no finished run here with a masks.pt in which connections were revived")

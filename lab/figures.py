@@ -18,7 +18,7 @@ from lab.topology import MASK_COLOURS
 # by turns; colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and most also in grey
 COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
-MARKERS = "os^Dv*P"
+MARKERS = "os^Dv*"  # fewer than colours, so that a pair of both comes again late
 THIN_LINES = 5  # up to so many seeds are drawn each, the interval of more as a shade
 MANY_ARMS = 6  # in a panel with more, only means are drawn
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False}
@@ -53,7 +53,7 @@ def panels(runs: pd.DataFrame, split: bool = False):
         part = runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]
         if split and part.arm.nunique() > MANY_ARMS:
             cells += [(f"{env_id}\n{' '.join(k).strip()}", own, part) for k, own in part.groupby(["method", "base"])]
-        else:
+        elif len(part):
             cells.append((f"{env_id}\n{base}".strip(), part, part))
     columns = min(len(cells), 2 if len(cells) < 7 else 4)
     rows = -(-len(cells) // columns)

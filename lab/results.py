@@ -70,13 +70,14 @@ def publish(results: Iterable[dict], grid: Path) -> None:
         tables = [table[table.run != name] for table in tables] + [result["evaluations"].assign(run=name)]
         runs[name] = {key: result[key] for key in ("script", "args", "segments", "began", "topology")}
         runs[name]["args"] = dict(sorted(record.identity(result["args"]).items()))
-    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
     grid.mkdir(parents=True, exist_ok=True)
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     table = pd.concat(tables).sort_values(["run", "step"], kind="stable")
     for name in TAGS:
         table[name] = ["" if np.isnan(x) else str(np.float32(x)).removesuffix(".0") for x in table[name]]
     table[["run", *COLUMNS]].to_csv(grid / "evaluations.csv", index=False)
+    # the last, so that a grid whose writing was interrupted has no run without evaluations
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def write_events(runs: pd.DataFrame, folder: Path) -> None:

@@ -112,7 +112,7 @@ def machine_in_a_sentence() -> Iterator[None]:
         why = next(iter(str(error).splitlines()), "")
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
             raise
-        fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size")
+        fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size", code=1)
 
 
 def read_tensors(path: Path) -> object:
@@ -140,7 +140,7 @@ def claim(run_dir: Path) -> None:
 
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        fail(f"another process is running {run_dir}; let it end or stop it first")
+        fail(f"another process is running {run_dir}; let it end or stop it first", code=os.EX_TEMPFAIL)
     except (ImportError, OSError):
         os.close(lock)
 

@@ -67,6 +67,7 @@ class Args:
 
 AXES = ("env_id", "method", "criterion", "distribution", "sparsity", "seed")
 BAD_INPUT = 2  # the exit code of a run that refuses its flags, which it would do again
+WAIT = 60  # seconds until a run that another process trains is looked at again
 GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run ends its episode and writes its checkpoint
 # asks the kernel for SIGTERM when the parent dies (PR_SET_PDEATHSIG is 1), then becomes the script
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
@@ -137,6 +138,7 @@ class Run:
     args: dict  # the settled flags that make it this run
     defaults: dict  # a run that is older than a flag had its default
     code: str | None  # None: any
+    may_change: list[str]  # words that a resumed run is given too
 
     def recorded(self, found: Iterable[tuple[Path, dict]]) -> Iterator[tuple[Path, dict, bool]]:
         """Those of the runs found that have this script and these flags, and whether they count by their code."""
@@ -150,7 +152,7 @@ class Run:
         if any(is_finished(*one) for one in mine):
             return None
         newest = max((p for d, _ in mine for p in d.glob("checkpoint.pt")), key=os.path.getmtime, default=None)
-        return [self.command[0], "--resume", str(newest.parent)] if newest else self.command
+        return [self.command[0], "--resume", str(newest.parent), *self.may_change] if newest else self.command
 
 
 def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
@@ -217,13 +219,13 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             idle |= {"sparsity"} if {run_args.method, run_args.critic_method} == {"dense"} else set()
             own = {name: value for name, value in own.items() if name not in idle}
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
-            shown = what | {"load": (what.get("load") or "None")[-13:]}  # of a file, @ and its hash alone
-            parts = [str(what[n]) for n in AXES if n not in idle] + [f"{n}={shown[n]}" for n in axes if n not in idle]
+            parts = [str(what[name]) for name in AXES if name not in idle]
             name = "__".join([script.path.stem, *parts, digest]).replace("/", "-")
             log = Path(args.runs_dir, "sweep_logs", f"{name}.log")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
             code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
-            runs[log] = Run(log, command, what, script.defaults, code)
+            may_change = {name: getattr(run_args, name) for name in sorted(passed & NOT_OF_THE_RESULT)}
+            runs[log] = Run(log, command, what, script.defaults, code, command_line(may_change))
     return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
 
 
@@ -241,6 +243,8 @@ def is_running(log: Path) -> bool:
 
 def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
     """Run a script that writes to the log and so shares its lock. Returns its exit code and last line of output."""
+    log.write(f"{shlex.join(['python', *command])}\n".encode())
+    log.flush()
     start = log.seek(0, os.SEEK_END)
     words = [sys.executable, "-c", DIE_WITH_PARENT, sys.executable, "-u", *command]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -277,6 +281,9 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
                 return "failed", why, resumed
             resumed |= command != run.command
             code, line = attempt(command, log)
+            if code == os.EX_TEMPFAIL:
+                time.sleep(WAIT)
+                return "busy", line, False
             why = f"exit code {code}: {line}" if code else why
             retries -= 1
         return "done", why, resumed
@@ -302,7 +309,7 @@ def start_ray(args: Args) -> ModuleType:
     except ImportError:
         fail("a sweep needs Ray; `pip install -r lab/requirements.txt`, or see its commands with --dry-run")
     except (OSError, RuntimeError, ValueError) as error:
-        fail(f"Ray does not start ({error}); see that --ray-address is that of a running cluster")
+        fail(f"Ray does not start ({error}); see that --ray-address, if given, is that of a running cluster")
     return ray
 
 
@@ -312,7 +319,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
     (Path(args.runs_dir) / "sweep_logs").mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     task = ray.remote(num_cpus=1, max_retries=-1)(execute)  # Ray moves the run of a lost node to another one
-    before, began, done, failures, shown = total - len(todo), time.monotonic(), 0, {}, None
+    before, began, done, failures, waits, shown = total - len(todo), time.monotonic(), 0, {}, set(), None
     submit = functools.partial(task.remote, runs_dir=args.runs_dir, retries=args.retries, folder=os.getcwd())
     tasks = {submit(run): run for run in todo}
     try:
@@ -326,6 +333,9 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
                 if resumed:
                     print(f"resumed from its checkpoint{why and f' after {why}'} ({run.log})", flush=True)
                 if outcome == "busy":
+                    if why and run.log not in waits:
+                        print(f"tried again every minute: {why} ({run.log})", flush=True)
+                        waits.add(run.log)
                     tasks[submit(run)] = run
                 elif outcome == "done":
                     done += 1
@@ -367,6 +377,9 @@ def main() -> int:
         holds = getattr(args, name) is None or any(configs(Path(getattr(args, name))))
         rules[name] = (holds, "a folder of runs, each a folder with a config.json or an entry of its runs.json")
     require(args, rules)
+    of_a_grid = ("env_id", "method", "base", "sparsity", "seeds", "first_seed", "total_timesteps")
+    if args.like and (given := [name for name in of_a_grid if getattr(args, name) != getattr(Args, name)]):
+        fail(f"--{given[0].replace('_', '-')} is of a grid, and with --like each run has the value that it records")
     runs, found = plan(args, flags), list(configs(Path(args.runs_dir)))
     if args.published:
         found += [one for one in configs(Path(args.published)) if is_finished(*one)]

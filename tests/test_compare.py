@@ -274,6 +274,10 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     copy = arms(algo="my_td3+td3_tar")
     assert copy == {"static random+er td3_tar": 3, "tar random+er my_td3": 8, "tar random+er td3_tar": 5}
     assert arms(algo="sac_tar") == {"tar random+er": 7}
+    make(3, method="static", script="my_td3")  # each script's own control
+    against = arms("against", algo="my_td3+td3_tar")
+    for script in ("my_td3", "td3_tar"):
+        assert against[f"tar random+er {script}"] == f"static random+er {script}"
 
 
 def test_the_control_differs_in_the_fewest_flags_and_then_has_the_shortest_name(make, arms):
@@ -282,12 +286,15 @@ def test_the_control_differs_in_the_fewest_flags_and_then_has_the_shortest_name(
         make(2, method="tar", **flags)
     for method in ("dense", "tiny", "rigl"):
         make(2, method=method)
-    make(2, method="static", critic_method="rigl")
+    for method, critic_method in (("static", "rigl"), ("static", "tiny"), ("tar", "tiny"), ("rigl", "tiny")):
+        make(2, method=method, critic_method=critic_method)
     against = {arm.replace(" random+er", ""): other for arm, other in arms("against").items()}
     assert against.pop("static") == "none: it is the reference"
-    others = ("static init=sparse", "static critic dense", "static critic rigl", "tar", "rigl", "dense", "tiny")
+    others = ["tar", "rigl", "dense", "tiny", "static init=sparse"]
+    others += [f"static critic {method}" for method in ("dense", "rigl", "tiny")]
     assert against == dict.fromkeys(others, "static random+er") | {
-        "tar init=sparse": "static random+er init=sparse", "tar critic dense": "static random+er critic dense"
+        "tar init=sparse": "static random+er init=sparse", "tar critic dense": "static random+er critic dense",
+        "tar critic tiny": "static random+er critic tiny", "rigl critic tiny": "static random+er critic tiny",
     }  # fmt: skip
     make(3, criterion="snip")
     against = arms("against")
@@ -370,7 +377,15 @@ def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arm
     }  # fmt: skip
 
 
-def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(make, comparison, tmp_path, capsys):
+def test_code_that_differs_between_environments_alone_is_separated_too(make, arms):
+    for env_id, edit in (("A-v1", "1"), ("B-v1", "2")):
+        make(5, env_id, segments=[{"code": 12 * edit}])
+    assert arms(separate_code=True) == {f"tar random+er code={7 * edit}": 5 for edit in "12"}
+
+
+def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
+    make, comparison, tmp_path, capsys, monkeypatch
+):
     for seed, value in enumerate([100 / 3, 1e-7, 123456.79, 0.1]):
         make(value, method="static", seed=seed, segments=[{"code": None}] if seed == 1 else [{}, {"from_step": 500}])
     run, published = make(7, steps=[0, 500, 500, 1000]), tmp_path / "published"
@@ -395,6 +410,12 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     assert json.loads((published / "runs.json").read_text()).items() > runs.items()
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
+    runs = (published / "runs.json").read_text()
+    make(9, seed=3)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: (tmp_path / "full disk" / "a").touch())
+    with pytest.raises(OSError):
+        comparison(publish=published)
+    assert (published / "runs.json").read_text() == runs  # no run without its evaluations
 
 
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):
@@ -471,6 +492,15 @@ def test_sparsities_stay_apart_and_bars_inside_the_axes(make, comparison, drawn)
             assert axes.get_ylim()[0] <= segment[:, 1].min() and segment[:, 1].max() <= axes.get_ylim()[1]
 
 
+def test_a_base_mask_that_one_environment_lacks_has_no_axes_there(make, comparison, drawn):
+    for sparsity in (0.9, 0.95):
+        make(100, "A-v1", sparsity=sparsity)
+        make(200, "B-v1", sparsity=sparsity, criterion="snip")
+    comparison()
+    for name in ("td3_tar_s0.9_curves.png", "td3_tar_sparsity.png"):
+        assert [axes.get_title() for axes in drawn[name].axes] == ["A-v1\nrandom+er", "B-v1\nsnip+er"]
+
+
 def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comparison, drawn):
     for base, seed, cut in (("er", 1, (0, 0)), ("er", 2, (1, 0)), ("global", 1, (4, 1))):
         make(1000, method="static", seed=seed, distribution=base, cut=(4, 6))
@@ -499,7 +529,7 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     assert outputs.get_ylim()[1] > 3  # all of it is seen
     every = {"fc1": torch.ones(2, 3).bool(), "fc2": torch.tensor([[True, False]])}
     torch.save({"qf1": {"static": masks, "masks": every}}, (other := make(5, seed=2)) / "masks.pt")
-    comparison(masks_of=other.name)
+    comparison(masks_of=f"runs/{other.name}/")
     assert drawn["masks_qf1.png"].axes[1].images[0].get_array().tolist() == [[1, 1, 2], [1, 1, 1]]
     assert all(tick == round(tick) for axes in second for tick in [*axes.get_yticks(), *axes.get_xticks()])
 
@@ -509,7 +539,9 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     ({"masks_of": "nothing"}, "--masks-of nothing is no finished run here with a masks.pt"),
     ({"publish": Path("runs")}, "--publish needs another folder"),
     ({"against": "random"}, "--against random is not one arm; there are: static random+er, tar random+er"),
-    ({"arm": ("rigl",)}, "no such run; the arms are: static random+er, tar random+er"),
+    ({"arm": ("tar", "riggl")}, "there is no finished run of riggl; the arms are: static random+er, tar random+er"),
+    ({"env_id": ("A-v1", "B-v1")}, "there is no finished run of B-v1; the arms are: static random+er, tar random+er"),
+    ({"publish": Path("a"), "events": Path("b")}, "--publish and --events cannot stand in one command"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_writes_nothing(make, tmp_path, capsys, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)

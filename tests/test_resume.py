@@ -256,7 +256,7 @@ def test_signals_and_locks_of_processes(tmp_path, capsys):
     assert process.wait() == 143 and "stopped at once; go on" in process.stdout.read()
 
     run_dir, process = wait_for("sac_tar/*/masks.pt", processes[SAC]), processes[SAC]
-    assert f"another process is running {run_dir}; let" in refused(capsys, again, sac_tar, run_dir)
+    assert f"another process is running {run_dir}; let" in refused(capsys, again, sac_tar, run_dir, code=75)
     process.terminate()
     out, err = process.communicate()
     assert process.returncode == 143, err

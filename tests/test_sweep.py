@@ -152,10 +152,10 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
     more = [f"{tune}{critic}" for tune in ("--autotune", "--no-autotune") for critic in ("", " --critic-method set")]
     expected = [f"{method} {rest} --torch-threads 1{reserve} {words}" for method, reserve in arms for words in more]
     assert commands(text) == [f"--env-id E --method {words}" for words in expected]
-    run = one(vary=("reserve=0.30", "critic_method=set"))
-    assert run.log.name.startswith(
-        "sac_tar__Pendulum-v1__tar__magnitude__global__0.9__1__reserve=0.3__critic_method=set__"
-    )
+    # one run has one log, and so one lock, in every sweep
+    run, of_more = one(), sweep.plan(sweep.Args(env_id=("Pendulum-v1",), vary=("reserve=0.1,0.3",)), [])
+    assert run.log.name.startswith("sac_tar__Pendulum-v1__tar__magnitude__global__0.9__1__")
+    assert run.log in [other.log for other in of_more] and len({other.log for other in of_more}) == 15
     # the sparsity of an actor that is dense is that of its critics
     runs = sweep.plan(sweep.Args(method=("dense",), seeds=1, sparsity=(0.8, 0.95), vary=("critic_method=static",)), [])
     assert [run.args["critic_sparsity"] for run in runs] == [0.8, 0.95]
@@ -176,6 +176,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
 --vary autotune=true -- --no-autotune | --no-autotune is for the sweep to set
 --vary active_width=64,512 | --active-width must be from 1 to --hidden-size 256, got 512
 --method tar cht -- --rewire-every 2000000 | --method cht rewires every 2000000 steps
+--like runs --seeds 2 | --like must be a folder of runs
 --vary hidden_size=32,large | sac_tar.py --help
 -- --no-such-flag 3 | sac_tar.py --help
 """.strip().splitlines())  # fmt: skip
@@ -225,6 +226,8 @@ def test_a_run_counts_when_finished_and_is_resumed_from_its_newest_checkpoint(cl
     Path("runs/mine/config.json").write_text(Path("runs/mine/config.json").read_text().replace("sac_tar", "mine", 1))
     os.utime("runs/1/checkpoint.pt", (time.time() + 9,) * 2)
     assert next_of(run) == [run.command[0], "--resume", "runs/1"]
+    other = one(flags="--checkpoint-frequency 20 --eval-frequency 5000 --capture-video")
+    assert next_of(other) == [*next_of(run), "--capture-video", "--checkpoint-frequency", "20"]
     write_run("runs/5")
     assert next_of(run) is None
 
@@ -268,13 +271,13 @@ def test_a_script_with_copies_of_its_own_is_another_run(cli):
 
 
 def test_a_file_to_load_is_an_axis_and_its_settled_value_a_flag_again(cli):
-    """A run is known by the file's path and hash, and the hash alone is in its name."""
+    """A run is known by the file's path and hash."""
     Path("my").mkdir()
     Path("my/a.pt").write_text("weights")
     plain, loaded = sweep.plan(sweep.Args(("fake.py",), method=("tar",), seeds=1, vary=("load=none,my/a.pt",)), [])
     settled = record.with_hash("my/a.pt")
     assert "--load" not in plain.command and loaded.command[-2:] == ["--load", "my/a.pt"]
-    assert "__1__load=None__" in plain.log.name and f"__1__load={settled[-13:]}__" in loaded.log.name
+    assert plain.log != loaded.log
     Path("runs/a").mkdir()
     config = {"script": "fake", "args": loaded.args, "segments": [{"code": loaded.code}]}
     Path("runs/a/config.json").write_text(json.dumps(config))
@@ -303,6 +306,7 @@ def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
     lines = commands(cli("--like grid --dry-run -- --tau 0.01")[1])
     assert len(lines) == 13 and all(line.endswith(" --tau 0.01") for line in lines)
     assert cli("--like grid --dry-run --script nope/sac_tar.py")[0] == 2
+    assert "--seeds is of a grid, and with --like each run has" in cli("--like grid --seeds 2 --dry-run")[1]
     Path("gone").mkdir()
     Path("gone/runs.json").write_text(re.sub('"(sac|td3)_tar"', '"no_script"', Path("grid/runs.json").read_text()))
     code, output = cli("--like gone --dry-run")
@@ -350,6 +354,17 @@ def test_a_sweep_stops_when_its_first_runs_refuse_the_same(cli):
     assert sum(path.stat().st_size > 0 for path in Path().glob("runs/sweep_logs/*")) == 1 + 2
     code, text = cli(words, "5 -- --refused 2345")  # one run ends well
     assert code == 1 and "1 of 5 runs done, 0 running, 4 failed" in text
+
+
+def test_a_run_that_another_process_trains_is_waited_for(cli, monkeypatch):
+    attempt, answers = sweep.attempt, [(75, "error: another process is running it")] * 2
+    monkeypatch.setattr(sweep, "attempt", lambda *of: answers.pop() if answers else attempt(*of))
+    monkeypatch.setattr(sweep, "WAIT", 0)
+    code, text = cli("--script fake.py --method tar --total-timesteps 4 --seeds 1 --retries 0")
+    assert code == 0 and not answers and "1 of 1 runs done, 0 running, 0 failed" in text
+    assert text.count("tried again every minute: error: another process is running it (runs/sweep_logs/fake__") == 1
+    (log,) = Path().glob("runs/sweep_logs/*")
+    assert log.read_text().startswith("python fake.py --env-id Hopper-v4 --method tar ")
 
 
 def test_a_run_that_outlives_its_killed_task_is_waited_for_and_then_resumed(cli):
