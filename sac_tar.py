@@ -296,7 +296,8 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))  # KERNELS: not a loop
+                # KERNELS: filtered, since networks whose parameters() a loop goes through stay in torch
+                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
                 for param in trained:
                     param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 for _ in range(args.policy_frequency):  # make up for the delay

@@ -290,7 +290,7 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
     found = {}
     for name, net in nets.items():
-        networks = [network for network in (net.network, net.target) if network is not None]
+        networks = kernels.with_target(net)
         inner = {id(part) for network in networks for part in (*network.parameters(), *[*network.modules()][1:])}
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
@@ -310,11 +310,13 @@ def one_by_one(source: Path, before: range) -> str | None:
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
         nodes += ast.iter_child_nodes(node)
-        for part in ast.walk(node.iter) if hasattr(node, "iter") else [node]:
+        is_map = isinstance(node, ast.Call) and ast.unparse(node.func) == "map"
+        looped = node if is_map else getattr(node, "iter", None)
+        for part in ast.walk(looped) if looped else [node]:
             name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
             if isinstance(part, ast.Subscript):
                 name = ast.unparse(part.slice)
-            walks = name in ONE_BY_ONE and (hasattr(node, "iter") or name.startswith("named_"))
+            walks = name in ONE_BY_ONE and (looped or name.startswith("named_"))
             if walks and part.lineno not in before:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {name} {where}"
@@ -323,7 +325,7 @@ def one_by_one(source: Path, before: range) -> str | None:
 
 def without_masks(state: dict) -> list[str]:
     """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
-    rows = [network for net in state["nets"].values() for network in (net.network, net.target) if network is not None]
+    rows = [network for net in state["nets"].values() for network in kernels.with_target(net)]
     pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
     linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
     return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]

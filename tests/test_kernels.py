@@ -190,7 +190,8 @@ def test_inputs_that_the_kernels_cannot_read_are_refused():
     mlp = make_mlp([5, 9, 2], 0.6, 0)[1]
     inputs = [torch.zeros(shape) for shape in ((4, 6), (4,), (2, 5, 4))] + [torch.zeros(4, 5).double()]
     refused = [(mlp, x) for x in [*inputs, torch.zeros(4, 5, device="meta")]]
-    for network, x in [*refused, (copy.deepcopy(mlp).double(), torch.zeros(4, 5))]:
+    moved = [copy.deepcopy(mlp).double(), copy.deepcopy(mlp).to("meta")]
+    for network, x in [*refused, *((network, torch.zeros(4, 5)) for network in moved)]:
         with torch.no_grad(), pytest.raises(ValueError, match="needs float32 of shape"):
             network(x)
 
@@ -624,6 +625,7 @@ REFUSALS = {
     "AdamW": (edited(), torch.optim.AdamW, None),
     "ReLU at the end": (edited(relu2=nn.ReLU()), kernels.Adam, None),
     "Tanh": (edited(relu1=nn.Tanh()), kernels.Adam, None),
+    "a name of ours": (edited(lambda network: setattr(network, "sparse", 1)), kernels.Adam, None),
     "LayerNorm": (edited(norm=nn.LayerNorm(2)), kernels.Adam, None),
     "a parameter of its own": (edited(relu2=IDLE, fc2=nn.Linear(2, 2)), kernels.Adam, None),
     "a frozen layer": (edited(lambda network: network.fc0.requires_grad_(False)), kernels.Adam, None),
@@ -671,6 +673,15 @@ def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, ca
         assert capsys.readouterr().out.startswith(f"compute: net masked, since {why}")
         with pytest.raises(ValueError, match=f"^--compute sparse is not to be had for the net: {why}.*; use --compute"):
             kernels.choose({"net": net}, "sparse", 8)
+
+
+def test_a_target_with_an_edit_of_its_own_is_left_to_torch(compiler):
+    net = make_nets()["qf1"]
+    assert kernels.is_chain(net) and kernels.why_not_in_kernels(net, {"net": net}) is None
+    net.target.relu1.register_forward_hook(print)
+    assert not kernels.is_chain(net) and kernels.why_not_in_kernels(net, {"net": net}) is None
+    net.target.fc1.register_forward_hook(print)
+    assert kernels.why_not_in_kernels(net, {"net": net}) == PLAIN
 
 
 def test_a_layer_of_two_networks_is_left_to_torch(compiler):

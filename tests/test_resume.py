@@ -714,6 +714,7 @@ ONE_BY_ONE = {
     "critics.parameters()": ["for param in critics.parameters():", "    nn.utils.clip_grad_norm_(param, 0.1)"],
     "q_optimizer.param_groups": ["for g in q_optimizer.param_groups:", "    [p.mul_(1) for p in g['params'] if 0]"],
     "list(critics.named_parameters())": ["kept = list(critics.named_parameters())", "l1 = [p for _, p in kept]"],
+    "map(abs, critics.parameters())": ["l1 = [p.sum() for p in map(abs, critics.parameters())]"],
     "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
 }
 

@@ -1,8 +1,8 @@
 """Speed only: networks computed from their stored values alone, by kernels.cpp beside this file.
 
-A network whose mask is fixed for a while is compiled once and used for thousands of updates: its active connections and
-biases become one vector, which is all that forward, backward, Adam and the target update then touch. Torch and kernels
-agree to rounding.
+While the mask of a network is fixed, its active connections and biases are one vector (one for each layer in networks
+other than a chain of layers), which is all that forward, backward, Adam and the target update then touch. Torch and
+kernels agree to rounding.
 
 It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` and `compact` in lab/run.py
 before training, and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without
@@ -172,13 +172,12 @@ class SparseMLP(nn.Module):
         row, position = 0, 0
         for layer, mask in zip(self.layers, self.masks.values(), strict=True):
             by_row, by_column = mask.nonzero(), mask.T.nonzero()
-            order = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.arange(len(by_row)))
             index = {
                 "row_start": nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)),
                 "column": by_row[:, 1],
                 "column_start": nn.functional.pad(mask.sum(0).cumsum(0), (1, 0)),
                 "row": by_column[:, 1],
-                "position": order.T[mask.T],
+                "position": (mask.flatten().cumsum(0) - 1).view_as(mask).T[mask.T],
             }
             for name, tensor in index.items():
                 self.indices.append(tensor.to(torch.int32).contiguous())  # kept alive for the kernels
@@ -213,9 +212,11 @@ class SparseMLP(nn.Module):
 
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
-        if x.dim() != 2 or x.shape[1] != self.n_in or not (x.dtype is flat.dtype is torch.float32 and x.is_cpu):
+        here = x.dtype is flat.dtype is torch.float32 and x.is_cpu and flat.is_cpu
+        if x.dim() != 2 or x.shape[1] != self.n_in or not here:
             wanted = f"needs float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
-            raise ValueError(f"{wanted}; got {x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype}")
+            got = f"{x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype} on {flat.device}"
+            raise ValueError(f"{wanted}; got {got}")
         batch, threads = x.shape[0], torch.get_num_threads()  # len(x) is slow
         x, y = x.contiguous(), x.new_empty(batch, self.n_out)
         width = self.kernels.width(batch)
@@ -304,13 +305,18 @@ def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[
     return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0))
 
 
+def with_target(net: Net) -> list[nn.Module]:
+    return [network for network in (net.network, net.target) if network is not None]
+
+
 def is_chain(net: Net) -> bool:
     """Whether a network is a chain of Linear layers, all trained alike, with ReLU between them, and its forward uses
     these layers only in this order, so that one submodule can take the place of all of them."""
-    children = dict(net.network.named_children())
+    children, (steps, _) = dict(net.network.named_children()), trace(net.network)
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
-    steps, _ = trace(net.network)
-    if steps is None or len(kinds) % 2 == 0 or not all(map(is_plain, children.values(), kinds)):
+    if steps is None or hasattr(net.network, "sparse") or len(kinds) % 2 == 0:  # as the submodule is called
+        return False
+    if not all(all(map(is_plain, network.children(), kinds)) for network in with_target(net)):
         return False
     if list(net.weights) != list(children)[::2]:  # an edited `linear_weights` may leave layers out, without masks
         return False
@@ -340,14 +346,14 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
         return "its optimizer is not plain Adam"
     if hasattr(net.network, "_orig_mod"):
         return "torch.compile has wrapped it; network.compile() does not"
-    networks = [network for row in nets.values() for network in (row.network, row.target) if network is not None]
+    networks = [network for row in nets.values() for network in with_target(row)]
     uses = Counter(id(p) for network in networks for _, p in network.named_parameters(remove_duplicate=False))
     _, read = trace(net.network)
     for name in net.weights:
-        layer = net.network.get_submodule(name)
+        layer, *of_target = (network.get_submodule(name) for network in with_target(net))
         params = {f"{name}.{part}": param for part, param in layer.named_parameters()}
-        plain = is_plain(layer, nn.Linear) and layer is not net.network and layer.bias is not None
-        if not plain or any(p.dtype != torch.float32 or has_hooks(p) for p in params.values()):
+        plain = all(is_plain(each, nn.Linear) and each.bias is not None for each in (layer, *of_target))
+        if not plain or layer is net.network or any(p.dtype != torch.float32 or has_hooks(p) for p in params.values()):
             return f"its layer {name or 'itself'} is not a plain nn.Linear in float32, with a bias and without hooks"
         if any(uses[id(param)] > 1 for param in params.values()):
             return f"its layer {name} shares a parameter with another layer or network"
@@ -431,7 +437,8 @@ def choose(
     its layers cannot be replaced. Returns the `time_passes` of the networks that were measured.
 
     With `auto` the kernels compute a network if its training passes take less time there; in a resumed run, if it is in
-    `kept`. With `sparse` they compute every network; ValueError if they cannot compute one. With `masked`, none.
+    `kept`. With `sparse` they compute the `parts` of every network; ValueError if they cannot compute one. With
+    `masked`, none.
     """
     times = {}
 
@@ -491,8 +498,9 @@ def expand(nets: dict[str, Net]) -> None:
     """Undo `compact`, to the bit: restore the original layers, with current values and moments, zero where pruned.
     Raises RuntimeError if masks of layers in the kernels have changed meanwhile."""
     for name, net in nets.items():
-        for network, optimizer in ((net.network, net.optimizer), (net.target, None)):
-            for mlp in [] if network is None else list(network.modules()):
+        for network in with_target(net):
+            optimizer = net.optimizer if network is net.network else None
+            for mlp in list(network.modules()):
                 if isinstance(mlp, SparseMLP):
                     if not all(n in net.masks and torch.equal(mask, net.masks[n]) for n, mask in mlp.masks.items()):
                         raise RuntimeError(f"masks of the {name} changed outside of `with kernels.in_torch(nets):`")

@@ -7,7 +7,6 @@ Stable-Baselines3 is measured beside ours if it is installed. Nothing here is as
 """
 
 import datetime
-import importlib
 import importlib.metadata
 import importlib.util
 import json
