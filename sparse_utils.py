@@ -95,16 +95,13 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
     open_entries = [i for i, share in enumerate(shares) if share > 0]
     if not 0 <= total <= sum(caps[i] for i in open_entries):
         raise ValueError(f"cannot place {total} connections in layers with room for {[caps[i] for i in open_entries]}")
-    counts, exact, remaining = [0] * len(shares), {}, total
-    while open_entries:
-        whole = sum(shares[i] for i in open_entries)
+    counts, full = [0] * len(shares), True
+    while full:
+        whole, remaining = sum(shares[i] for i in open_entries), total - sum(counts)
         exact = {i: remaining * (shares[i] / whole) for i in open_entries}
         full = [i for i in open_entries if exact[i] >= caps[i]]
-        if not full:
-            break
         for i in full:
             counts[i] = caps[i]
-            remaining -= caps[i]
         open_entries = [i for i in open_entries if i not in full]
     for i in open_entries:
         counts[i] = math.floor(exact[i])
@@ -146,10 +143,7 @@ DISTRIBUTIONS = {"er": er_budgets, "uniform": uniform_layer_budgets, "global": g
 def active_part(tensors: dict[str, Tensor], width: int | None) -> dict[str, Tensor]:
     """Views of the connections between active neurons: the first `width` of each hidden layer (None: all)."""
     names = list(tensors)
-    return {
-        name: t[: None if name == names[-1] else width, : None if name == names[0] else width]
-        for name, t in tensors.items()
-    }
+    return {n: t[: None if n == names[-1] else width, : None if n == names[0] else width] for n, t in tensors.items()}
 
 
 def embed(part: Masks, weights: dict[str, Tensor]) -> Masks:
@@ -180,10 +174,8 @@ def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> i
     fed = [h for h, ws in parts.items() if budget >= AUTO_WIDTH_C * sum(topology_need(tuple(w.shape)) for w in ws)]
     width = max([*fed, narrowest]) if asked == "auto" else asked
     if width < narrowest:
-        raise ValueError(
-            f"--active-width {asked} cannot hold {budget} connections of layers of shapes {shapes}; the smallest that "
-            f"can is {narrowest}"
-        )
+        what = f"--active-width {asked} cannot hold {budget} connections of layers of shapes {shapes}"
+        raise ValueError(f"{what}; the smallest that can is {narrowest}")
     return width
 
 
@@ -273,8 +265,7 @@ def static_prune(
     rule, weights = CRITERIA[criterion], net.weights
     if rule.uses_loss and rule.rounds > 1:
         raise ValueError(f"criterion {criterion} uses the loss of the dense network, so it can have one round only")
-    everything = embed({name: torch.ones_like(w) for name, w in active_part(weights, net.width).items()}, weights)
-    masks = net.masks or everything
+    masks = net.masks or embed({n: torch.ones_like(w) for n, w in active_part(weights, net.width).items()}, weights)
     size = sum(int(mask.sum()) for mask in masks.values())
     if keep == size:
         return masks

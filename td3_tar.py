@@ -258,8 +258,7 @@ def train(args: Args) -> Path:
         episodic_return += reward
         episodic_length += 1
         if done:
-            episode = {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
-            run.log(global_step, episode)
+            run.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
 
         # ALGO LOGIC: training
         if global_step > run.learn_from:  # --learning-starts; later if a resumed run has to refill its buffer first

@@ -351,10 +351,8 @@ class Rules(NamedTuple):
     growth: Rule
     drop: Rule
     regrow: bool  # whether what was just dropped may grow again (Evci et al. 2020)
-
-    @property
-    def uses_loss(self) -> bool:
-        return self.growth.uses_loss or self.drop.uses_loss
+    distribution: str  # by which a falling density is spread over the layers
+    generator: torch.Generator  # on the CPU
 
 
 def rewire_layers(
@@ -384,33 +382,19 @@ def rewire_layers(
         layer.mask.copy_(after)
 
 
-def rewire(
-    net: Net,
-    rules: Rules,
-    loss: Tensor | None,
-    stopped: list[str],
-    fraction: float,
-    done: float,
-    distribution: str,
-    generator: torch.Generator,
-) -> None:
+def rewire(net: Net, rules: Rules, loss: Tensor | None, stopped: list[str], fraction: float, done: float) -> None:
     """Rewire a network between its active neurons, its masks in place. If net.budget is less than its connections, a
-    layer keeps as many as pruning by magnitude with `distribution` would leave there. `loss` is the
-    network's own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's
-    moments and in the target; a connection that was inactive before starts at zero."""
-    left = net.masks
-    if net.budget < sum(int(mask.sum()) for mask in net.masks.values()):
-        left = sparse_utils.static_prune(net, net.budget, "magnitude", distribution, generator)
+    layer keeps as many as pruning by magnitude with the rules' distribution would leave there. `loss` is the network's
+    own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's moments and
+    in the target; a connection that was inactive before starts at zero."""
+    left = sparse_utils.static_prune(net, net.budget, "magnitude", rules.distribution, rules.generator)
     counts = {name: int(mask.sum()) for name, mask in left.items()}
-    weights = active_part(net.weights, net.width)
+    weights, masks = active_part(net.weights, net.width), active_part(net.masks, net.width)
     gradients = dict.fromkeys(weights)
-    if rules.uses_loss:
+    if rules.growth.uses_loss or rules.drop.uses_loss:
         dense = torch.autograd.grad(loss, list(net.weights.values()))
         gradients = active_part(dict(zip(net.weights, dense, strict=True)), net.width)
-    layers = {
-        name: Layer(weights[name].detach(), gradients[name], mask, generator, done)
-        for name, mask in active_part(net.masks, net.width).items()
-    }
+    layers = {n: Layer(weights[n].detach(), gradients[n], mask, rules.generator, done) for n, mask in masks.items()}
     # layer by layer, but all at once where chains across layers count
     for group in [layers] if rules.growth.by_topology else [{name: layer} for name, layer in layers.items()]:
         rewire_layers(group, counts, stopped, fraction, rules)
@@ -550,14 +534,14 @@ class Schedule:
     static and dense and the default flags, that is one pruning at --prune-at and nothing else."""
 
     def __init__(self, args: object, nets: dict[str, Net], generator: torch.Generator):
-        self.args, self.nets, self.generator = args, nets, generator
+        self.args, self.nets = args, nets
         self.final = {name: (net.budget, net.reserve) for name, net in nets.items()}
         self.first = {name: first_budget(net, args.density_start) for name, net in nets.items()}
         self.prunings = {args.prune_at, args.final_prune_at} - {None}
         self.rewirings = rewiring_steps(args)
         self.dynamic = {name: net for name, net in nets.items() if net.method in GROWTHS}
         self.rules = {
-            name: Rules(GROWTHS[net.method], DROPS[args.drop_criterion], args.regrow)
+            name: Rules(GROWTHS[net.method], DROPS[args.drop_criterion], args.regrow, args.distribution, generator)
             for name, net in self.dynamic.items()
         }
         self.stopped = {name: [] for name in self.dynamic}  # layers that cht and chts rewire no more
@@ -599,9 +583,8 @@ class Schedule:
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():
-                for network in (net.network, net.target) if net.method not in sparse_utils.UNPRUNED else ():
-                    if network is not None:
-                        scale_to_active_inputs(network, net.masks)
+                for network in kernels.with_target(net):
+                    scale_to_active_inputs(network, net.masks)
 
     def step(self, global_step: int, own_losses: Callable, run: object) -> int:
         """Set the learning rates and DynaDiag's temperature of this step, and rewire if it is time.
@@ -621,11 +604,10 @@ class Schedule:
         before = {name: copy.deepcopy(net.masks) for name, net in self.dynamic.items()}
         flops = sum(rewiring_flops(net, self.rules[name]) for name, net in self.dynamic.items())
         with kernels.in_torch(self.dynamic):
-            losses = own_losses(self.args.batch_size) if any(rules.uses_loss for rules in self.rules.values()) else {}
+            losses = own_losses(self.args.batch_size) if flops else {}  # 0 unless a rule reads a loss
             for name, net in self.dynamic.items():
                 net.budget = decayed(self.first[name][0], self.final[name][0], done)
-                state = (self.stopped[name], fraction, done, self.args.distribution, self.generator)
-                rewire(net, self.rules[name], losses.get(name), *state)
+                rewire(net, self.rules[name], losses.get(name), self.stopped[name], fraction, done)
         last = global_step == self.rewirings[-1]
         run.log_rewiring(global_step, self.dynamic, before, self.revived, last)
         return self.args.batch_size * flops

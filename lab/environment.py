@@ -118,18 +118,13 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     return env
 
 
-def has_time_limit(env: gym.Env) -> bool:
-    """Whether a TimeLimit wrapper, or the environment itself, has the attribute `_max_episode_steps`."""
-    return env.has_wrapper_attr("_max_episode_steps")
-
-
 @torch.no_grad()
 def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
     """The returns and the lengths of noise-free episodes, two lists. The first reset takes `seed`, so every evaluation
     has the same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
     <video>.mp4. Without a time limit, episodes are cut after EVALUATION_LIMIT steps, and a stop signal returns None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
-    limit = math.inf if has_time_limit(env) else EVALUATION_LIMIT
+    limit = math.inf if env.has_wrapper_attr("_max_episode_steps") else EVALUATION_LIMIT
     if video:
         env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: False)
     for episode in range(episodes):
@@ -241,9 +236,7 @@ def fingerprint(
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         own = is_own(type(value)) and hasattr(value, "__dict__")
         held = value if isinstance(value, dict) else vars(value) if own else {}
-        named = {
-            key: part for key, part in held.items() if isinstance(key, (str, int)) and not str(key).startswith("_")
-        }
+        named = {k: v for k, v in held.items() if isinstance(k, (str, int)) and not str(k).startswith("_")}
         named = named if depth < 2 and "params" not in held else {}  # as have groups of an optimizer
         yield f"`{name}` in train", [*named] if named and held is value else value
         for key, part in named.items():

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import sparse_utils
 from lab import baselines, environment, kernels, record, topology
-from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, has_time_limit, make_eval_env, play
+from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, make_eval_env, play
 from lab.flags import bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
@@ -415,7 +415,8 @@ class Run:
 
     def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
-        self.nets, self.device, self.limited = state["nets"], torch.device(args.device), has_time_limit(env)
+        self.nets, self.device = state["nets"], torch.device(args.device)
+        self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
@@ -692,8 +693,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
-        if all(net.masks for net in self.nets.values()):
-            sparse_utils.fix_masks(self.nets)
+        sparse_utils.fix_masks({name: net for name, net in self.nets.items() if net.masks})
 
     def load_agent(self, path: Path, saved: dict) -> None:
         """Make networks, alpha and other parts of the agent those of a saved one."""
@@ -755,13 +755,9 @@ class Run:
         for flag in fields(self.args):  # a flag whose default is no number may be a word in another run
             if settings.get(flag.name) is not None and not isinstance(flag.default, (int, float)):
                 settings[flag.name] = str(settings[flag.name])
-        first = {
-            "base": "+".join(filter(None, (settings["criterion"], settings["distribution"]))),
-            "env_id": given["env_id"],
-            "method": record.both_methods(given),
-            "seed": given["seed"],
-            "sparsity": max(given["sparsity"], given["critic_sparsity"]),
-        }
+        first = {name: given[name] for name in ("env_id", "seed")} | {"method": record.both_methods(given)}
+        first["base"] = "+".join(filter(None, (settings["criterion"], settings["distribution"])))
+        first["sparsity"] = max(given["sparsity"], given["critic_sparsity"])
         metrics = ["eval/final_return", "eval/episodic_return", "charts/SPS", "flops/training"]
         for summary in hyperparameters(settings, first, metrics):
             self.writer.file_writer.add_summary(summary)

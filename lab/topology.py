@@ -99,10 +99,8 @@ def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
     part = sparse_utils.active_part(net.masks, net.width)[layer].shape
     for kind in kinds.values():
         kind[part[0] :], kind[:, part[1] :] = 3, 3
-    entries = [
-        *(("white", title) for title in kinds),
-        *(MASK_COLOURS[i] for i in torch.cat([*kinds.values()]).unique()),
-    ]
+    entries = [("white", title) for title in kinds]
+    entries += [MASK_COLOURS[i] for i in torch.cat([*kinds.values()]).unique()]
     height, width = (n * max(1, 256 // n) for n in mask.shape)
     right = width + 8  # from one panel to the next
     total = len(kinds) * right - 8

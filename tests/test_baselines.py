@@ -42,9 +42,9 @@ def missing(masks, others):
     return sum(int((mask & ~others[name]).sum()) for name, mask in masks.items())
 
 
-def rules_of(method, drop="magnitude", regrow=True):
+def rules_of(method, drop="magnitude", regrow=True, distribution="er"):
     growth = baselines.GROWTHS[method] if isinstance(method, str) else su.Rule(method, by_topology=True)
-    return baselines.Rules(growth, baselines.DROPS[drop], regrow)
+    return baselines.Rules(growth, baselines.DROPS[drop], regrow, distribution, generator())
 
 
 # WHAT IS DROPPED AND WHAT GROWS
@@ -87,7 +87,7 @@ def test_a_rewiring_of_rigl_is_the_published_rule(seed, drop, regrow, width, fra
     old, weights = copied(net.masks), copied(su.active_part(net.weights, width))
     before = {name: [t.detach().clone() for t in stored(net, name)] for name in old}
     loss = (network(x) - 1).square().mean()
-    baselines.rewire(net, rules_of("rigl", drop, regrow), loss, [], fraction, 0.5, "er", generator())
+    baselines.rewire(net, rules_of("rigl", drop, regrow), loss, [], fraction, 0.5)
     assert counts(net.masks) == counts(old) and net.active == net.budget and same(net.masks, inside(net.masks, width))
     for name, mask in su.active_part(old, width).items():
         tensors = (t.detach().numpy().flatten() for t in (weights[name], gradients[name], mask))
@@ -317,12 +317,12 @@ def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
     net = row({"fc1": torch.arange(1.0, 13).view(3, 4), "fc2": torch.arange(7.5, 10).view(1, 3)}, "set")
     net.masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in net.weights.items()}
     for net.budget, left in ((12, [9, 3]), (9, [6, 3]), (6, [4, 2]), (5, [4, 1])):
-        baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "global", generator())
+        baselines.rewire(net, rules_of("set", distribution="global"), None, [], 0.0, 0.5)
         assert counts(net.masks) == left and net.active == net.budget
     net.budget = 3
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er gives "):
         patch.setitem(su.DISTRIBUTIONS, "er", lambda scores, keep: [0, keep])
-        baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5, "er", generator())
+        baselines.rewire(net, rules_of("set"), None, [], 0.0, 0.5)
 
 
 SCULPTS = [

@@ -308,7 +308,8 @@ def test_a_loss_is_each_networks_own_on_ten_batches_of_replay_data(train, script
         made["actor"] = result[0] if isinstance(result, tuple) else result
 
     def use(*arguments):
-        used.append((made["batch"], [name for name in names if any(made[name] is a for a in arguments)]))
+        if of := [name for name in names if any(made[name] is a for a in arguments)]:
+            used.append((made["batch"], of))
         yield
 
     watch(script, lambda *_: made.update(zip(names[1:], (yield))), "critic_losses")
