@@ -61,6 +61,11 @@ class Net:
     def weights(self) -> dict[str, nn.Parameter]:
         return linear_weights(self.network)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network and, if it has one, its target."""
+        return [network for network in (self.network, self.target) if network is not None]
+
 
 # BUDGETS: how many connections, and in which layer
 

@@ -583,7 +583,7 @@ class Schedule:
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():
-                for network in kernels.with_target(net):
+                for network in net.networks:
                     scale_to_active_inputs(network, net.masks)
 
     def step(self, global_step: int, own_losses: Callable, run: object) -> int:

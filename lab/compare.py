@@ -104,7 +104,8 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
     for _, of_algo in runs.groupby("algo"):
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
-        differ |= {"code"} if of_algo.code.nunique() > 1 else set()  # with --separate-code a setting
+        codes = of_algo.groupby("script").code.nunique()
+        differ |= {"code"} if codes.max() > 1 else set()  # which is a setting with --separate-code alone
         for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
@@ -187,13 +188,13 @@ def finals_of(runs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:
 def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
     """The arm with which each arm is compared: `against`, or a control, whose pruned networks have methods of CONTROLS,
     on the same base mask (on the only one if the arm has none). Of several it is the one with fewest different flags,
-    where another script or other unpruned networks count as one, then the fewest words in its name, then most runs in
-    common, then the first by name. A control is compared with one of fewer words."""
+    where another script and other unpruned networks count as one each, then the fewest words in its name, then most
+    runs in common, then the first by name. A control is compared with one of fewer words."""
     arms = runs.drop_duplicates("arm").set_index("arm")
 
-    def kind(arm: pd.Series) -> list[str]:
-        """Its script, and which of its networks are not pruned, and how."""
-        return [arm.script, *({arm.args[name]} & sparse_utils.UNPRUNED.keys() for name in ("method", "critic_method"))]
+    def unpruned(arm: pd.Series) -> list[set[str]]:
+        """The methods of actor and critics where these prune nothing."""
+        return [{arm.args[name]} & sparse_utils.UNPRUNED.keys() for name in ("method", "critic_method")]
 
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
@@ -204,7 +205,8 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
         words = len(name.split())
         if same_base and (arm not in controls.index or words < len(arm.split())):
             apart = {"method", "critic_method"} if own.base else IN_EVERY_NAME  # an unpruned one has another sparsity
-            unlike = len({*differing([own.settings, control.settings])} - apart) + (kind(own) != kind(control))
+            unlike = len({*differing([own.settings, control.settings])} - apart)
+            unlike += (own.script != control.script) + (unpruned(own) != unpruned(control))
             ranks.setdefault(arm, []).append((unlike, words, -len(cells[arm] & cells[name]), name))
     return {arm: min(found)[-1] for arm, found in ranks.items()}
 

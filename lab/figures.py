@@ -46,8 +46,9 @@ def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
 
 
 def panels(runs: pd.DataFrame, split: bool = False):
-    """A figure with axes for each environment and base mask, or with `split`, if these have many arms, for each method
-    there. With each axes come the runs that it shows, and all runs there that have this base mask or none."""
+    """A figure with axes for each environment and base mask that have runs, or with `split`, if these have many arms,
+    for each method there. With each axes come the runs that it shows, and all runs there that have this base mask or
+    none."""
     cells = []
     for env_id, base in itertools.product(sorted(set(runs.env_id)), sorted(set(runs.base) - {""}) or [""]):
         part = runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]

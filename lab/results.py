@@ -74,8 +74,9 @@ def publish(results: Iterable[dict], grid: Path) -> None:
     table = pd.concat(tables).sort_values(["run", "step"], kind="stable")
     for name in TAGS:
         table[name] = ["" if np.isnan(x) else str(np.float32(x)).removesuffix(".0") for x in table[name]]
-    table[["run", *COLUMNS]].to_csv(grid / "evaluations.csv", index=False)
-    # the last, so that a grid whose writing was interrupted has no run without evaluations
+    # an interrupted writing leaves no run without evaluations
+    table[["run", *COLUMNS]].to_csv(part := grid / "evaluations.csv.tmp", index=False)
+    part.replace(grid / "evaluations.csv")
     lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
     file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -290,7 +290,7 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
     found = {}
     for name, net in nets.items():
-        networks = kernels.with_target(net)
+        networks = net.networks
         inner = {id(part) for network in networks for part in (*network.parameters(), *[*network.modules()][1:])}
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
@@ -325,7 +325,7 @@ def one_by_one(source: Path, before: range) -> str | None:
 
 def without_masks(state: dict) -> list[str]:
     """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
-    rows = [network for net in state["nets"].values() for network in kernels.with_target(net)]
+    rows = [network for net in state["nets"].values() for network in net.networks]
     pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
     linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
     return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]
@@ -500,7 +500,8 @@ class Run:
         of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
         alone = [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]
         mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (env, self.eval_env))
-        alone += [f"{n}={v}" for n, v in mine.items() if n != "render_mode" and str(there.get(n)) != str(v)]
+        mine = {n: v for n, v in mine.items() if n != "render_mode" and " at 0x" not in str(v)}  # an address
+        alone += [f"{n}={v}" for n, v in mine.items() if str(there.get(n)) != str(v)]
         if alone:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
@@ -705,7 +706,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
         if name := self.not_finite():
-            fail(f"{name} in {path} is not finite, as the logarithm of --alpha 0 is, so load another agent")
+            fail(f"a weight of {name} in {path} is not finite, as the logarithm of an alpha of 0; use another agent")
 
     def load_policy(self) -> dict:
         """Read agent, masks and statistics from the file that --evaluate names. Returns the content of the file."""

@@ -224,7 +224,8 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             log = Path(args.runs_dir, "sweep_logs", f"{name}.log")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
             code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
-            may_change = {name: getattr(run_args, name) for name in sorted(passed & NOT_OF_THE_RESULT)}
+            may_change = [name for name in sorted(NOT_OF_THE_RESULT) if passed & {name, f"no_{name}"}]
+            may_change = {name: getattr(run_args, name) for name in may_change}
             runs[log] = Run(log, command, what, script.defaults, code, command_line(may_change))
     return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
 
@@ -265,8 +266,8 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
 
 
 def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str, bool]:
-    """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere), why it last failed,
-    and whether it was resumed."""
+    """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere), why it last failed or
+    could not start, and whether it was resumed."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; a script's `&` had it ignored
     code, why, resumed = None, "", False
@@ -334,7 +335,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
                     print(f"resumed from its checkpoint{why and f' after {why}'} ({run.log})", flush=True)
                 if outcome == "busy":
                     if why and run.log not in waits:
-                        print(f"tried again every minute: {why} ({run.log})", flush=True)
+                        print(f"tried again later: {why} ({run.log})", flush=True)
                         waits.add(run.log)
                     tasks[submit(run)] = run
                 elif outcome == "done":

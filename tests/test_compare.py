@@ -275,9 +275,12 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     assert copy == {"static random+er td3_tar": 3, "tar random+er my_td3": 8, "tar random+er td3_tar": 5}
     assert arms(algo="sac_tar") == {"tar random+er": 7}
     make(3, method="static", script="my_td3")  # each script's own control
+    for script, method in itertools.product(("my_td3", "td3_tar"), ("dense", "tiny")):
+        make(2, method=method, script=script)
     against = arms("against", algo="my_td3+td3_tar")
     for script in ("my_td3", "td3_tar"):
-        assert against[f"tar random+er {script}"] == f"static random+er {script}"
+        for arm in (f"tar random+er {script}", f"dense {script}", f"tiny {script}"):
+            assert against[arm] == f"static random+er {script}"
 
 
 def test_the_control_differs_in_the_fewest_flags_and_then_has_the_shortest_name(make, arms):
@@ -410,12 +413,12 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     assert json.loads((published / "runs.json").read_text()).items() > runs.items()
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
-    runs = (published / "runs.json").read_text()
+    runs, evaluations = (published / "runs.json").read_text(), (published / "evaluations.csv").read_text()
     make(9, seed=3)
-    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: (tmp_path / "full disk" / "a").touch())
-    with pytest.raises(OSError):
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda table, path, **_: path.write_text("run,st") / 0)
+    with pytest.raises(ZeroDivisionError):  # as if interrupted
         comparison(publish=published)
-    assert (published / "runs.json").read_text() == runs  # no run without its evaluations
+    assert (published / "runs.json").read_text() == runs and (published / "evaluations.csv").read_text() == evaluations
 
 
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):
@@ -539,13 +542,15 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     ({"masks_of": "nothing"}, "--masks-of nothing is no finished run here with a masks.pt"),
     ({"publish": Path("runs")}, "--publish needs another folder"),
     ({"against": "random"}, "--against random is not one arm; there are: static random+er, tar random+er"),
-    ({"arm": ("tar", "riggl")}, "there is no finished run of riggl; the arms are: static random+er, tar random+er"),
-    ({"env_id": ("A-v1", "B-v1")}, "there is no finished run of B-v1; the arms are: static random+er, tar random+er"),
+    ({"arm": ("tar", "riggl")}, "there is no finished run of riggl; the arms are: dense, static random+er, tar"),
+    ({"env_id": ("A-v1", "C-v1")}, "no finished run of C-v1; the arms are: dense, static random+er, tar random+er;"),
+    ({"arm": ("tar",), "env_id": ("B-v1",)}, "no such run; the arms are: dense, static random+er, tar random+er"),
     ({"publish": Path("a"), "events": Path("b")}, "--publish and --events cannot stand in one command"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_writes_nothing(make, tmp_path, capsys, monkeypatch, args, sentence):
     monkeypatch.chdir(tmp_path)
     runs = [make(5, method=method, finished=bool(args)) for method in ("static", "tar")]
+    runs.append(make(5, "B-v1", "dense", finished=bool(args)))
     with pytest.raises(SystemExit) as stop:
         compare.main(compare.Args(tmp_path / "runs", **args))
     assert stop.value.code == 2 and sentence in capsys.readouterr().err

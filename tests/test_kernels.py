@@ -615,7 +615,7 @@ def tie(network):
     network.fc2.weight = network.fc1.weight
 
 
-PLAIN = "its layer fc1 is not a plain nn.Linear in float32, with a bias and without hooks"
+PLAIN = "its layer fc1, or that of its target, is not a plain nn.Linear in float32, with a bias and without hooks"
 SHARED = "its layer fc1 shares a parameter with another layer or network"
 ALIKE = "weight and bias of its layer fc1 are not trained alike, in one group of its optimizer"
 ADAM, META = "its optimizer is not plain Adam", "the kernels are for the CPU and the networks are on meta"
@@ -682,6 +682,8 @@ def test_a_target_with_an_edit_of_its_own_is_left_to_torch(compiler):
     assert not kernels.is_chain(net) and kernels.why_not_in_kernels(net, {"net": net}) is None
     net.target.fc1.register_forward_hook(print)
     assert kernels.why_not_in_kernels(net, {"net": net}) == PLAIN
+    net.target.fc1 = nn.Sequential(net.target.fc1)
+    assert kernels.why_not_in_kernels(net, {"net": net}) == "its target lacks layers of it"
 
 
 def test_a_layer_of_two_networks_is_left_to_torch(compiler):

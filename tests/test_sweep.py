@@ -176,7 +176,6 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
 --vary autotune=true -- --no-autotune | --no-autotune is for the sweep to set
 --vary active_width=64,512 | --active-width must be from 1 to --hidden-size 256, got 512
 --method tar cht -- --rewire-every 2000000 | --method cht rewires every 2000000 steps
---like runs --seeds 2 | --like must be a folder of runs
 --vary hidden_size=32,large | sac_tar.py --help
 -- --no-such-flag 3 | sac_tar.py --help
 """.strip().splitlines())  # fmt: skip
@@ -226,8 +225,8 @@ def test_a_run_counts_when_finished_and_is_resumed_from_its_newest_checkpoint(cl
     Path("runs/mine/config.json").write_text(Path("runs/mine/config.json").read_text().replace("sac_tar", "mine", 1))
     os.utime("runs/1/checkpoint.pt", (time.time() + 9,) * 2)
     assert next_of(run) == [run.command[0], "--resume", "runs/1"]
-    other = one(flags="--checkpoint-frequency 20 --eval-frequency 5000 --capture-video")
-    assert next_of(other) == [*next_of(run), "--capture-video", "--checkpoint-frequency", "20"]
+    other = one(flags="--checkpoint-frequency 20 --eval-frequency 5000 --no-capture-video")
+    assert next_of(other) == [*next_of(run), "--no-capture-video", "--checkpoint-frequency", "20"]
     write_run("runs/5")
     assert next_of(run) is None
 
@@ -362,7 +361,7 @@ def test_a_run_that_another_process_trains_is_waited_for(cli, monkeypatch):
     monkeypatch.setattr(sweep, "WAIT", 0)
     code, text = cli("--script fake.py --method tar --total-timesteps 4 --seeds 1 --retries 0")
     assert code == 0 and not answers and "1 of 1 runs done, 0 running, 0 failed" in text
-    assert text.count("tried again every minute: error: another process is running it (runs/sweep_logs/fake__") == 1
+    assert text.count("tried again later: error: another process is running it (runs/sweep_logs/fake__") == 1
     (log,) = Path().glob("runs/sweep_logs/*")
     assert log.read_text().startswith("python fake.py --env-id Hopper-v4 --method tar ")
 

@@ -305,18 +305,14 @@ def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[
     return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0))
 
 
-def with_target(net: Net) -> list[nn.Module]:
-    return [network for network in (net.network, net.target) if network is not None]
-
-
 def is_chain(net: Net) -> bool:
     """Whether a network is a chain of Linear layers, all trained alike, with ReLU between them, and its forward uses
     these layers only in this order, so that one submodule can take the place of all of them."""
     children, (steps, _) = dict(net.network.named_children()), trace(net.network)
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
-    if steps is None or hasattr(net.network, "sparse") or len(kinds) % 2 == 0:  # as the submodule is called
+    if steps is None or len(kinds) % 2 == 0 or any(hasattr(network, "sparse") for network in net.networks):
         return False
-    if not all(all(map(is_plain, network.children(), kinds)) for network in with_target(net)):
+    if not all(all(map(is_plain, network.children(), kinds)) for network in net.networks):
         return False
     if list(net.weights) != list(children)[::2]:  # an edited `linear_weights` may leave layers out, without masks
         return False
@@ -346,15 +342,18 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
         return "its optimizer is not plain Adam"
     if hasattr(net.network, "_orig_mod"):
         return "torch.compile has wrapped it; network.compile() does not"
-    networks = [network for row in nets.values() for network in with_target(row)]
+    networks = [network for row in nets.values() for network in row.networks]
     uses = Counter(id(p) for network in networks for _, p in network.named_parameters(remove_duplicate=False))
     _, read = trace(net.network)
+    if net.target is not None and not net.weights.keys() <= sparse_utils.linear_weights(net.target).keys():
+        return "its target lacks layers of it"
     for name in net.weights:
-        layer, *of_target = (network.get_submodule(name) for network in with_target(net))
+        layer, *of_target = (network.get_submodule(name) for network in net.networks)
         params = {f"{name}.{part}": param for part, param in layer.named_parameters()}
         plain = all(is_plain(each, nn.Linear) and each.bias is not None for each in (layer, *of_target))
         if not plain or layer is net.network or any(p.dtype != torch.float32 or has_hooks(p) for p in params.values()):
-            return f"its layer {name or 'itself'} is not a plain nn.Linear in float32, with a bias and without hooks"
+            which = f"its layer {name or 'itself'}, or that of its target,"
+            return f"{which} is not a plain nn.Linear in float32, with a bias and without hooks"
         if any(uses[id(param)] > 1 for param in params.values()):
             return f"its layer {name} shares a parameter with another layer or network"
         if params.keys() & read:
@@ -498,7 +497,7 @@ def expand(nets: dict[str, Net]) -> None:
     """Undo `compact`, to the bit: restore the original layers, with current values and moments, zero where pruned.
     Raises RuntimeError if masks of layers in the kernels have changed meanwhile."""
     for name, net in nets.items():
-        for network in with_target(net):
+        for network in net.networks:
             optimizer = net.optimizer if network is net.network else None
             for mlp in list(network.modules()):
                 if isinstance(mlp, SparseMLP):
