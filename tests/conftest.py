@@ -59,11 +59,6 @@ class ProbeEnv(gym.Env):
         return self.observe(), 1.0, terminated, False, {}
 
 
-class NeedsPackageEnv(ProbeEnv):
-    def __init__(self, render_mode=None):
-        raise gym.error.DependencyNotInstalled("rare_physics is not installed")
-
-
 class BrokenEnv(ProbeEnv):
     def __init__(self, render_mode=None):
         raise AttributeError("module has no attribute 'bool8'")  # as of a package that is older than its NumPy
@@ -71,7 +66,6 @@ class BrokenEnv(ProbeEnv):
 
 gym.register("BrokenProbe-v0", BrokenEnv)
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
-gym.register("NeedsPackageProbe-v0", NeedsPackageEnv)
 
 
 def same(a, b):

@@ -176,6 +176,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
 --vary autotune=true -- --no-autotune | --no-autotune is for the sweep to set
 --vary active_width=64,512 | --active-width must be from 1 to --hidden-size 256, got 512
 --method tar cht -- --rewire-every 2000000 | --method cht rewires every 2000000 steps
+--like runs | --like must be a folder of runs, each a folder with a config.json or an entry of its runs.json
 --vary hidden_size=32,large | sac_tar.py --help
 -- --no-such-flag 3 | sac_tar.py --help
 """.strip().splitlines())  # fmt: skip
@@ -196,24 +197,22 @@ def test_neither_a_plan_nor_the_flags_need_ray(cli, monkeypatch):
     assert "a sweep needs Ray; `pip install -r lab/requirements.txt`" in cli("--script fake.py")[1] and not did()
 
 
-@pytest.mark.parametrize("script", [sac_tar, td3_tar])
-def test_a_run_is_recognised_by_its_settled_flags_and_only_by_them(cli, script):
+def test_a_run_is_recognised_by_its_settled_flags_and_only_by_them(cli):
     for method in baselines.METHODS:
-        write_run(f"{method}/a", script, method=method, sparsity=0.5, learning_starts=40, total_timesteps=10_000)
+        write_run(f"{method}/a", method=method, sparsity=0.5, learning_starts=40, total_timesteps=10_000)
 
         def known(flags="", sparsity=0.5, method=method):
             chosen = {"method": (method,), "sparsity": (sparsity,), "total_timesteps": 10_000, "any_code": True}
-            run = one(f"{script.__name__}.py", f"--learning-starts 40 {flags}", **chosen)
-            return next_of(run, method) is None
+            return next_of(one(flags=f"--learning-starts 40 {flags}", **chosen), method) is None
 
         assert known() and known("--prune-at 40 --checkpoint-frequency 20")
         assert not known("--prune-at 41") and not known("--gamma 0.9")
         assert known(sparsity=0.6) == (method == "dense")
         assert known("--reserve 0.3") == (method not in ("tar", "tar_ch", "uniform"))
         assert known("--rewire-every 9") == (method not in baselines.GROWTHS)
-        path = Path(method, "a", "config.json")
-        path.write_text(path.read_text().replace('"n_step": 1, ', ""))  # as of a run that is older than the flag
-        assert known() and not known("--n-step 3")
+    path = Path(method, "a", "config.json")
+    path.write_text(path.read_text().replace('"n_step": 1, ', ""))  # as of a run that is older than the flag
+    assert known() and not known("--n-step 3")
 
 
 def test_a_run_counts_when_finished_and_is_resumed_from_its_newest_checkpoint(cli):
