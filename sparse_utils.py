@@ -256,7 +256,7 @@ def highest(scores: Tensor, count: int, among: Tensor) -> Tensor:
     indices = among.flatten().nonzero().squeeze(1)
     ranked = scores.flatten()[indices]
     if ranked.isnan().any():
-        raise ValueError("a score is not a number, so it has no rank")
+        raise ValueError("a score is not a number, so it has no rank: training diverged, or the rule divides by zero")
     top = indices[ranked.sort(descending=True, stable=True).indices[:count]]
     return torch.zeros_like(among).flatten().index_fill_(0, top, True).view_as(among)
 
