@@ -1,6 +1,7 @@
 """Any environment, made fit for training: what goes in and out of it is checked, a policy can be evaluated in it, and
 what it holds between episodes can be saved and put back."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -17,6 +18,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lab.flags import fail
 
@@ -74,7 +76,7 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
     warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # on resuming
     try:
         env = gym.make(env_id, **({"render_mode": "rgb_array"} if video else {}))
-        if type(env.unwrapped).__module__.startswith("gymnasium.envs.box2d"):
+        if any(kind.__module__.startswith("gymnasium.envs.box2d") for kind in type(env.unwrapped).__mro__):
             env = NewWorld(env)
         env = Guard(env)
     except Exception as error:  # a package of environments may be broken in any way
@@ -103,6 +105,9 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
         if hasattr(layer, "update_running_mean"):
             layer.update_running_mean = False  # the statistics are those of training
     env.reset(seed=0)
+    if getattr(env.unwrapped, "_np_random_seed", None) not in (None, 0, -1):  # -1: a generator of its own
+        super_reset = "let its reset(seed) call super().reset(seed=seed)"
+        tqdm.write(f"warning: --seed does not seed the random numbers of {env_id}; {super_reset}")
     if not isinstance(env.unwrapped.np_random, np.random.Generator):
         fail(
             f"{env_id} has a np_random that is no numpy.random.Generator; let its reset() call super().reset(seed=seed)"
@@ -118,10 +123,24 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     return env
 
 
+@contextlib.contextmanager
+def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
+    """Inside the block the global random generators and that of the environment's observation space, which training may
+    share, begin at a seed; afterwards they go on as if nothing had been drawn."""
+    space = env.unwrapped.observation_space
+    before = [random_state(generator) for generator in (random, np.random, space.np_random)]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
+            seeded(seed)
+        yield
+    for generator, state in zip((random, np.random, space.np_random), before):
+        set_random_state(generator, state)
+
+
 @torch.no_grad()
 def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
-    """The returns and the lengths of noise-free episodes, two lists. The first reset takes `seed`, so every evaluation
-    has the same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
+    """The returns and the lengths of noise-free episodes, two lists. All begins at `seed`, so every evaluation has the
+    same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
     <video>.mp4. Without a time limit, episodes are cut after EVALUATION_LIMIT steps, and a stop signal returns None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
     limit = math.inf if env.has_wrapper_attr("_max_episode_steps") else EVALUATION_LIMIT

@@ -158,7 +158,7 @@ def both_methods(args: dict) -> str:
 
 
 def essence(path: Path) -> str:
-    """The text of a source file without comments and docstrings."""
+    """What counts of a source file: all but comments, docstrings and layout."""
     if path.suffix != ".py":
         code = re.sub(r"//.*|/\*[\s\S]*?\*/", "", path.read_text(errors="replace"))
         return "\n".join(line.rstrip() for line in code.splitlines() if line.strip())
@@ -166,7 +166,17 @@ def essence(path: Path) -> str:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return ast.unparse(tree)
+    return structure(tree)
+
+
+def structure(node: object) -> str:
+    """A syntax tree as a text that is alike in every version of Python, as ast.dump and ast.unparse are not."""
+    if isinstance(node, list):
+        return f"[{','.join(map(structure, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = (f"{name}={structure(part)}" for name, part in ast.iter_fields(node) if part not in (None, []))
+    return f"{type(node).__name__}({','.join(parts)})"
 
 
 def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path]]]:

@@ -131,9 +131,10 @@ def read_tensors(path: Path) -> object:
         fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
 
 
-def claim(run_dir: Path) -> None:
-    """Lock a run folder until this process ends. Ends the program with one sentence if another process has locked it.
-    Where the operating system or the file system has no file locks, nothing is locked."""
+def claim(run_dir: Path) -> int:
+    """Lock a run folder until the file descriptor that this gives is closed or the process ends. Ends the program with
+    one sentence if another process has locked it. Where the system or the file system has no locks, nothing is locked.
+    """
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         import fcntl  # Windows has none
@@ -142,7 +143,8 @@ def claim(run_dir: Path) -> None:
     except (BlockingIOError, PermissionError):
         fail(f"another process is running {run_dir}; let it end or stop it first", code=os.EX_TEMPFAIL)
     except (ImportError, OSError):
-        os.close(lock)
+        pass
+    return lock
 
 
 # WHAT MADE A RUN
@@ -418,6 +420,7 @@ class Run:
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
+        env.unwrapped.observation_space.seed(args.seed)
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
@@ -442,7 +445,7 @@ class Run:
             saved = self.load_policy()
         elif args.resume is not None:
             self.folder = Path(args.resume)
-            claim(self.folder)
+            self.lock = claim(self.folder)
             self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
             config = read_config(self.folder)
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
@@ -484,7 +487,7 @@ class Run:
         }
         if self.checkpoint is None:
             self.folder = self.make_folder()
-            claim(self.folder)
+            self.lock = claim(self.folder)
         else:
             self.rewind(self.checkpoint["log_sizes"])
             for what in ("total_timesteps", "code", "processor", "device", "in_kernels", "versions"):
@@ -701,10 +704,16 @@ class Run:
         mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
         if other := sorted((saved.keys() - ABOUT - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
+        bounds = {name: b.clone() for name, b in self.state["actor"].named_buffers() if name.startswith("action_")}
         try:
             put_back(mine, {name: saved[name] for name in mine})
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
+        if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
+            fail(f"the actor in {path} is for other bounds of actions than those of {self.args.env_id}; use another")
+        if other := saved.get("statistics", {}).keys() ^ environment.statistics(self.env).keys():
+            which = f"{', '.join(sorted(other))}, so the policy sees other numbers"
+            tqdm.write(f"warning: {path} and {self.args.env_id} do not both normalize by {which}")
         if name := self.not_finite():
             fail(f"a weight of {name} in {path} is not finite, as the logarithm of an alpha of 0; use another agent")
 
@@ -796,13 +805,13 @@ class Run:
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
         film = f"evaluate-{file_of(self.args.evaluate).stem}" if evaluates_only else f"step-{global_step}"
         video = self.folder / "videos" / film if self.args.capture_video else None
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed)  # for a policy that draws
+        seed = self.args.seed + 2**31
+        with environment.apart(self.eval_env, seed, self.device):  # for a policy or an environment that draws
             parts = nn.ModuleList(part for part in self.state.values() if isinstance(part, nn.Module))
             training = [module for module in parts.modules() if module.training]
             for module in training:  # as dropout, which is noise
                 module.training = False
-            played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
+            played = play(self.eval_env, policy, self.args.eval_episodes, seed, self.device, video)
             for module in training:
                 module.training = True
         if played is None:
@@ -837,6 +846,7 @@ class Run:
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
         self.eval_env.close()
+        os.close(self.lock)
         print(f"final return {final_return:.1f}; saved {self.folder / 'final.pt'}")
         return self.folder
 
@@ -870,8 +880,9 @@ def main(arguments: type, train: Callable) -> None:
         check_saved_args(args, saved)
     else:
         settle(settled := replace(args))
-        for name in sorted(unused(settled) & vars(args).keys()):
-            if (given := getattr(args, name)) != (value := getattr(settled, name)):
+        for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # which dense sets to 0
+            given, value = getattr(args, name), getattr(settled, name)
+            if given is not None and given != value:
                 tqdm.write(f"warning: {name}={given} makes no difference to this run, which has {name}={value}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.box2d import BipedalWalker
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from test_resume import again, assert_same_run, child, dies, rows_of
@@ -23,7 +24,7 @@ from lab.environment import STOP_SIGNALS, fingerprint, make_env, make_eval_env, 
 from lab.replay import ReplayBuffer
 
 F = np.float32
-gym.register("ShortBox2D-v0", "gymnasium.envs.box2d:BipedalWalker", max_episode_steps=40)
+gym.register("ShortBox2D-v0", type("MyWalker", (BipedalWalker,), {}), max_episode_steps=40)
 
 
 def box(low, high, shape=None, dtype=F):
@@ -314,6 +315,41 @@ class Normalizer(gym.Wrapper):
         return (obs - self.running.mean).astype(F), *rest
 
 
+class Sloppy(Plain):
+    """Begins anywhere, by generators that `reset` does not seed."""
+
+    def begin(self):
+        return float(np.random.normal() + random.gauss(0, 1) + np.tanh(self.observation_space.sample()[0]))
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_random_numbers_of_no_generator_of_its_own_are_those_of_the_seed_and_not_of_evaluations(
+    run, register, monkeypatch, capsys
+):
+    env_id = register(Sloppy)
+    runs = [run(env_id=env_id, total_timesteps=80, eval_frequency=frequency) for frequency in (20, 80, 20)]
+    assert all(torch.equal(load(runs[0])["actor"]["fc1.weight"], load(one)["actor"]["fc1.weight"]) for one in runs)
+    evaluations = [scalars(run_dir)["eval/episodic_return"] for run_dir in runs]
+    assert evaluations[0] == evaluations[2] and evaluations[1][-1] == evaluations[0][-1]
+    capsys.readouterr()
+    main(sac_tar, monkeypatch, "--evaluate", runs[0])
+    (_, last) = evaluations[0][-1]
+    assert float(capsys.readouterr().out.split("mean ")[1].split(",")[0]) == pytest.approx(last, abs=0.06)
+
+
+class Unseeded(Plain):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(options=options)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_an_environment_that_takes_no_seed_is_named(run, register, capsys):
+    for kind, said in ((Unseeded, 1), (Plain, 0)):
+        run(env_id=register(kind), total_timesteps=62)
+        line = f"warning: --seed does not seed the random numbers of {kind.__name__}-v0; let its reset(seed) call"
+        assert capsys.readouterr().out.count(line) == said
+
+
 @pytest.mark.parametrize(
     "kind, wrappers, attributes",
     [
@@ -331,7 +367,6 @@ def test_a_run_with_randomness_and_statistics_of_its_own_is_resumed_exactly(
     env_id = register(type("Odd", (kind,), attributes), *wrappers)
 
     def work(runs):
-        Noisy.observation_space.seed(1)
         return run(env_id=env_id, checkpoint_frequency=20, eval_frequency=30, runs_dir=str(tmp_path / runs))
 
     undisturbed = work("a")
@@ -415,6 +450,9 @@ def test_evaluations_normalize_with_the_statistics_of_training(run, script, regi
     assert "returns of evaluations are of rewards that NormalizeReward changed" in capsys.readouterr().out
     begun = run(env_id="Plain-v0", eval_episodes=3, method="dense", load=str(run_dir))
     assert scalars(begun)["eval/episodic_return"][0][1] == pytest.approx(logged[-1][1], abs=1e-3)
+    assert "do not both normalize" not in capsys.readouterr().out
+    run(env_id=register(type("Bare", (Plain,), {})), method="dense", load=str(run_dir), total_timesteps=62)
+    assert "final.pt and Bare-v0 do not both normalize by 4.NormalizeObservation.obs_rms" in capsys.readouterr().out
     kept = {name.split(".", 1)[1]: part for name, part in final["statistics"].items()}
     assert kept.keys() == {"NormalizeObservation.obs_rms", "NormalizeReward.return_rms", "NormalizeReward."}
     assert kept["NormalizeObservation.obs_rms"]["count"] == pytest.approx(177, abs=0.1)  # with 17 resets, of training

@@ -232,6 +232,12 @@ def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatc
 # the command line
 
 
+@pytest.mark.parametrize("script", [sac_tar])
+def test_another_process_may_have_a_folder_once_its_run_has_ended(run):
+    lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", lock, run(total_timesteps=62) / ".lock"], check=True)
+
+
 def test_signals_and_locks_of_processes(tmp_path, capsys):
     """A signal ends a run after its episode, with a checkpoint and the command that goes on from there; a second one at
     once. While a process has a folder, no other one gets it."""
@@ -336,9 +342,13 @@ def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, ca
 
 def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):
     given = f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity"
-    main(script, monkeypatch, *given.split(), 0.5, "--method", "static", "--eval-episodes", 1)
+    given = [*given.split(), 0.5, "--method", "static", "--critic-method", "dense", "--critic-sparsity", 0.5]
+    main(script, monkeypatch, *given, "--eval-episodes", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "makes no difference" in line]
-    assert said == ["warning: reserve=0.3 makes no difference to this run, which has reserve=0.1"]
+    assert said == [
+        "warning: critic_sparsity=0.5 makes no difference to this run, which has critic_sparsity=0.0",
+        "warning: reserve=0.3 makes no difference to this run, which has reserve=0.1",
+    ]
 
 
 def test_the_command_that_began_a_run_may_be_repeated_with_resume(run, script, monkeypatch):
@@ -851,11 +861,13 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     saved, other = finished[sac_tar], finished[td3_tar]
     small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
     digest = hashlib.sha256((saved / "final.pt").read_bytes()).hexdigest()[:12]
-    without_entropy = torch.load(saved / "final.pt", weights_only=True)
-    without_entropy["entropy"]["log_alpha"] = torch.tensor([-torch.inf])
-    torch.save(without_entropy, tmp_path / "final.pt")
+    for part, name in (("entropy", "log_alpha"), ("actor", "action_scale")):
+        edited = torch.load(saved / "final.pt", weights_only=True)
+        edited[part][name] = edited[part][name] * torch.inf
+        torch.save(edited, tmp_path / f"{part}.pt")
     for flags, sentence in [
-        ({"load": f"{tmp_path / 'final.pt'}", "hidden_size": 16}, "a weight of entropy in"),
+        ({"load": f"{tmp_path / 'entropy.pt'}", "hidden_size": 16}, "a weight of entropy in"),
+        ({"load": f"{tmp_path / 'actor.pt'}", "hidden_size": 16}, "for other bounds of actions than those of Short-v0"),
         ({"load": f"{saved}"}, "is not of the shape of this one"),  # 16 neurons against 256
         ({"load": f"{saved}", "hidden_size": 16, "env_id": "MountainCarContinuous-v0"}, "is not of the shape"),
         ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, entropy"),

@@ -97,7 +97,9 @@ def load_kernels() -> ctypes.CDLL:
     except ValueError as error:
         raise RuntimeError(f"CXX={os.environ['CXX']} is not a command ({error})") from None
     compile = [*compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
-    target = subprocess.check_output([*compile, "-dM", "-E", "-x", "c++", os.devnull], stderr=subprocess.PIPE)
+    apart = {"start_new_session": True}  # or Ctrl-C would end the compiler, as if it could not build
+    macros = [*compile, "-dM", "-E", "-x", "c++", os.devnull]
+    target = subprocess.check_output(macros, stderr=subprocess.PIPE, **apart)
     key = hashlib.sha256(source.read_bytes() + target + repr(compile).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-rl-tar"
 
@@ -110,8 +112,8 @@ def load_kernels() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             built = Path(folder) / "kernels.so"
             command = [*compile, str(source), "-o", str(built)]
-            if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
-                subprocess.run(command, capture_output=True, check=True)  # one thread, where OpenMP is missing
+            if subprocess.run([*command, "-fopenmp"], capture_output=True, **apart).returncode:
+                subprocess.run(command, capture_output=True, check=True, **apart)  # one thread, without OpenMP
             with built.open("rb") as file:
                 os.fsync(file.fileno())
             library = cache / named(built)
