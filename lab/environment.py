@@ -35,7 +35,8 @@ class NewWorld(gym.Wrapper):
 
     def reset(self, **kwargs):
         self.unwrapped._destroy()
-        self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
+        if not self.unwrapped.world.bodies:  # a subclass may keep some
+            self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
         return super().reset(**kwargs)
 
 
@@ -104,14 +105,12 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     for layer in layers(env):
         if hasattr(layer, "update_running_mean"):
             layer.update_running_mean = False  # the statistics are those of training
-    env.reset(seed=0)
-    if getattr(env.unwrapped, "_np_random_seed", None) not in (None, 0, -1):  # -1: a generator of its own
-        super_reset = "let its reset(seed) call super().reset(seed=seed)"
-        tqdm.write(f"warning: --seed does not seed the random numbers of {env_id}; {super_reset}")
+    env.reset(seed=1)
+    advice = "let its reset(seed) call super().reset(seed=seed)"
+    if getattr(env.unwrapped, "_np_random_seed", None) not in (None, 1, -1):  # -1: a generator of its own
+        tqdm.write(f"warning: --seed does not seed the random numbers of {env_id}; {advice}")
     if not isinstance(env.unwrapped.np_random, np.random.Generator):
-        fail(
-            f"{env_id} has a np_random that is no numpy.random.Generator; let its reset() call super().reset(seed=seed)"
-        )
+        fail(f"{env_id} has a np_random that is no numpy.random.Generator; {advice}")
     if video:
         try:
             import moviepy  # noqa: F401 - RecordVideo misses it only when it writes
@@ -127,20 +126,23 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
     """Inside the block the global random generators and that of the environment's observation space, which training may
     share, begin at a seed; afterwards they go on as if nothing had been drawn."""
-    space = env.unwrapped.observation_space
-    before = [random_state(generator) for generator in (random, np.random, space.np_random)]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
-            seeded(seed)
-        yield
-    for generator, state in zip((random, np.random, space.np_random), before):
-        set_random_state(generator, state)
+    space, python, numpy = env.unwrapped.observation_space, random.getstate(), np.random.get_state()
+    held = copy.deepcopy(vars(space))  # a composite space has several generators
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
+                seeded(seed)
+            yield
+    finally:
+        vars(space).update(held)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @torch.no_grad()
 def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
-    """The returns and the lengths of noise-free episodes, two lists. All begins at `seed`, so every evaluation has the
-    same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
+    """The returns and the lengths of noise-free episodes, two lists. The first reset takes `seed`, so every evaluation
+    has the same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
     <video>.mp4. Without a time limit, episodes are cut after EVALUATION_LIMIT steps, and a stop signal returns None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
     limit = math.inf if env.has_wrapper_attr("_max_episode_steps") else EVALUATION_LIMIT

@@ -704,7 +704,9 @@ class Run:
         mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
         if other := sorted((saved.keys() - ABOUT - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
-        bounds = {name: b.clone() for name, b in self.state["actor"].named_buffers() if name.startswith("action_")}
+        of_bounds = {"action_scale", "action_bias", "action_low", "action_high"}
+        buffers = self.state["actor"].named_buffers()
+        bounds = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in of_bounds}
         try:
             put_back(mine, {name: saved[name] for name in mine})
         except (KeyError, RuntimeError, ValueError) as error:
@@ -712,7 +714,7 @@ class Run:
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
             fail(f"the actor in {path} is for other bounds of actions than those of {self.args.env_id}; use another")
         if other := saved.get("statistics", {}).keys() ^ environment.statistics(self.env).keys():
-            which = f"{', '.join(sorted(other))}, so the policy sees other numbers"
+            which = f"{', '.join(sorted(other))}, so observations or rewards are other numbers"
             tqdm.write(f"warning: {path} and {self.args.env_id} do not both normalize by {which}")
         if name := self.not_finite():
             fail(f"a weight of {name} in {path} is not finite, as the logarithm of an alpha of 0; use another agent")
@@ -805,13 +807,12 @@ class Run:
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
         film = f"evaluate-{file_of(self.args.evaluate).stem}" if evaluates_only else f"step-{global_step}"
         video = self.folder / "videos" / film if self.args.capture_video else None
-        seed = self.args.seed + 2**31
-        with environment.apart(self.eval_env, seed, self.device):  # for a policy or an environment that draws
+        with environment.apart(self.eval_env, self.args.seed, self.device):  # for a policy or an environment that draws
             parts = nn.ModuleList(part for part in self.state.values() if isinstance(part, nn.Module))
             training = [module for module in parts.modules() if module.training]
             for module in training:  # as dropout, which is noise
                 module.training = False
-            played = play(self.eval_env, policy, self.args.eval_episodes, seed, self.device, video)
+            played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
             for module in training:
                 module.training = True
         if played is None:

@@ -151,7 +151,7 @@ def with_old_generator(env, seed=None, options=None):
         ({"action_space": box([-LARGEST], [LARGEST])}, "whose ranges are positive and finite", 2),
         ({"action_space": box([-1, 0], [1, 0])}, "[1. 0.], (2,), float32); this script needs one whose ranges", 2),
         ({"observation_space": box(0, 1, (2, 2, 3))}, "(2, 2, 3), float32); this script needs a 1-D Box", 2),
-        ({"reset": with_old_generator}, "a np_random that is no numpy.random.Generator; let its reset() call", 2),
+        ({"reset": with_old_generator}, "a np_random that is no numpy.random.Generator; let its reset(seed) call", 2),
         ({"observe": lambda env: WRONG}, "the observation at step 0 has shape (2, 1) and its space (2,)", 1),
     ],
 )  # fmt: skip

@@ -210,7 +210,7 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
 
 
 def test_the_code_is_the_same_in_every_version_of_python(tmp_path):
-    """Here the text of `structure` on 3.10 to 3.13; the texts of ast.unparse and ast.dump differ between these."""
+    """The text is this one on 3.11 to 3.13, between which those of ast.unparse and ast.dump differ."""
     (tmp_path / "a.py").write_text("def f(a, *, b=None):\n    'Docs.'\n    return f\"{a or ''}{b}\"  # why")
     names = [f"Name(id='{name}',ctx=Load())" for name in "ab"]
     either = f"BoolOp(op=Or(),values=[{names[0]},Constant(value='')])"
