@@ -105,7 +105,7 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
         codes = of_algo.groupby("script").code.nunique()
-        differ |= {"code"} if codes.max() > 1 else set()  # which is a setting with --separate-code alone
+        differ |= {"code"} if codes.max() > 1 else set()  # in `settings` only with --separate-code
         for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]

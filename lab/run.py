@@ -292,8 +292,7 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
     found = {}
     for name, net in nets.items():
-        networks = net.networks
-        inner = {id(part) for network in networks for part in (*network.parameters(), *[*network.modules()][1:])}
+        inner = {id(part) for network in net.networks for part in (*network.parameters(), *[*network.modules()][1:])}
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
@@ -312,7 +311,7 @@ def one_by_one(source: Path, before: range) -> str | None:
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
         nodes += ast.iter_child_nodes(node)
-        is_map = isinstance(node, ast.Call) and ast.unparse(node.func) == "map"
+        is_map = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "map"
         looped = node if is_map else getattr(node, "iter", None)
         for part in ast.walk(looped) if looped else [node]:
             name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""

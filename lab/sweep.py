@@ -224,8 +224,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             log = Path(args.runs_dir, "sweep_logs", f"{name}.log")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
             code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
-            may_change = [name for name in sorted(NOT_OF_THE_RESULT) if passed & {name, f"no_{name}"}]
-            may_change = {name: getattr(run_args, name) for name in may_change}
+            may_change = {n: getattr(run_args, n) for n in sorted(NOT_OF_THE_RESULT) if passed & {n, f"no_{n}"}}
             runs[log] = Run(log, command, what, script.defaults, code, command_line(may_change))
     return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
 

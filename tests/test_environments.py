@@ -407,6 +407,19 @@ def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, script, reg
     assert f"at step 80 begins with another value of {names} than before" in warning
 
 
+def test_a_world_in_which_a_subclass_has_bodies_is_kept():
+    class WithABody(BipedalWalker):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.own = self.world.CreateStaticBody()
+
+    gym.register("WithABody-v0", WithABody, max_episode_steps=40)
+    for env, kept in ((make_env("WithABody-v0"), True), (make_env("ShortBox2D-v0"), False)):
+        world = env.unwrapped.world
+        env.reset(seed=1)
+        assert (env.unwrapped.world is world) == kept
+
+
 IDS = ["Pendulum-v1", "Hopper-v4", "Humanoid-v5", "MountainCarContinuous-v0", "ShortBox2D-v0"]
 IDS += ["LunarLanderContinuous-v3"]
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
 from collections import OrderedDict
 from pathlib import Path
 
@@ -561,6 +562,17 @@ def compiler(monkeypatch, tmp_path, built):
     kernels.load_kernels.cache_clear()
     yield tmp_path / "c++"
     kernels.load_kernels.cache_clear()
+
+
+def test_ctrl_c_does_not_reach_the_compiler(compiler):
+    """Its three calls, the last without OpenMP, are process groups of their own."""
+    groups = compiler.with_name("groups")
+    fails = 'case "$*" in *-dM*) echo x;; *) exit 1;; esac'
+    compiler.write_text(f'#!/bin/sh\ncut -d" " -f5 /proc/$$/stat >> {groups}\n{fails}\n')
+    with pytest.raises(subprocess.CalledProcessError):
+        kernels.load_kernels()
+    found = groups.read_text().split()
+    assert len(found) == 3 and str(os.getpgrp()) not in found
 
 
 def slow_actor(net, batch_size):
