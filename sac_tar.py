@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto: the most for
-    # which there are at least 4 times the connections that all layers need by the formula in README.md [ours].
+    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto: the most at
+    # which K is at least 4 times the topology need of all layers in README.md, or the fewest that hold K [ours].
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's

@@ -103,7 +103,7 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
     counts, full = [0] * len(shares), True
     while full:
         whole, remaining = sum(shares[i] for i in open_entries), total - sum(counts)
-        exact = {i: remaining * (shares[i] / whole) for i in open_entries}
+        exact = {i: remaining * shares[i] / whole for i in open_entries}
         full = [i for i in open_entries if exact[i] >= caps[i]]
         for i in full:
             counts[i] = caps[i]
@@ -118,7 +118,7 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
 
 def room(scores: dict[str, Tensor]) -> list[int]:
     """How many connections each layer can keep: connections that an earlier round has pruned score minus infinity."""
-    return [int((s > -math.inf).sum()) for s in scores.values()]
+    return [int((s != -math.inf).sum()) for s in scores.values()]
 
 
 def er_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
@@ -133,8 +133,8 @@ def uniform_layer_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
 
 def global_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
     """One ranking of all connections of the network. Ties go to the lower index."""
-    top = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True, stable=True).indices[:keep]
-    active = torch.zeros(sum(s.numel() for s in scores.values()), dtype=torch.bool).index_fill_(0, top.cpu(), True)
+    ranked = torch.cat([s.flatten() for s in scores.values()])
+    active = highest(ranked, keep, torch.ones_like(ranked, dtype=torch.bool))
     return [int(part.sum()) for part in active.split([s.numel() for s in scores.values()])]
 
 
@@ -176,7 +176,7 @@ def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> i
     hidden = max((n_out for n_out, _ in shapes[:-1]), default=0)
     parts = {h: active_part(weights, h).values() for h in range(1, hidden + 1)}
     narrowest = min((h for h, part in parts.items() if sum(w.numel() for w in part) >= budget), default=0)
-    fed = [h for h, ws in parts.items() if budget >= AUTO_WIDTH_C * sum(topology_need(tuple(w.shape)) for w in ws)]
+    fed = [h for h, ws in parts.items() if budget >= AUTO_WIDTH_C * sum(topology_need(w.shape) for w in ws)]
     width = max([*fed, narrowest]) if asked == "auto" else asked
     if width < narrowest:
         what = f"--active-width {asked} cannot hold {budget} connections of layers of shapes {shapes}"
@@ -201,8 +201,8 @@ class Rule(NamedTuple):
 
 def random_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """Uniform noise."""
-    draws = {name: torch.rand(w.shape, generator=generator, dtype=torch.float64) for name, w in weights.items()}
-    return {name: draw.to(weights[name].device) for name, draw in draws.items()}
+    kind = {"generator": generator, "dtype": torch.float64}
+    return {name: torch.rand(w.shape, **kind).to(w.device) for name, w in weights.items()}
 
 
 def magnitude_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
@@ -313,11 +313,11 @@ def tar_budgets(masks: Masks, reserve: int) -> list[int]:
     as a layer still has pruned connections.
     """
     kept = [int(mask.sum()) for mask in masks.values()]
-    deficits = [max(0, topology_floor(tuple(m.shape)) - k) for m, k in zip(masks.values(), kept, strict=True)]
+    deficits = [max(0, topology_floor(m.shape) - k) for m, k in zip(masks.values(), kept, strict=True)]
     if sum(deficits) >= reserve:
         return allocate(reserve, deficits, deficits)
     space = [mask.numel() - k - d for mask, k, d in zip(masks.values(), kept, deficits, strict=True)]
-    rest = allocate(reserve - sum(deficits), [topology_need(tuple(mask.shape)) for mask in masks.values()], space)
+    rest = allocate(reserve - sum(deficits), [topology_need(mask.shape) for mask in masks.values()], space)
     return [d + r for d, r in zip(deficits, rest, strict=True)]
 
 

@@ -177,7 +177,7 @@ def cht_growth(layer: Layer) -> Tensor:
 
 
 def chts_growth(layer: Layer) -> Tensor:
-    """As cht, but drop and grow at random, by odds of worth and Cannistraci-Hebb score (CHTs, Zhang et al. 2025)."""
+    """As cht, but drop by soft, and grow at random by odds of Cannistraci-Hebb scores (CHTs, Zhang et al. 2025)."""
     return sample(ch_scores(layer.mask), layer)
 
 
@@ -199,7 +199,7 @@ Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ran
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
     DROPS | {None: "Soft with chts, else magnitude"},
-    "For methods that rewire: a connection's worth, of its weight w and gradient g; the lowest are dropped.",
+    "For methods that rewire: a connection's score, of its weight w and gradient g; the lowest are dropped.",
 )
 
 
@@ -207,7 +207,8 @@ DropCriterion = one_of(
 class Flags:
     rewire_every: int = 1000  # For methods that rewire: environment steps between rewirings (Graesser et al. 2022).
     # For methods that rewire: the fraction of a layer's connections that a rewiring replaces. It falls along a cosine
-    # from this value at step 0 to 0 at --rewire-stop (Graesser et al. 2022).
+    # from this value at step 0 to 0 at --rewire-stop (Graesser et al. 2022). cht and chts also replace connections that
+    # lead nowhere.
     rewire_fraction: float = 0.5
     rewire_stop: float = 0.8  # For methods that rewire: the fraction of training after which masks stay as they are.
     drop_criterion: DropCriterion = None
@@ -216,8 +217,9 @@ class Flags:
     # The weights of active connections after pruning. dense: unchanged. sparse: scaled to how many active inputs a
     # neuron has (Evci et al. 2022).
     init: Literal["dense", "sparse"] = "dense"
-    # The density after the first pruning, if it is to fall to that of --sparsity during training: at the rewirings, or
+    # The fraction of the weights that are active after the first pruning. It falls to 1 - sparsity at the rewirings, or
     # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
+    # Default: it is 1 - sparsity from the start.
     density_start: float | None = None
     # Prune a second time at this environment step, by magnitude, and revive only then (SCULPT). Needs --density-start.
     final_prune_at: int | None = None
@@ -360,9 +362,9 @@ def rewire_layers(
 ) -> None:
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
-    that were inactive before. Ties go to the lower index. A layer where cht or chts has settled joins `stopped`.
-    A layer that is to be full drops nothing: it would regrow all of it, but neurons that it had cut off meanwhile would
-    have lost their connections in other layers."""
+    that were inactive before. Of equal ones the lower index is dropped, or grows, first. A layer where cht or chts has
+    settled joins `stopped`. A layer that is to be full drops nothing: it would regrow all of it, but neurons that it
+    had cut off meanwhile would have lost their connections in other layers."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()
@@ -413,8 +415,9 @@ def rewiring_flops(net: Net, rules: Rules) -> int:
 
 def rewiring_steps(args: object) -> range:
     """The environment steps at which networks are rewired."""
-    after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
-    return range((after // args.rewire_every + 1) * args.rewire_every, math.ceil(until), args.rewire_every)
+    after = max(args.learning_starts, args.prune_at)
+    until = math.ceil(round(args.rewire_stop * args.total_timesteps, 6))  # rounded, since 0.55 is a little more than it
+    return range((after // args.rewire_every + 1) * args.rewire_every, until, args.rewire_every)
 
 
 # DYNADIAG
@@ -423,8 +426,8 @@ def rewiring_steps(args: object) -> range:
 class Diagonals:
     """DynaDiag in one network until pruning. A weight is V * a, where a = clamp(k softmax(alpha / T), 0, 1) is
     the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1. All
-    alphas start equal, and T falls from 5 to 0.05. Layers that the budget leaves whole have no gates; in the source,
-    the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
+    alphas start equal, and T falls from 5 towards 0.05. Layers that the budget leaves whole have no gates; in the
+    source, the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
 
     The network holds the products V * a, so it is run and saved like any other, and its target averages them. It holds
     V and dL/dV only while its optimizer steps. alpha has its own Adam, with the learning rate of the network."""
@@ -553,7 +556,7 @@ class Schedule:
                 sparse_utils.chain_shapes(net.weights, f"method {net.method}")
             if args.criterion == "synflow" and net.method not in sparse_utils.UNPRUNED:
                 sparse_utils.chain_shapes(net.weights, "--criterion synflow")
-            if args.criterion == "dynadiag" and net.budget - net.reserve < net.size:
+            if args.criterion == "dynadiag" and net.budget < net.size:
                 self.diagonals[name] = Diagonals(net, args.distribution)
 
     def state_dict(self) -> dict:

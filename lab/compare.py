@@ -13,7 +13,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -35,11 +35,12 @@ from lab.flags import fail
 class Args:
     folder: tyro.conf.Positional[Path]  # A folder of run folders, or a published grid.
     out: Path | None = None  # The folder of the comparison; default: comparison, in the folder of the runs.
-    # Compare with this arm, or the one with this in its name (an arm: runs that differ only in seed and environment).
-    # Default: the `static` arm that each arm is most like.
+    # Compare with this arm, or the one with this word, or else this text, in its name (an arm: runs that differ only in
+    # seed and environment). Default: the `static` arm that each arm is most like.
     against: str | None = None
     env_id: tuple[str, ...] = ()  # Compare in these environments only.
-    arm: tuple[str, ...] = ()  # Compare only these arms, or those whose names contain one of these.
+    # Compare only these arms, or those with one of these words, or else one of these texts, in their names.
+    arm: tuple[str, ...] = ()
     # Compare returns at equal cost, too. Time says nothing where runs shared their cores with other work.
     costs: tuple[Literal["time", "flops"], ...] = ("time", "flops")
     separate_code: bool = False  # Split an arm whose runs were made by different code into an arm for each code.
@@ -48,7 +49,7 @@ class Args:
     masks_of: str | None = None  # Draw the masks of this run folder; default: of the first run that revived some.
 
 
-CELL = ["algo", "sparsity", "env_id", "arm"]
+RUN = ["algo", "sparsity", "env_id", "arm", "seed"]  # what tells runs apart
 IN_EVERY_NAME = {"method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 COSTS = {"minutes": "time", "1e12 FLOPs": "flops"}  # and the ends of the names of their files
 PACKAGES = ["torch", "numpy", "gymnasium", "mujoco", "python"]
@@ -112,30 +113,32 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
             runs.loc[index, "more"] += "".join(told)
     runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
     runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
-    again = runs.duplicated([*CELL, "seed"], keep="last")
-    other = runs.code != runs.groupby([*CELL, "seed"]).code.transform("last")
+    again = runs.duplicated(RUN, keep="last")
+    other = runs.code != runs.groupby(RUN).code.transform("last")
     left_out = {"not finished": unfinished, "run again later": [path.name for path in runs.path[again & ~other]]}
     by_other = "run again later by other code (with --separate-code each code has an arm)"
     left_out[by_other] = [path.name for path in runs.path[again & other]]
     notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
-    return runs[~again].sort_values([*CELL, "seed"])
+    return runs[~again].sort_values(RUN)
 
 
-def differing(dictionaries: Iterable[dict]) -> list[str]:
+def differing(dictionaries: Iterable[dict]) -> set[str]:
     """The names that do not have the same value in all of them; a name that is only in some of them is one."""
-    names = sorted({name for dictionary in dictionaries for name in dictionary})
-    return [name for name in names if len({str(d.get(name, MISSING)) for d in dictionaries}) > 1]
+    names = {name for dictionary in dictionaries for name in dictionary}
+    return {name for name in names if len({str(d.get(name, MISSING)) for d in dictionaries}) > 1}
 
 
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
     names of the arms; the notes; the environments and seeds that only some arms have."""
-    mixed, gaps = [arm for arm, rows in runs.groupby("arm") if rows.code.nunique() > 1], {}
+    # in each environment, since one of the reader's own is part of the code
+    cells, gaps = runs.groupby(["arm", "env_id"]), {}
+    mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
     found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
     found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
     told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
     names = sorted({name for settings in runs.settings for name in settings} - told)
-    columns = {name: [settings[name] for settings in runs.settings if name in settings] for name in names}
+    columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
     for name, values in (columns | {f"version of {name}": runs[name] for name in PACKAGES}).items():
         counts = pd.Series(map(str, values)).value_counts().sort_index()
         which = [f"{value} in {count} of {len(runs)} runs" for value, count in counts.items()]
@@ -162,11 +165,10 @@ def improvement(*samples: np.ndarray, axis: int) -> np.ndarray:
 def bootstrapped(statistic, samples: list[np.ndarray], at_least: int = 2) -> tuple[float, float, float]:
     """The statistic and the ends of its 95% interval; NaN if a sample has fewer values than `at_least`,
     or if both ends are equal."""
-    if min(map(len, samples)) < at_least:
-        return float(statistic(*samples, axis=-1)), np.nan, np.nan
-    interval = stats.bootstrap(samples, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval
-    ends = (interval.low, interval.high) if interval.low < interval.high else (np.nan, np.nan)
-    return float(statistic(*samples, axis=-1)), *map(float, ends)
+    value, ends = float(statistic(*samples, axis=-1)), (np.nan, np.nan)
+    if min(map(len, samples)) >= at_least:
+        ends = stats.bootstrap(samples, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval
+    return (value, *map(float, ends)) if ends[0] < ends[1] else (value, np.nan, np.nan)
 
 
 def with_interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
@@ -205,7 +207,7 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
         words = len(name.split())
         if same_base and (arm not in controls.index or words < len(arm.split())):
             apart = {"method", "critic_method"} if own.base else IN_EVERY_NAME  # an unpruned one has another sparsity
-            unlike = len({*differing([own.settings, control.settings])} - apart)
+            unlike = len(differing([own.settings, control.settings]) - apart)
             unlike += (own.script != control.script) + (unpruned(own) != unpruned(control))
             ranks.setdefault(arm, []).append((unlike, words, -len(cells[arm] & cells[name]), name))
     return {arm: min(found)[-1] for arm, found in ranks.items()}
@@ -310,13 +312,13 @@ SECTIONS = {
     "returns": ("Final return", "curves", """Mean of the evaluations in the last tenth of training, then over n seeds,
 with a 95% t interval; differences are paired by seed. P(better), the probability that a run of this arm beats one of
 that under `against` (Agarwal et al. 2021), has no interval below five seeds, nor where it is 0 or 1: a bootstrap sees
-only seeds that were run. Lines are means, thin lines seeds (from six on: a shade, their 95% t interval), light grey
-lines other methods."""),
+only seeds that were run. Lines are means; in panels of up to six arms thin lines are seeds (from six seeds on: a
+shade, their 95% t interval); light grey lines are other methods."""),
     "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
-in % of dense, with a 95% stratified bootstrap interval, too narrow at few seeds and since the mean of dense is fixed;
-and the mean of P(better)."""),
+in % of dense, if one dense arm is among them, with a 95% stratified bootstrap interval, too narrow at few seeds and
+since the mean of dense is fixed; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
-counting half, mean over the environments in which both have runs (a star: not all; none: there is none)."""),
+counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
 fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
 that made most of them."""),
@@ -334,9 +336,8 @@ def write_page(
     tables = {"returns": returns_table(group, chosen), "aggregate": aggregate_table(group, chosen)}
     tables |= {"wins": wins_table(group)}
     figures.draw_curves(group, styles, "step", f"{path}_curves.png")
-    for cost, end in COSTS.items() if group.arm.nunique() > 1 else ():
-        if end not in args.costs:
-            continue
+    asked = {cost: end for cost, end in COSTS.items() if end in args.costs}
+    for cost, end in asked.items() if group.arm.nunique() > 1 else ():
         missing = group.curve.map(lambda curve, cost=cost: curve[cost].isna().any() or curve[cost].iloc[-1] <= 0)
         reasons = {f"they have no {cost}": missing}
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
@@ -348,7 +349,8 @@ def write_page(
         if len(kept := group[~np.any([*reasons.values()], 0)]):
             tables[end] = cost_table(kept, cost)
             figures.draw_curves(kept, styles, cost, f"{path}_{end}.png")
-    later += [f"There is no run here of {against}, with which to compare."] if against and not chosen else []
+    if against and against not in set(group.arm):
+        later.append(f"There is no run here of {against}, with which to compare.")
     caveats = caveats_of(group, notes) + later
     if len(caveats) > CAVEATS_ON_TOP:
         caveats.insert(CAVEATS_ON_TOP - 1, f"{len(caveats) - CAVEATS_ON_TOP + 1} further caveats are at the end.")
@@ -375,7 +377,10 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
     notes = [line.removeprefix("- ") for line in path.read_text().splitlines() if line] if path.exists() else []
     runs = read_runs(folder, notes, args.separate_code)
     arms = arms_of(runs)
-    named = {t: [t] if t in arms else [arm for arm in arms if t in arm] for t in {args.against, *args.arm} - {None}}
+    named = {}
+    for text in {args.against, *args.arm} - {None}:  # first by whole words: the name of a script may contain a method
+        named[text] = [arm for arm in arms if text == arm] or [arm for arm in arms if text in arm.split()]
+        named[text] = named[text] or [arm for arm in arms if text in arm]
     if unknown := [t for t in args.arm if not named[t]] + sorted({*args.env_id} - {*runs.env_id}):
         where = f"the arms are: {', '.join(arms)}; the environments: {', '.join(sorted({*runs.env_id}))}"
         fail(f"there is no finished run of {unknown[0]}; {where}")
@@ -394,7 +399,8 @@ def main(args: Args) -> None:
         if folder and folder.resolve() == args.folder.resolve():
             fail(f"{flag} needs another folder than that of the runs")
     folder = args.publish or args.folder
-    runs, notes, against = read(args.folder, args)
+    # the arm of --against may be one of the published grid
+    runs, notes, against = read(args.folder, replace(args, against=None) if args.publish else args)
     if args.events:
         return results.write_events(runs, args.events)
     asked = [path for path in runs.path if Path(args.masks_of or path).name == path.name]

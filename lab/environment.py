@@ -246,8 +246,9 @@ def fingerprint(
 ) -> dict[str, int]:
     """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
     collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
-    tensors, running statistics and lists of these among the `variables` of train. In dictionaries, and in objects whose
-    class is defined in one of the `files`, two levels count, without names that begin with _ and those in `but`."""
+    tensors, random generators, running statistics and lists of these among the `variables` of train. In dictionaries,
+    and in objects whose class is defined in one of the `files`, two levels count, without names that begin with _ and
+    those in `but`."""
 
     @functools.cache
     def is_own(kind: type) -> bool:
@@ -271,6 +272,8 @@ def fingerprint(
             return value.detach().cpu().double().numpy().tobytes()
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
             return value.tobytes()
+        if isinstance(value, GENERATORS):
+            value = random_state(value)
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
         if isinstance(value, dict) and "params" not in value:

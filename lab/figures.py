@@ -50,19 +50,21 @@ def panels(runs: pd.DataFrame, split: bool = False):
     for each method there. With each axes come the runs that it shows, and all runs there that have this base mask or
     none."""
     cells = []
-    for env_id, base in itertools.product(sorted(set(runs.env_id)), sorted(set(runs.base) - {""}) or [""]):
-        part = runs[(runs.env_id == env_id) & runs.base.isin([base, ""])]
-        if split and part.arm.nunique() > MANY_ARMS:
-            cells += [(f"{env_id}\n{' '.join(k).strip()}", own, part) for k, own in part.groupby(["method", "base"])]
-        elif len(part):
-            cells.append((f"{env_id}\n{base}".strip(), part, part))
+    for env_id, of_env in runs.groupby("env_id"):
+        for base in sorted({*of_env.base} - {""}) or [""]:
+            part = of_env[of_env.base.isin([base, ""])]
+            if split and part.arm.nunique() > MANY_ARMS:
+                own = part.groupby(["method", "base"])
+                cells += [(f"{env_id}\n{' '.join(names).strip()}", rows, part) for names, rows in own]
+            else:
+                cells.append((f"{env_id}\n{base}".strip(), part, part))
     columns = min(len(cells), 2 if len(cells) < 7 else 4)
     rows = -(-len(cells) // columns)
     figure = plt.figure(figsize=(9, 0.7 + rows * (3.3 if columns < 4 else 2.2)))
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(cells))]
     for i, (title, _, _) in enumerate(cells):
         axes[i].set_title(title, fontsize="medium")
-        axes[i].set_ylabel("" if i % columns else "evaluation return")
+        axes[i].set_ylabel("" if i % columns else "evaluation return" if split else "final return")
     return figure, [(ax, *parts) for ax, (_, *parts) in zip(axes, cells)]
 
 
@@ -153,8 +155,8 @@ def draw_gains(gains: pd.DataFrame, path: Path) -> None:
     """What runs gained by revival, against what static pruning had cut: a point for each seed."""
     cells = list(gains.groupby(["env_id", "label"]))
     columns = min(len(cells), 3)
-    size = {"figsize": (9, 0.7 + 3.3 * -(-len(cells) // columns)), "sharey": True, "squeeze": False}
-    figure, grid = plt.subplots(-(-len(cells) // columns), columns, **size)
+    rows = -(-len(cells) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(9, 0.7 + 3.3 * rows), sharey=True, squeeze=False)
     names = sorted(set(gains.base))
     for axes, (title, own) in itertools.zip_longest(grid.flat, cells, fillvalue=("", gains[:0])):
         axes.set_visible(len(own) > 0)

@@ -52,7 +52,7 @@ class RunFlags:
     compute: Literal["auto", "masked", "sparse"] = "auto"
     eval_frequency: int = 5000  # Environment steps between evaluations; there is one at step 0 and one at the end too.
     eval_episodes: int = 10  # Noise-free episodes of each evaluation, on an environment of its own.
-    capture_video: bool = False  # Film the first episode of each evaluation as an mp4 in the run folder.
+    capture_video: bool = False  # Film the first episode of each evaluation as an mp4 in the run folder. Needs moviepy.
     checkpoint_frequency: int = 10_000  # Environment steps between checkpoints, each written when an episode ends.
     # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True

@@ -86,7 +86,7 @@ def unused(args: object) -> set[str]:
         found |= {"reserve"}
     if not methods - sparse_utils.UNPRUNED.keys():
         found |= {"criterion", "distribution", "active_width"}
-    if getattr(args, "active_width", None) == args.hidden_size:
+    if getattr(args, "active_width", None) == getattr(args, "hidden_size", "left out"):
         found |= {"active_width"}
     if getattr(args, "autotune", False):
         found |= {"alpha"}
@@ -103,7 +103,7 @@ def check(args: object) -> None:
     rules |= at_least_0(args, "alpha", "policy_noise", "noise_clip", "exploration_noise")
     rules |= fraction(args, "sparsity", "critic_sparsity", "reserve")
     rules["gamma"] = (0 <= args.gamma <= 1, "in [0, 1]")
-    rules["tau"] = (0 < args.tau <= 1, "above 0 and at most 1")
+    rules["tau"] = (0 < getattr(args, "tau", 1) <= 1, "above 0 and at most 1")
     rules["seed"] = (0 <= args.seed < 2**31, "at least 0 and below 2**31")
     require(args, rules | within_training(args, "learning_starts", "prune_at"))
     if sparse_utils.CRITERIA[args.criterion].uses_loss and args.prune_at == 0:
@@ -203,11 +203,6 @@ def folders_of(script: Path) -> list[Path]:
     return [script.resolve().parent, PROJECT, *(path for path in others if not any(path.glob("*.dist-info")))]
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a source is the project's own, rather than a script or a module of its reader."""
-    return PROJECT / "lab" in path.parents or path == PROJECT / "sparse_utils.py"
-
-
 def sources(script: Path, env_id: str = "") -> list[Path]:
     """The source files of a run: the script, the module of its environment (`<module>:<id>`), and all modules that they
     import, directly or not, from the folders that `folders_of` gives, with kernels.cpp. See NOT_OF_THE_CODE."""
@@ -244,14 +239,22 @@ def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     measured). The segments of older runs lack some of these. A run is a folder with config.json or, if published, an
     entry of runs.json."""
     published = folder / "runs.json"
-    whole = json.loads(published.read_text()) if published.exists() else {}
+    whole = read_json(published) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())
     yield from ((path.parent, read_config(path.parent)) for path in sorted(folder.glob("*/config.json")))
 
 
 def read_config(run_dir: Path) -> dict:
     """What config.json records of one run; see `configs`."""
-    return json.loads((run_dir / "config.json").read_text()) | {"published": False}
+    return read_json(run_dir / "config.json") | {"published": False}
+
+
+def read_json(path: Path) -> dict:
+    """The content of a file that is to be a JSON object. Ends the program with one sentence if it is none."""
+    try:
+        return {**json.loads(path.read_text())}
+    except (TypeError, ValueError) as error:
+        fail(f"cannot read {path} ({error}); mend the file or delete it")
 
 
 def codes(config: dict) -> list[str | None]:

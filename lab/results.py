@@ -29,7 +29,8 @@ def results_in(folder: Path, unfinished: list[str]) -> Iterator[dict]:
     published = dict(iter(read_evaluations(folder).groupby("run"))) if (folder / "runs.json").exists() else {}
     for path, config in record.configs(folder):
         if config["published"]:
-            result = {"evaluations": published[path.name].drop(columns="run")}
+            own = published.get(path.name)  # None where the two files were edited apart
+            result = None if own is None else {"evaluations": own.drop(columns="run")}
         else:
             result = read_run(path) if (path / "final.pt").exists() else None
         if result and (result["evaluations"].step > 0.9 * config["args"]["total_timesteps"]).any():
@@ -63,7 +64,7 @@ def publish(results: Iterable[dict], grid: Path) -> None:
     """Add runs to a published grid, or begin one. Of a run that is there already, the new result counts. Numbers are
     written as the shortest text that reads back as the same float32."""
     file = grid / "runs.json"
-    runs = json.loads(file.read_text()) if file.exists() else {}
+    runs = record.read_json(file) if file.exists() else {}
     tables = [read_evaluations(grid)] if runs else []
     for result in results:
         name = result["path"].name
@@ -74,11 +75,12 @@ def publish(results: Iterable[dict], grid: Path) -> None:
     table = pd.concat(tables).sort_values(["run", "step"], kind="stable")
     for name in TAGS:
         table[name] = ["" if np.isnan(x) else str(np.float32(x)).removesuffix(".0") for x in table[name]]
-    # an interrupted writing leaves no run without evaluations
+    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
+    # an interrupted writing leaves both files whole, and no run without evaluations
     table[["run", *COLUMNS]].to_csv(part := grid / "evaluations.csv.tmp", index=False)
     part.replace(grid / "evaluations.csv")
-    lines = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(runs.items())]
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    (part := grid / "runs.json.tmp").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    part.replace(file)
 
 
 def write_events(runs: pd.DataFrame, folder: Path) -> None:

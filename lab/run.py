@@ -20,7 +20,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import sparse_utils
 from lab import baselines, environment, kernels, record, topology
 from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, make_eval_env, play
-from lab.flags import bad_input, fail
+from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
@@ -62,6 +62,7 @@ ABOUT = {
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
+BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
@@ -99,22 +100,6 @@ def write_tensors(path: Path, content: object) -> None:
     write_whole(path, file.getvalue())
 
 
-@contextlib.contextmanager
-def machine_in_a_sentence() -> Iterator[None]:
-    """End the program with one sentence where files cannot be written or memory does not suffice."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)
-    except (MemoryError, RuntimeError) as error:
-        why = next(iter(str(error).splitlines()), "")
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
-            raise
-        fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size", code=1)
-
-
 def read_tensors(path: Path) -> object:
     """What `write_tensors` has written, checked against the file's checksums, on the CPU. Runs no code from the file;
     ends the program with one sentence if it is missing or damaged."""
@@ -125,7 +110,7 @@ def read_tensors(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"there is no {path}; check the path")
-    except (OSError, EOFError, RuntimeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
@@ -228,10 +213,10 @@ def put_back(part: object, saved: object) -> object:
     return part
 
 
-def check_parts(state: dict, variables: dict) -> dict[str, str]:
-    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints
-    would lack a variable of train that has a state, or a parameter that an optimizer trains, or if a part of `state`
-    could not be put back."""
+def check_parts(state: dict, rb: object, variables: dict) -> dict[str, str]:
+    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
+    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or a parameter that an
+    optimizer trains, or if a part of `state` could not be put back."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -241,7 +226,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
 
-    parts, groups, held = {id(state), *map(id, state.values())}, [], tensors(state)
+    parts, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
     for name, part in state.items():
         parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, torch.optim.Optimizer):
@@ -250,7 +235,7 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
     def is_lost(value: object) -> bool:
-        if id(value) in parts:
+        if id(value) in parts or id(getattr(value, "__dict__", None)) in parts:
             return False
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
             return not tensors(value) <= held
@@ -258,7 +243,8 @@ def check_parts(state: dict, variables: dict) -> dict[str, str]:
             return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
             return value.requires_grad and not {id(value), id(value._base)} & held
-        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+        is_part = isinstance(value, (*GENERATORS, ReplayBuffer)) or hasattr(value, "load_state_dict")
+        return is_part and not isinstance(value, type)
 
     lost = [name for name, value in variables.items() if is_lost(value)]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
@@ -281,13 +267,15 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a list, tuple or dictionary that holds layers or parameters of the network, or one of the `optimizers` is
-    not that of its row and trains them. Either would keep the old ones."""
+    train is a layer or a parameter of the network, or a collection or module that holds some without the network, or
+    one of the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
-    def holds(value: object, inner: set[int]) -> bool:
+    def holds(value: object, inner: set[int], whole: list[nn.Module]) -> bool:
+        if isinstance(value, nn.Module) and id(value) not in inner:
+            value = [] if any(value is network for network in whole) else [*value.children()]
         if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
-            return any(holds(part, inner) for part in (value.values() if isinstance(value, dict) else value))
+            return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
         return id(value) in inner
 
     found = {}
@@ -297,14 +285,15 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
         for variable, value in variables.items():
-            if isinstance(value, (list, tuple, dict)) and holds(value, inner):
+            if holds(value, inner, net.networks):
                 found[name] = f"`{variable}` in train holds layers or parameters of it"
     return found
 
 
-def one_by_one(source: Path, before: range) -> str | None:
-    """Where a source loops over parameters or layers, which the kernels would replace, or asks for them by name; None
-    if nowhere. Inside `in_torch`, a constructor or `forward`, and in the lines of train `before` Run(...), it may."""
+def one_by_one(source: Path, before: range, networks: Collection[str] = ()) -> str | None:
+    """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
+    their place in `self` or in one of the `networks`; None if nowhere. Inside `in_torch`, a constructor or `forward`,
+    and in the lines of train `before` Run(...), it may."""
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
@@ -317,7 +306,12 @@ def one_by_one(source: Path, before: range) -> str | None:
             name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
             if isinstance(part, ast.Subscript):
                 name = ast.unparse(part.slice)
-            walks = name in ONE_BY_ONE and (looped or name.startswith("named_"))
+            walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
+            places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
+            places += part.args if isinstance(part, ast.Call) and getattr(part.func, "id", "") in BY_PLACE else []
+            places += [looped] if part is looped else []
+            taken = [place.id for place in places if getattr(place, "id", None) in {"self", *networks}]
+            walks, name = walks or taken, ", ".join(taken) or name
             if walks and part.lineno not in before:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {name} {where}"
@@ -381,7 +375,7 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
         return arguments(**{n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()})  # JSON has lists
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, KeyError) as error:
         fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
         fail(f"the flags of {named} are not those of this {script.name} ({error}); use the one that began it")
@@ -423,19 +417,31 @@ class Run:
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
+        found = {name: getattr(value, "__module__", None) for name, value in caller.f_globals.items()}
+        if foreign := [n for n, module in found.items() if module == "__main__" != caller.f_globals["__name__"]]:
+            where = f"in {script.name} is defined elsewhere, so the record would miss it"
+            fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
         self.known, self.variables = {*state}, {*variables}
+        self.named = {name: part for name, part in state.items() if variables.get(name) is part}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
         try:
             json.dumps(asdict(args))
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
-            optimizers = check_parts(state, variables)
-        held = held_apart(self.nets, [p for p in state.values() if isinstance(p, torch.optim.Optimizer)], variables)
+            optimizers = check_parts(state, rb, variables)
+        names = (node for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Name))
+        later = [(node.id, type(node.ctx)) for node in names if node.lineno > caller.f_lineno]
+        used = {n: v for n, v in variables.items() if (n, ast.Load) in later and (n, ast.Store) not in later}
+        held = held_apart(self.nets, [p for p in state.values() if isinstance(p, torch.optim.Optimizer)], used)
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
         python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
-        self.own_files = [path for path in python if not record.is_ours(path)]  # the script and its reader's modules
-        if walked := next(filter(None, (one_by_one(path, before.get(path, ())) for path in self.own_files)), None):
+        ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
+        self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
+        networks = {id(network) for net in self.nets.values() for network in net.networks}
+        named = [name for name, value in variables.items() if id(value) in networks]
+        walks = (one_by_one(path, before.get(path, ()), named) for path in self.own_files)
+        if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):
             why = "with layers that are in no row of `nets`; a target belongs in the row of its network"
@@ -558,7 +564,7 @@ class Run:
         or that holds layers or parameters that the kernels replace."""
         variables = inspect.currentframe().f_back.f_locals
         with bad_input(), kernels.in_torch(self.nets):
-            check_parts(self.state, variables)
+            check_parts(self.state, self.rb, variables)
             new = {name: value for name, value in variables.items() if name not in self.variables}
             held = held_apart({name: self.nets[name] for name in self.in_kernels()}, [], new)
         if late := self.state.keys() - self.known:
@@ -577,7 +583,12 @@ class Run:
         """Reset the environment and return the observation. Between episodes the environment should have no state but
         random generators and statistics, so checkpoints are written here: once --checkpoint-frequency steps have
         passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then ends the program.
-        Warns if a resumed run goes on from another state than the saved one."""
+        Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence if a
+        name of `state` stands for another object in train."""
+        variables = inspect.currentframe().f_back.f_locals
+        if changed := [name for name, part in self.named.items() if variables.get(name, part) is not part]:
+            why = "so checkpoints and kernels would go on with the one of before; change that in place"
+            fail(f"{', '.join(changed)} in train is another object than in `state`, {why}", code=1)
         if self.args.evaluate is not None:
             obs, _ = self.env.reset()
             environment.set_statistics(self.env, self.statistics)
@@ -591,8 +602,7 @@ class Run:
         due = global_step - self.saved_at >= self.args.checkpoint_frequency or global_step == self.args.total_timesteps
         due = due or bool(STOP_SIGNALS)
         if saved or due:  # a checksum of everything is too slow for every short episode
-            variables, saved_whole = inspect.currentframe().f_back.f_locals, (self.state, self.rb)
-            variables = {n: v for n, v in variables.items() if not any(v is part for part in saved_whole)}
+            variables = {n: v for n, v in variables.items() if v is not self.state and v is not self.rb}
             begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
@@ -800,6 +810,8 @@ class Run:
         charts/SPS does not count the time of an evaluation."""
         if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
             return
+        if global_step in self.returns:
+            fail(f"step {global_step} is evaluated twice, and a run has one return for each; use `run.log`", code=1)
         began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
         step = self.start_step if evaluates_only else global_step
         self.eval_env.set_wrapper_attr("global_step", step)
@@ -886,5 +898,14 @@ def main(arguments: type, train: Callable) -> None:
                 tqdm.write(f"warning: {name}={given} makes no difference to this run, which has {name}={value}")
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
-    with machine_in_a_sentence():
+    try:
         train(args)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)
+    except (MemoryError, RuntimeError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
+            raise
+        fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size", code=1)

@@ -28,7 +28,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO
@@ -163,7 +163,7 @@ def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
         name = name.removeprefix("--").replace("-", "_")
         if not name or not all(values.split(",")):
             fail(f"--vary is <name>=<value>,<value>, such as reserve=0.05,0.1,0.3, got {axis}")
-        if name in {*AXES, "torch_threads", *NOT_OF_THE_RESULT, *(field.name for field in fields(Args))}:
+        if name in {*AXES, "torch_threads", *NOT_OF_THE_RESULT, *vars(Args())}:
             fail(f"--vary {name}: the sweep sets it itself, or it leaves the result as it is")
         axes.setdefault(name, []).extend(values.split(","))
     return axes
@@ -192,6 +192,7 @@ def runs_like(args: Args) -> Iterator[tuple[Script, dict]]:
         if gone := [name for name in told if name not in script.defaults]:
             print(f"{path.name} is left out, since {script.path.name} has no {', '.join(gone)}", file=sys.stderr)
             continue
+        values |= {name: "None" for name in told if values[name] is None}  # or the flag would be left out
         yield script, {name: values[name] for name in (*AXES, "total_timesteps", *told)}
 
 
@@ -200,14 +201,14 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
     axes = read_axes(args.vary)
     passed = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     code_of = functools.cache(lambda record, path, env_id: record.code_hash(path, env_id))
-    runs = {}
+    runs, acts = {}, set()
     for script, values in runs_like(args) if args.like else grid(args):
         for point in itertools.product(*axes.values()):
             own = values | {"runs_dir": args.runs_dir, "torch_threads": 1}
             for name, text in zip(axes, point):
-                default = script.defaults.get(name, MISSING)
-                if default is MISSING:
+                if name not in script.defaults:
                     fail(f"--vary {name}: {script.path.name} has no such flag")
+                default = script.defaults[name]
                 words = {"true": True, "false": False} if isinstance(default, bool) else {}
                 own[name] = ({"none": None} if default is None else words).get(text.lower(), text)
             if clash := sorted(passed & {*own, *(f"no_{name}" for name in own), "resume", "evaluate"}):
@@ -218,6 +219,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             idle = script.record.unused(run_args)  # flags that make no difference to this run
             idle |= {"sparsity"} if {run_args.method, run_args.critic_method} == {"dense"} else set()
             own = {name: value for name, value in own.items() if name not in idle}
+            acts |= own.keys()
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]
             parts = [str(what[name]) for name in AXES if name not in idle]
             name = "__".join([script.path.stem, *parts, digest]).replace("/", "-")
@@ -226,6 +228,8 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
             may_change = {n: getattr(run_args, n) for n in sorted(NOT_OF_THE_RESULT) if passed & {n, f"no_{n}"}}
             runs[log] = Run(log, command, what, script.defaults, code, command_line(may_change))
+    if lost := sorted(axes.keys() - acts) if runs else ():
+        fail(f"--vary {lost[0]}: it makes no difference to any of these runs")
     return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
 
 
@@ -276,7 +280,7 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
             return "busy", why, resumed
         while command := run.next_command(configs(Path(runs_dir))):
             if code == 0:
-                why = "it ended, but no folder with a final.pt records the flags and code that it was given"
+                why = "it ended, but no folder with a final.pt records the flags and code that it began with"
             if code in (0, BAD_INPUT) or retries < 0:
                 return "failed", why, resumed
             resumed |= command != run.command

@@ -28,7 +28,7 @@ def topology_report(nets: dict[str, Net]) -> dict:
     for network, net in nets.items():
         layers, static_part = {}, sparse_utils.active_part(net.static, net.width)
         for name, part in sparse_utils.active_part(net.masks, net.width).items():
-            kept, floor = int(net.static[name].sum()), sparse_utils.topology_floor(tuple(part.shape))
+            kept, floor = int(net.static[name].sum()), sparse_utils.topology_floor(part.shape)
             layers[name] = {
                 "shape": list(net.masks[name].shape),
                 "part": list(part.shape),
@@ -93,7 +93,7 @@ def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
     rewiring; without either there is one panel. Each panel is over 128 pixels high and wide. The legend grows with the
     picture, since TensorBoard scales pictures to one width: there it is as large as the other text."""
     static, mask = net.static[layer].cpu().long(), net.masks[layer].cpu()
-    kinds = {"after static pruning": static.clone()}  # indices of MASK_COLOURS
+    kinds = {"after static pruning": static}  # indices of MASK_COLOURS
     if net.reserve or rewired:
         kinds["after the last rewiring" if rewired else "after revival"] = mask * (2 - static)
     part = sparse_utils.active_part(net.masks, net.width)[layer].shape

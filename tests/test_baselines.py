@@ -124,7 +124,10 @@ def test_cht_and_tar_ch_take_the_highest_scores():
     net = row({"fc": mask.float()}, "tar_ch", reserve=15, static={"fc": mask})
     scores = path_by_path(mask.tolist())
     grown = su.highest(baselines.GROWTHS["cht"].scores(layer(mask)), 15, ~mask)
-    for added in (grown, su.revive(net, su.revival_counts(net), generator())["fc"] & ~mask):
+    state = torch.get_rng_state()
+    revived = su.revive(net, su.revival_counts(net), generator())["fc"] & ~mask
+    assert torch.equal(state, torch.get_rng_state())  # ties are drawn from the generator of the masks
+    for added in (grown, revived):
         assert int(added.sum()) == 15 and scores[added].min() >= scores[~mask & ~added].max() - 1e-6
     assert baselines.tar_ch_budgets({"fc": mask}, 15) == su.tar_budgets({"fc": mask}, 15)
 
@@ -224,12 +227,13 @@ REWIRINGS = [
 @pytest.mark.parametrize("flags, steps", REWIRINGS, ids=[str(flags) for flags, _ in REWIRINGS])
 def test_counts_steps_and_fractions_of_rewirings_in_a_run(train, script, watch, flags, steps):
     flags = {"sparsity": 0.8, "rewire_every": 40, "rewire_fraction": 0.8, "rewire_stop": 0.9} | flags
-    order, method = [], flags.get("critic_method", flags["method"])
-    watch(baselines, lambda *_: (yield order.append("rewire")), "rewire")
+    order, done, method = [], [], flags.get("critic_method", flags["method"])
+    watch(baselines, lambda *args: (yield order.append("rewire") or done.append(args[-1])), "rewire")
     watch(lab.run, lambda *_: (yield order.append("play")), "play")
     seen = train(total_timesteps=171, eval_frequency=40, policy_frequency=1, **flags)
     rewired = [name for name, net in seen.nets.items() if net.method == method]
     assert list(seen.rewirings) == steps and seen.kernels == {flags.get("compute") == "sparse"}
+    assert sorted({*done}) == [(i + 1) / len(steps) for i in range(len(steps))]
     report = json.loads((seen.folder / "topology.json").read_text())
     for step, rewiring in seen.rewirings.items():
         fraction = 0.4 * (1 + math.cos(math.pi * step / (171 * flags["rewire_stop"])))
@@ -276,6 +280,12 @@ def published_density(start, end, t, last):
     """As the authors of CHTss write it: t counts prunings, the slope is 6 by the middle."""
     now, last_one, first_one = (1 / (1 + math.exp(-x)) for x in (6 / (last / 2) * (t - last / 2), 6, -6))
     return start + (end - start) * ((now - 0.5) / (last_one - first_one) + 0.5)
+
+
+def test_the_last_rewiring_is_before_the_step_where_it_stops():
+    args = {"learning_starts": 60, "prune_at": 60, "total_timesteps": 100_000, "rewire_every": 1000}
+    for stop, last in ((0.55, 54_000), (0.8, 79_000), (0.5501, 55_000)):  # 0.55 * 100_000 is a little above 55_000
+        assert baselines.rewiring_steps(SimpleNamespace(rewire_stop=stop, **args))[-1] == last
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 400))
@@ -454,24 +464,28 @@ LEARNED = [
     {"method": "tar", "critic_method": "dense", "reserve": 0.3},
     {"method": "tar", "sparsity": 0.8, "compute": "sparse"},
     {"method": "rigl", "rewire_every": 20, "total_timesteps": 170},
-    {"method": "static", "critic_sparsity": 0.0},  # nothing to learn there
+    {"method": "tar", "critic_sparsity": 0.0},  # nothing to learn there
 ]
 
 
 @pytest.mark.parametrize("flags", LEARNED, ids=str)
 def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_any_other(train, watch, flags):
     """With the values that they have without gates; and then nothing tells that there were any."""
-    ended = []
-    watch(baselines.Diagonals, lambda of: ended.append((of.alphas, [v.clone() for v in of.values])) or (yield), "end")
+    ended, stages = [], []
+    values_of = lambda of: [value.clone() for value in of.values]  # noqa: E731
+    watch(baselines.Diagonals, lambda of: (yield ended.append((of.alphas, values_of(of), of.paid))), "end")
+    watch(baselines.Diagonals, lambda of, stage: (yield stages.append(stage)), "multiply")
     seen = train(**DYNADIAG | flags)
     final, pruning = torch.load(seen.folder / "final.pt", weights_only=True), seen.prunings[100]
     learned = [name for name, net in seen.nets.items() if net.budget < net.size]
     assert seen.kernels == {flags.get("compute") == "sparse"}
-    for name, (alphas, values) in zip(learned, ended, strict=True):
+    assert {*stages} == {100 * i // 40 for i in range(40)}  # from learning to pruning
+    for name, (alphas, values, paid) in zip(learned, ended, strict=True):
         static, reserve = pruning.static[name], seen.nets[name].reserve
         k = round((1 - flags.get("sparsity", 0.9)) * sum(sizes(static)))
         assert sum(counts(static)) == k - reserve and sum(counts(pruning.masks[name])) == k
         gated = [(layer, mask) for layer, mask in static.items() if not mask.all()]
+        assert paid == [max(1, int(mask.sum()) / min(mask.shape)) for _, mask in gated]
         for (layer, mask), alpha, value in zip(gated, alphas, values, strict=True):
             places = baselines.diagonals(mask)
             kept = torch.zeros(max(mask.shape)).index_add_(0, places.flatten(), mask.flatten().float())

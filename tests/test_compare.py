@@ -265,6 +265,12 @@ def test_a_loaded_file_is_named_by_its_hash_alone(make, arms, drawn):
     assert labels == ["tar", "tar load=@0123456789ab"]
 
 
+def test_a_method_that_began_from_a_file_beside_one_that_did_not_is_a_caveat(make, comparison):
+    make(3, method="static")
+    make(9, load="a.pt@0123456789ab")
+    assert "- Not the same load: @0123456789ab in 1 of 2 runs; none in 1 of 2 runs.\n" in comparison()["page"]
+
+
 def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_flags_are_another(make, arms):
     make(5)
     make(3, method="static")
@@ -277,6 +283,8 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     make(3, method="static", script="my_td3")  # each script's own control
     for script, method in itertools.product(("my_td3", "td3_tar"), ("dense", "tiny")):
         make(2, method=method, script=script)
+    both = arms(algo="my_td3+td3_tar", arm=("tar",)).keys()
+    assert both == {"tar random+er my_td3", "tar random+er td3_tar"}  # not all that td3_tar made
     against = arms("against", algo="my_td3+td3_tar")
     for script in ("my_td3", "td3_tar"):
         for arm in (f"tar random+er {script}", f"dense {script}", f"tiny {script}"):
@@ -314,6 +322,10 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
     assert {*comparison(env_id=("A-v1",))["returns"].environment} == {"A-v1"}
     chosen = comparison(against="dense", arm=("tar random+er",), env_id=("A-v1",))["returns"]
     assert list(chosen.arm) == ["dense", "tar random+er"] and set(chosen.against[1:]) == {"dense"}
+    alone = comparison(against="static snip", arm=("static snip",), env_id=("A-v1",))["page"]
+    assert "There is no run here of" not in alone
+    make(1, sparsity=0.95)
+    assert "There is no run here of rigl snip+er, with which" in comparison(sparsity=0.95, against="rigl snip")["page"]
     monkeypatch.setattr(sparse_utils, "CONTROLS", {"rigl": "a control of the reader"})
     assert comparison()["returns"].set_index("arm").against["tar snip+er"] == "rigl snip+er"
 
@@ -380,9 +392,11 @@ def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arm
     }  # fmt: skip
 
 
-def test_code_that_differs_between_environments_alone_is_separated_too(make, arms):
+def test_code_that_differs_between_environments_alone_is_separated_too(make, comparison, arms):
+    """One's own environment is part of the code, so this is no mean over different code."""
     for env_id, edit in (("A-v1", "1"), ("B-v1", "2")):
         make(5, env_id, segments=[{"code": 12 * edit}])
+    assert "Means over runs of different code" not in comparison()["page"]
     assert arms(separate_code=True) == {f"tar random+er code={7 * edit}": 5 for edit in "12"}
 
 
@@ -413,12 +427,22 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     assert json.loads((published / "runs.json").read_text()).items() > runs.items()
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
+    # an arm of the grid alone
+    assert comparison(publish=published, against="static")["returns"].against[1] == "static random+er"
     runs, evaluations = (published / "runs.json").read_text(), (published / "evaluations.csv").read_text()
     make(9, seed=3)
-    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda table, path, **_: path.write_text("run,st") / 0)
-    with pytest.raises(ZeroDivisionError):  # as if interrupted
-        comparison(publish=published)
-    assert (published / "runs.json").read_text() == runs and (published / "evaluations.csv").read_text() == evaluations
+    cut = [(pd.DataFrame, "to_csv", lambda table, path, **_: path.write_bytes(b"run,st") / 0)]
+    cut += [(Path, "write_text", lambda path, text: path.write_bytes(b"{") / 0)]
+    for n, function in enumerate(cut):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # as if interrupted
+            patch.setattr(*function)
+            comparison(publish=published)
+        assert (published / "runs.json").read_text() == runs
+        assert ((published / "evaluations.csv").read_text() == evaluations) == (n == 0)
+    comparison(published)  # evaluations without a run do not count
+    table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
+    (published / "evaluations.csv").write_text(table)
+    assert f"Left out, since not finished: {run.name}." in comparison(published)["page"]
 
 
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):
@@ -495,10 +519,13 @@ def test_sparsities_stay_apart_and_bars_inside_the_axes(make, comparison, drawn)
             assert axes.get_ylim()[0] <= segment[:, 1].min() and segment[:, 1].max() <= axes.get_ylim()[1]
 
 
-def test_a_base_mask_that_one_environment_lacks_has_no_axes_there(make, comparison, drawn):
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_base_mask_that_one_environment_lacks_has_no_axes_there(make, comparison, drawn, dense):
     for sparsity in (0.9, 0.95):
         make(100, "A-v1", sparsity=sparsity)
         make(200, "B-v1", sparsity=sparsity, criterion="snip")
+    for env_id in ("A-v1", "B-v1") if dense else ():
+        make(300, env_id, method="dense")
     comparison()
     for name in ("td3_tar_s0.9_curves.png", "td3_tar_sparsity.png"):
         assert [axes.get_title() for axes in drawn[name].axes] == ["A-v1\nrandom+er", "B-v1\nsnip+er"]

@@ -407,7 +407,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         assert "--resume takes a whole run folder" in resume(folder)
     config = json.loads((sac / "config.json").read_text())
     (tmp_path / "config.json").write_text("{")
-    assert "--resume takes a whole run folder" in resume(tmp_path)
+    assert "config.json (Expecting property name" in resume(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"args": config["args"] | {"colour": 1}}))
     assert "are not those of this sac_tar.py" in resume(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -548,6 +548,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
         ("average = copy.deepcopy(actor).requires_grad_(False)", "lacks average, so"),
         ("generator = torch.Generator()", "lacks generator, so"),
         ("generator = np.random.default_rng(1)", "lacks generator, so"),
+        ("demonstrations = ReplayBuffer(args, env, device)", "lacks demonstrations, so"),
+        ("state['demonstrations'] = vars(demonstrations := ReplayBuffer(args, env, device))", None),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
@@ -577,6 +579,18 @@ BROKEN = [
         2,
     ),
     (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}", "of qf2.fc2 are not zero at step 80, since", 1),
+    (
+        STEP,
+        f"        if global_step == 75:\n            q_optimizer = kernels.Adam(critics.parameters())\n{STEP}",
+        "q_optimizer in train is another object than in `state`, so checkpoints and kernels would go on with",
+        1,
+    ),
+    (
+        STEP,
+        f"        if global_step == 0:\n            run.evaluate(0, actor.get_mean_action, 0, 0)\n{STEP}",
+        "step 0 is evaluated twice, and a run has one return for each; use `run.log`",
+        1,
+    ),
     (
         "global_step == args.total_timesteps:",
         "global_step == 80:",
@@ -614,6 +628,8 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     again(mine, run_dir)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "the run goes on with what it was" in line)
     assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
+    monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "__main__"}))
+    assert "QNetwork in sac_tar.py is defined elsewhere, so the record would miss it" in refused(capsys, run)
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
     assert "`train` comes from sac_tar.py" in message
@@ -630,6 +646,9 @@ HOLDS = [
         "kept = {'of all': [qf1_target.fc1]}",
         "`kept` in train holds layers or parameters of it, the qf1",
     ),
+    (RUN_BEGINS, "last = qf1.fc3", "had for the qf1: `last` in train holds layers or parameters of it"),
+    (RUN_BEGINS, "weight = qf1.fc1.weight", "`weight` in train holds layers or parameters of it"),
+    ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
@@ -641,7 +660,8 @@ HOLDS = [
 @pytest.mark.parametrize("place, line, sentence", HOLDS)
 @pytest.mark.parametrize("script", [sac_tar])
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
-    mine = edited(tmp_path, (place, f"    {line}\n{place}"))
+    use = f"        print({line.partition(' = ')[0]})\n"
+    mine = edited(tmp_path, (place, f"    {line}\n{place}"), (STEP, use + STEP))
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     assert sentence in refused(capsys, run, mine, compute="sparse", **small)
     assert run(mine, **small).exists()
@@ -656,11 +676,12 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
-    changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes += "        mean.count += 1\n        actor.noise *= 0.9\n        mean.drawn.random()\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    of_mean = MEAN.partition("    def state_dict")[0]
+    drawn = "def __init__(self):\n        self.drawn = np.random.default_rng(1)"
+    of_mean = MEAN.partition("    def state_dict")[0].replace("def __init__(self):", drawn)
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
@@ -677,7 +698,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
@@ -725,6 +746,10 @@ ONE_BY_ONE = {
     "q_optimizer.param_groups": ["for g in q_optimizer.param_groups:", "    [p.mul_(1) for p in g['params'] if 0]"],
     "list(critics.named_parameters())": ["kept = list(critics.named_parameters())", "l1 = [p for _, p in kept]"],
     "critics.parameters() in a map": ["l1 = sum(list(map(torch.norm, critics.parameters())))"],
+    "list(qf1.children())": ["features = nn.Sequential(*list(qf1.children())[:-1])"],
+    "qf1": ["features = qf1[:-1](torch.cat([data.observations, data.actions], 1))"],
+    "qf2": ["widths = [layer.out_features for layer in list(qf2)[::2]]"],
+    "actor": ["for layer in actor:", "    pass"],
     "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
 }
 
@@ -737,12 +762,13 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
     shape = "env.observation_space.shape[0] + env.action_space.shape[0], hidden_size, 1"
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
     edited(tmp_path, (at, lines + at))
-    name = "'params'" if "groups" in call else call.split(".")[1].partition("(")[0]
-    assert lab.run.one_by_one(file, ()).startswith(f"my_sac_tar.py goes through {name} in line ")
+    name = "'params'" if "groups" in call else call.split(".")[-1].partition("(")[0]
+    networks = ("actor", "qf1", "qf2")
+    assert lab.run.one_by_one(file, (), networks).startswith(f"my_sac_tar.py goes through {name} in line ")
     edited(tmp_path, (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"))
-    assert lab.run.one_by_one(file, ()) is None
+    assert lab.run.one_by_one(file, (), networks) is None
     edited(tmp_path, (constructor, f"{constructor}        all(True for _ in self.modules())\n"))
-    assert lab.run.one_by_one(file, ()) is None
+    assert lab.run.one_by_one(file, (), networks) is None
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -764,6 +790,11 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     assert run(mine, **small | {"compute": "masked"}).exists()
     with pytest.raises(RuntimeError, match="a loss cannot be differentiated once"):
         run(mine, **small)
+    method = "    def features(self, x, a):\n        return self[:-1](torch.cat([x, a], 1))\n\n\nLOG_STD_MAX"
+    mine = edited(tmp_path, ("\n\nLOG_STD_MAX = 2", f"{method} = 2"))
+    assert "my_sac_tar.py goes through self in line " in refused(capsys, run, mine, **small)
+    mine = edited(tmp_path, (at, f"            qf1_target[0].requires_grad\n{at}"))
+    assert "my_sac_tar.py goes through qf1_target in line " in refused(capsys, run, mine, **small)
     (tmp_path / "my_walk.py").write_text(f"def walk(critics):\n    {walk}\n        param.grad\n")
     lab.run.sources.cache_clear()
     mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))
@@ -802,6 +833,15 @@ def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch)
     monkeypatch.setattr(lab.run, "play", play)
     run(mine, env_id="Short-v0", total_timesteps=90)
     assert {*seen} == {(True, False), (False, True)} and seen[-1] == (True, False)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_flag_that_the_script_no_longer_needs_may_go(run, tmp_path):
+    flag = "    tau: float = 0.005  # The fraction by which an update moves the targets to the online networks.\n"
+    width = ("QNetwork, env, args.hidden_size", "QNetwork, env, 24"), ("Actor, env, args.hidden_size", "Actor, env, 24")
+    mine = edited(tmp_path, (flag, ""), ("args.tau", "0.005"), *width, ("    hidden_size: int", "    width: int"))
+    small = {"env_id": "Short-v0", "total_timesteps": 5, "learning_starts": 2, "runs_dir": str(tmp_path)}
+    assert mine.train(mine.Args(**small)).exists()
 
 
 @pytest.mark.parametrize("script", [sac_tar])

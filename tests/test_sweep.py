@@ -177,6 +177,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli):
 --vary active_width=64,512 | --active-width must be from 1 to --hidden-size 256, got 512
 --method tar cht -- --rewire-every 2000000 | --method cht rewires every 2000000 steps
 --like runs | --like must be a folder of runs, each a folder with a config.json or an entry of its runs.json
+--vary alpha=0.05,0.5 | --vary alpha: it makes no difference to any of these runs
 --vary hidden_size=32,large | sac_tar.py --help
 -- --no-such-flag 3 | sac_tar.py --help
 """.strip().splitlines())  # fmt: skip
@@ -259,7 +260,7 @@ def test_a_script_with_copies_of_its_own_is_another_run(cli):
     assert one("my_sac.py").code != one().code
     Path("lab/baselines.py").write_text(Path("lab/baselines.py").read_text().replace("int = 1000", "int = 77"))
     sweep.load.cache_clear()
-    both = [one(name, vary=("rewire_every=5",)) for name in ("my_sac.py", "sac_tar.py")]
+    both = [one(name, "--rewire-every 5") for name in ("my_sac.py", "sac_tar.py")]
     assert [run.args["rewire_every"] for run in both] == [77, 1000]  # tar does not rewire, so it is at the default
     one("fake.py")
     assert before == {name: sys.modules.get(name) for name in before}  # and of the copies and extra.py nothing is left
@@ -281,6 +282,15 @@ def test_a_file_to_load_is_an_axis_and_its_settled_value_a_flag_again(cli):
     Path("runs/a/config.json").write_text(json.dumps(config))
     (again,) = sweep.plan(sweep.Args(like="runs"), [])
     assert again.args == loaded.args and f"--load {settled}" in shlex.join(again.command)
+
+
+def test_a_flag_that_was_none_though_it_has_a_default_is_given_again(cli):
+    write_fake(FAKE.replace("pause: float =", "pause: float | None ="))
+    (run,) = sweep.plan(sweep.Args(("fake.py",), method=("tar",), seeds=1), ["--pause", "None"])
+    Path("runs/a").mkdir()
+    Path("runs/a/config.json").write_text(json.dumps({"script": "fake", "args": run.args, "segments": []}))
+    (again,) = sweep.plan(sweep.Args(like="runs"), [])
+    assert again.args == run.args and "--pause None" in shlex.join(again.command)
 
 
 def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
