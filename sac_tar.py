@@ -35,7 +35,7 @@ from sparse_utils import Net
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
     env_id: str = "Hopper-v4"  # A Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action.
-    seed: int = 1  # The seed of the networks, the environment, the replay indices and the masks.
+    seed: int = 1  # The seed of networks, environment, actions, replay indices and masks.
     total_timesteps: int = 1_000_000  # Environment steps of training.
 
     # Sparsity: README.md explains the method
@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto: the most at
-    # which K is at least 4 times the topology need of all layers in README.md, or the fewest that hold K [ours].
+    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto [ours]: the
+    # most for which K is at least 4 times the summed topology need (README.md), or else the fewest that hold K.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -60,7 +60,7 @@ class Args(baselines.Flags, RunFlags):
     buffer_size: int = 1_000_000  # Transitions that the replay buffer holds.
     batch_size: int = 256  # Transitions per gradient step.
     gamma: float = 0.99  # The discount factor per environment step.
-    tau: float = 0.005  # The fraction by which an update moves the targets to the online networks.
+    tau: float = 0.005  # The fraction by which an update moves targets toward the online networks.
     policy_lr: float = 3e-4  # The learning rate of the actor.
     q_lr: float = 1e-3  # The learning rate of the critics and of alpha.
     # Environment steps between actor updates. Each update makes this number of gradient steps.
@@ -194,7 +194,7 @@ def train(args: Args) -> Path:
     critics, targets = nn.ModuleList([qf1, qf2]), nn.ModuleList([qf1_target, qf2_target])
     log_alpha = nn.Parameter(torch.tensor([1.0 if args.autotune else args.alpha], device=device).log(), args.autotune)
     target_entropy = -env.action_space.shape[0]
-    # alpha is learned together with the actor, in one backward pass and one step; only its learning rate is its own
+    # alpha is learned together with the actor, in one step; only its learning rate is its own
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor_groups)
@@ -223,7 +223,8 @@ def train(args: Args) -> Path:
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
         """Each network's loss as it is trained below, on replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            data, alpha = rb.sample(batch_size, global_step), log_alpha.detach().exp()
+            data = rb.sample(batch_size, global_step)
+            alpha = log_alpha.detach().exp()
             qf1_loss, qf2_loss, _, _ = critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data)
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
@@ -295,22 +296,21 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                # KERNELS: filtered, since networks whose parameters() a loop goes through stay in torch
+                # without frozen ones; KERNELS: by filter(), as a loop here would keep networks in torch
                 trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
                 for param in trained:
                     param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
                 for _ in range(args.policy_frequency):  # make up for the delay
-                    alpha = log_alpha.detach().exp()
                     actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
-                    total_loss = actor_loss
                     progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
+                    actor_optimizer.zero_grad()
+                    actor_loss.backward()
                     if args.autotune:
                         alpha_loss = -log_alpha.exp() * (log_pi.detach().mean() + target_entropy)
-                        total_loss = total_loss + alpha_loss
                         progress["actor_losses"]["losses/alpha_loss"] = alpha_loss.detach()
-                    actor_optimizer.zero_grad()
-                    total_loss.backward()
+                        alpha_loss.backward()
                     actor_optimizer.step()
+                    alpha = log_alpha.detach().exp()
                     progress["training_flops"] += flops.actor_update
                 for param in trained:
                     param.requires_grad_(True)

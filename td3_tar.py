@@ -35,7 +35,7 @@ from sparse_utils import Net
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
     env_id: str = "Hopper-v4"  # A Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action.
-    seed: int = 1  # The seed of the networks, the environment, the replay indices and the masks.
+    seed: int = 1  # The seed of networks, environment, actions, replay indices and masks.
     total_timesteps: int = 1_000_000  # Environment steps of training.
 
     # Sparsity: README.md explains the method
@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto: the most at
-    # which K is at least 4 times the topology need of all layers in README.md, or the fewest that hold K [ours].
+    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto [ours]: the
+    # most for which K is at least 4 times the summed topology need (README.md), or else the fewest that hold K.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -60,7 +60,7 @@ class Args(baselines.Flags, RunFlags):
     buffer_size: int = 1_000_000  # Transitions that the replay buffer holds.
     batch_size: int = 256  # Transitions per gradient step.
     gamma: float = 0.99  # The discount factor per environment step.
-    tau: float = 0.005  # The fraction by which an update moves the targets to the online networks.
+    tau: float = 0.005  # The fraction by which an update moves targets toward the online networks.
     learning_rate: float = 3e-4  # The learning rate of the actor and the critics.
     policy_frequency: int = 2  # Environment steps between updates of the actor and of all targets.
     # The standard deviation of the noise on target actions, in units of half the action range.
@@ -107,7 +107,7 @@ class Actor(nn.Sequential):
         return (action + noise).clamp(self.action_low, self.action_high)
 
 
-def critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data: Batch, args: Args):
+def critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, args: Args, data: Batch):
     """Both critics' mean squared TD errors, and their values of shape (batch_size, 1)."""
     with torch.no_grad():
         next_actions = actor_target.add_noise(actor_target(data.next_observations), args.policy_noise, args.noise_clip)
@@ -202,7 +202,7 @@ def train(args: Args) -> Path:
         """Each network's loss as it is trained below, on replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data = rb.sample(batch_size, global_step)
-            qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, data, args)
+            qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, args, data)
             actor_loss = policy_loss(actor, qf1, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
@@ -264,7 +264,7 @@ def train(args: Args) -> Path:
         if global_step > run.learn_from:  # --learning-starts; later if a resumed run has to refill its buffer first
             data = rb.sample(args.batch_size, global_step)
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
-                actor_target, qf1, qf2, qf1_target, qf2_target, data, args
+                actor_target, qf1, qf2, qf1_target, qf2_target, args, data
             )
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
@@ -272,7 +272,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += flops.critic_update
 
             if global_step % args.policy_frequency == 0:
-                # KERNELS: filtered, since networks whose parameters() a loop goes through stay in torch
+                # without frozen ones; KERNELS: by filter(), as a loop here would keep networks in torch
                 trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
                 for param in trained:
                     param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights

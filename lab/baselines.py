@@ -177,7 +177,7 @@ def cht_growth(layer: Layer) -> Tensor:
 
 
 def chts_growth(layer: Layer) -> Tensor:
-    """As cht, but drop by soft, and grow at random by odds of Cannistraci-Hebb scores (CHTs, Zhang et al. 2025)."""
+    """As cht, but drop by `soft`, and grow at random by odds of Cannistraci-Hebb scores (CHTs, Zhang et al. 2025)."""
     return sample(ch_scores(layer.mask), layer)
 
 

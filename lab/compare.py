@@ -13,7 +13,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -318,7 +318,8 @@ shade, their 95% t interval); light grey lines are other methods."""),
 in % of dense, if one dense arm is among them, with a 95% stratified bootstrap interval, too narrow at few seeds and
 since the mean of dense is fixed; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
-counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
+counting half, mean over the environments in which both have runs (a star: fewer than other pairs
+have; none: there is none)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
 fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
 that made most of them."""),
@@ -371,8 +372,9 @@ def write_page(
     print(page[0][2:], *caveats, "", markdown(tables["returns"].drop(columns="seeds")), "", sep="\n")
 
 
-def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]:
-    """The runs in a folder that the flags ask for, its notes, and the name of the arm with which to compare."""
+def read(folder: Path, args: Args, strict: bool = True) -> tuple[pd.DataFrame, list[str], str | None]:
+    """The runs in a folder that the flags ask for, its notes, and the name of the arm with which to compare. Ends the
+    program with one sentence if there are none or, being `strict`, if a flag names an arm that is not there."""
     path = folder / "NOTES.md"
     notes = [line.removeprefix("- ") for line in path.read_text().splitlines() if line] if path.exists() else []
     runs = read_runs(folder, notes, args.separate_code)
@@ -381,15 +383,17 @@ def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]
     for text in {args.against, *args.arm} - {None}:  # first by whole words: the name of a script may contain a method
         named[text] = [arm for arm in arms if text == arm] or [arm for arm in arms if text in arm.split()]
         named[text] = named[text] or [arm for arm in arms if text in arm]
-    if unknown := [t for t in args.arm if not named[t]] + sorted({*args.env_id} - {*runs.env_id}):
+    unknown = [text for text in args.arm if not named[text]] + sorted({*args.env_id} - {*runs.env_id})
+    if unknown and strict:
         where = f"the arms are: {', '.join(arms)}; the environments: {', '.join(sorted({*runs.env_id}))}"
         fail(f"there is no finished run of {unknown[0]}; {where}")
     against = named.get(args.against, [None])
-    if len(against) != 1:
+    if len(against) != 1 and strict:
         fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
     kept = {*against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
-    return (runs, notes, against[0]) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
+    against = next(iter(against), None)
+    return (runs, notes, against) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
 
 def main(args: Args) -> None:
@@ -399,8 +403,7 @@ def main(args: Args) -> None:
         if folder and folder.resolve() == args.folder.resolve():
             fail(f"{flag} needs another folder than that of the runs")
     folder = args.publish or args.folder
-    # the arm of --against may be one of the published grid
-    runs, notes, against = read(args.folder, replace(args, against=None) if args.publish else args)
+    runs, notes, against = read(args.folder, args, strict=not args.publish)  # the grid may have the missing arms
     if args.events:
         return results.write_events(runs, args.events)
     asked = [path for path in runs.path if Path(args.masks_of or path).name == path.name]

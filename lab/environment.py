@@ -57,7 +57,7 @@ class Guard(gym.Wrapper):
             fail(f"the action at step {self.global_step} is {np.asarray(action).tolist()}: training diverged", code=1)
         obs, reward, *ends, info = self.env.step(np.clip(np.asarray(action, space.dtype), space.low, space.high))
         value = np.asarray(reward, float)
-        if value.size != 1 or not np.isfinite(value).all():
+        if value.size != 1 or not (np.abs(value) <= np.finfo(np.float32).max).all():
             fail(f"the reward at step {self.global_step} is {reward}; it must be one finite number", code=1)
         return self.checked(obs), value.item(), *map(bool, ends), info
 
@@ -71,7 +71,7 @@ class Guard(gym.Wrapper):
 
 
 def make_env(env_id: str, video: bool = False) -> gym.Env:
-    """The environment; `<module>:<id>` imports the module that registers it first."""
+    """The environment; `<module>:<id>` first imports the module that registers it."""
     # the older MuJoCo versions (-v4) are chosen on purpose: published results are on them
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")  # on resuming
@@ -113,7 +113,7 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
         fail(f"{env_id} has a np_random that is no numpy.random.Generator; {advice}")
     if video:
         try:
-            import moviepy  # noqa: F401 - RecordVideo misses it only when it writes
+            import moviepy  # noqa: F401 - or the first evaluation would fail
 
             env.render()
         except Exception as error:  # every backend has errors of its own
@@ -268,12 +268,12 @@ def fingerprint(
     def content(value: object) -> bytes | None:
         if value is None or isinstance(value, (int, float, str)):
             return repr(value).encode()
+        if isinstance(value, GENERATORS):
+            value = random_state(value)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             return value.detach().cpu().double().numpy().tobytes()
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
             return value.tobytes()
-        if isinstance(value, GENERATORS):
-            value = random_state(value)
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
         if isinstance(value, dict) and "params" not in value:

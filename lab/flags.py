@@ -57,7 +57,7 @@ class RunFlags:
     # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True
     resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
-    # A run folder or a .pt file. Training begins with its networks, targets, alpha and statistics of observations, and
+    # A run folder or a .pt file. Training begins with its networks, targets, alpha and running statistics, and
     # its policy replaces random actions before --learning-starts.
     load: str | None = None
     # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.

@@ -113,7 +113,7 @@ def check(args: object) -> None:
     if args.load is not None and not getattr(args, "autotune", True):
         fail("--load brings an alpha that is learned further, so --no-autotune cannot be met; leave one of the two out")
     width = getattr(args, "active_width", None)
-    if isinstance(width, int) and not 1 <= width <= args.hidden_size:
+    if isinstance(width, int) and hasattr(args, "hidden_size") and not 1 <= width <= args.hidden_size:
         fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {width}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")

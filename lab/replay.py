@@ -33,6 +33,13 @@ class ReplayBuffer:
         self.n_step, self.n_step_from = getattr(args, "n_step", 1), getattr(args, "n_step_from", 0)
         self.recent_fraction, self.recent_size = getattr(args, "recent_fraction", 0.0), getattr(args, "recent_size", 1)
 
+    def state_dict(self) -> dict:
+        return vars(self) | {"rows": self.rows[: self.added].clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])] = state["rows"]
+        vars(self).update(state | {"rows": self.rows})
+
     def add(self, obs, next_obs, action, reward, terminated, truncated) -> None:
         row = np.concatenate([obs, next_obs, action, [reward, terminated, truncated]], dtype=np.float32)
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)

@@ -18,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lab import record
+from lab.flags import fail
 
 TAGS = {"return": "eval/episodic_return", "length": "eval/episodic_length", "flops": "flops/training"}
 COLUMNS = ["step", "return", "length", "seconds", "flops"]
@@ -29,8 +30,9 @@ def results_in(folder: Path, unfinished: list[str]) -> Iterator[dict]:
     published = dict(iter(read_evaluations(folder).groupby("run"))) if (folder / "runs.json").exists() else {}
     for path, config in record.configs(folder):
         if config["published"]:
-            own = published.get(path.name)  # None where the two files were edited apart
-            result = None if own is None else {"evaluations": own.drop(columns="run")}
+            if path.name not in published:
+                fail(f"{folder} has no evaluations of {path.name}; bring runs.json and evaluations.csv from one grid")
+            result = {"evaluations": published[path.name].drop(columns="run")}
         else:
             result = read_run(path) if (path / "final.pt").exists() else None
         if result and (result["evaluations"].step > 0.9 * config["args"]["total_timesteps"]).any():

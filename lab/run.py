@@ -20,7 +20,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NoReturn
@@ -62,7 +62,7 @@ ABOUT = {
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
-BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip"}
+BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip", "map", "filter"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
@@ -163,7 +163,7 @@ def keep_code(folder: Path, script: Path, env_id: str) -> None:
 
 def is_of_the_policy(name: str, part: object) -> bool:
     """Whether a part of `state` belongs to the agent itself, rather than to its training."""
-    return name not in OF_TRAINING and not isinstance(part, OPTIMIZERS)
+    return name not in OF_TRAINING and not isinstance(part, (*OPTIMIZERS, ReplayBuffer))
 
 
 def pack(part: object) -> object:
@@ -213,7 +213,7 @@ def put_back(part: object, saved: object) -> object:
     return part
 
 
-def check_parts(state: dict, rb: object, variables: dict) -> dict[str, str]:
+def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
     which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or a parameter that an
     optimizer trains, or if a part of `state` could not be put back."""
@@ -235,7 +235,7 @@ def check_parts(state: dict, rb: object, variables: dict) -> dict[str, str]:
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
     def is_lost(value: object) -> bool:
-        if id(value) in parts or id(getattr(value, "__dict__", None)) in parts:
+        if id(value) in parts:
             return False
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
             return not tensors(value) <= held
@@ -243,8 +243,7 @@ def check_parts(state: dict, rb: object, variables: dict) -> dict[str, str]:
             return any(map(is_lost, value.values() if isinstance(value, dict) else value))
         if isinstance(value, Tensor):
             return value.requires_grad and not {id(value), id(value._base)} & held
-        is_part = isinstance(value, (*GENERATORS, ReplayBuffer)) or hasattr(value, "load_state_dict")
-        return is_part and not isinstance(value, type)
+        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
 
     lost = [name for name, value in variables.items() if is_lost(value)]
     if lost or any(is_lost(param) for group in groups for param in group["params"]):
@@ -267,55 +266,74 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a layer or a parameter of the network, or a collection or module that holds some without the network, or
-    one of the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
+    train is a layer or a parameter of the network, or a collection or a module of one's own that holds some, or one of
+    the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
-    def holds(value: object, inner: set[int], whole: list[nn.Module]) -> bool:
-        if isinstance(value, nn.Module) and id(value) not in inner:
-            value = [] if any(value is network for network in whole) else [*value.children()]
+    def holds(value: object, inner: set[int], whole: set[int]) -> bool:
+        if isinstance(value, nn.Module) and id(value) not in inner | whole:
+            value = [*value.children()]
         if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
             return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
         return id(value) in inner
 
     found = {}
     for name, net in nets.items():
-        inner = {id(part) for network in net.networks for part in (*network.parameters(), *[*network.modules()][1:])}
+        modules = [module for network in net.networks for module in network.modules()]
+        whole = {id(module) for module in modules if [*module.children()]}  # they stay, and find their layers anew
+        inner = {id(part) for part in (*modules, *nn.ModuleList(net.networks).parameters())} - whole
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
         for variable, value in variables.items():
-            if holds(value, inner, net.networks):
+            if holds(value, inner, whole):
                 found[name] = f"`{variable}` in train holds layers or parameters of it"
     return found
 
 
-def one_by_one(source: Path, before: range, networks: Collection[str] = ()) -> str | None:
+def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> str | None:
     """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
-    their place in `self` or in one of the `networks`; None if nowhere. Inside `in_torch`, a constructor or `forward`,
-    and in the lines of train `before` Run(...), it may."""
+    their place in one of the `networks` or, in a class of these, in `self`; None if nowhere. Inside `in_torch`, a
+    constructor or `forward`, and in the lines of train `before` Run(...), it may."""
+    classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    for node in nodes:  # which grows on the way
+    nodes = [(node, {*networks} | ({"self"} if node.name in classes else set())) for node in nodes]
+    for node, known in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
-        nodes += ast.iter_child_nodes(node)
+        nodes += [(child, known) for child in ast.iter_child_nodes(node)]
         is_map = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "map"
         looped = node if is_map else getattr(node, "iter", None)
         for part in ast.walk(looped) if looped else [node]:
             name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
-            if isinstance(part, ast.Subscript):
-                name = ast.unparse(part.slice)
+            if isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
+                name = repr(part.slice.value)
             walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
             places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
             places += part.args if isinstance(part, ast.Call) and getattr(part.func, "id", "") in BY_PLACE else []
             places += [looped] if part is looped else []
-            taken = [place.id for place in places if getattr(place, "id", None) in {"self", *networks}]
+            taken = [place.id for place in places if getattr(place, "id", None) in known]
             walks, name = walks or taken, ", ".join(taken) or name
             if walks and part.lineno not in before:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {name} {where}"
     return None
+
+
+def lasting(script: Path, variables: dict) -> dict:
+    """The variables of train without the layers and parameters that loops of the script have left behind."""
+    loops = [node.target for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.For)]
+    names = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
+    left = {name for name in names & variables.keys() if isinstance(variables[name], (nn.Module, Tensor))}
+    return {name: value for name, value in variables.items() if name not in left}
+
+
+def replaced(script: Path, names: dict) -> list[str]:
+    """The classes and functions of a script in whose place a notebook, for example, has put its own in `names`."""
+    own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
+    plain = [n for n in own & names.keys() if inspect.isclass(names[n]) or inspect.isfunction(names[n])]
+    return sorted(name for name in plain if names[name].__module__ != names["__name__"])
 
 
 def without_masks(state: dict) -> list[str]:
@@ -417,9 +435,8 @@ class Run:
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
-        found = {name: getattr(value, "__module__", None) for name, value in caller.f_globals.items()}
-        if foreign := [n for n, module in found.items() if module == "__main__" != caller.f_globals["__name__"]]:
-            where = f"in {script.name} is defined elsewhere, so the record would miss it"
+        if foreign := replaced(script, caller.f_globals):
+            where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
         self.known, self.variables = {*state}, {*variables}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
@@ -430,17 +447,15 @@ class Run:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
             optimizers = check_parts(state, rb, variables)
-        names = (node for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Name))
-        later = [(node.id, type(node.ctx)) for node in names if node.lineno > caller.f_lineno]
-        used = {n: v for n, v in variables.items() if (n, ast.Load) in later and (n, ast.Store) not in later}
-        held = held_apart(self.nets, [p for p in state.values() if isinstance(p, torch.optim.Optimizer)], used)
+        training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+        held = held_apart(self.nets, training, lasting(script, variables))
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
         python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
         self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
-        networks = {id(network) for net in self.nets.values() for network in net.networks}
-        named = [name for name, value in variables.items() if id(value) in networks]
-        walks = (one_by_one(path, before.get(path, ()), named) for path in self.own_files)
+        networks = [id(network) for net in self.nets.values() for network in net.networks]
+        networks = {name: value for name, value in variables.items() if id(value) in networks}
+        walks = (one_by_one(path, before.get(path, ()), networks) for path in self.own_files)
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := without_masks(state):
@@ -465,7 +480,8 @@ class Run:
                     tqdm.write(f"warning: {which}; the run goes on with what it was")
                 optimizers[name] = was
             self.restore(saved)
-            self.returns, sps_seconds = saved["returns"], saved["sps_seconds"]
+            self.returns = {step: value for step, value in saved["returns"].items() if step < self.start_step}
+            sps_seconds = saved["sps_seconds"]
             args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
@@ -566,7 +582,7 @@ class Run:
         with bad_input(), kernels.in_torch(self.nets):
             check_parts(self.state, self.rb, variables)
             new = {name: value for name, value in variables.items() if name not in self.variables}
-            held = held_apart({name: self.nets[name] for name in self.in_kernels()}, [], new)
+            held = held_apart({name: self.nets[name] for name in self.in_kernels()}, [], lasting(self.script, new))
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():
@@ -586,9 +602,11 @@ class Run:
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence if a
         name of `state` stands for another object in train."""
         variables = inspect.currentframe().f_back.f_locals
-        if changed := [name for name, part in self.named.items() if variables.get(name, part) is not part]:
-            why = "so checkpoints and kernels would go on with the one of before; change that in place"
-            fail(f"{', '.join(changed)} in train is another object than in `state`, {why}", code=1)
+        for name, part in self.named.items():
+            now = variables.get(name, part)
+            if now is not part and getattr(now, "_orig_mod", None) is not part:  # as of torch.compile
+                why = "so checkpoints and kernels would go on with the old one; change it in place"
+                fail(f"`{name}` in train is no longer the object in `state`, {why}", code=1)
         if self.args.evaluate is not None:
             obs, _ = self.env.reset()
             environment.set_statistics(self.env, self.statistics)
@@ -811,7 +829,8 @@ class Run:
         if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
             return
         if global_step in self.returns:
-            fail(f"step {global_step} is evaluated twice, and a run has one return for each; use `run.log`", code=1)
+            what = f"`run.evaluate` ran twice at step {global_step}, and a run records one return of a step"
+            fail(f"{what}; log a second one by `run.log`", code=1)
         began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
         step = self.start_step if evaluates_only else global_step
         self.eval_env.set_wrapper_attr("global_step", step)

@@ -78,11 +78,15 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+REPLACED = lab.run.replaced
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Hashing the code and drawing masks, which have tests of their own, take most of the time of a short run."""
     for name, function in CACHED.items():
         monkeypatch.setattr(lab.run, name, function)
+    monkeypatch.setattr(lab.run, "replaced", lambda *_: [])  # tests replace parts of the scripts
     monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     yield
     STOP_SIGNALS.clear()

@@ -428,7 +428,9 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
     # an arm of the grid alone
-    assert comparison(publish=published, against="static")["returns"].against[1] == "static random+er"
+    for arm in ((), ("tar", "static")):
+        table = comparison(publish=published, against="static", arm=arm)["returns"]
+        assert table.against[1] == "static random+er"
     runs, evaluations = (published / "runs.json").read_text(), (published / "evaluations.csv").read_text()
     make(9, seed=3)
     cut = [(pd.DataFrame, "to_csv", lambda table, path, **_: path.write_bytes(b"run,st") / 0)]
@@ -442,7 +444,9 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     comparison(published)  # evaluations without a run do not count
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
     (published / "evaluations.csv").write_text(table)
-    assert f"Left out, since not finished: {run.name}." in comparison(published)["page"]
+    with pytest.raises(SystemExit):
+        comparison(published)
+    assert f"has no evaluations of {run.name}; bring runs.json and evaluations.csv" in capsys.readouterr().err
 
 
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):

@@ -100,13 +100,14 @@ def prune(nets, seed=0):
     sparse_utils.fix_masks(nets)
 
 
-def update(nets):
-    """A step of each optimizer and of the targets."""
+def update(nets, between=lambda: None):
+    """A step of each optimizer and of the targets; `between` is called after the backward passes."""
     optimizers = {net.optimizer for net in nets.values()}
     for optimizer in optimizers:
         optimizer.zero_grad()
     for name, net in nets.items():
         net.network(torch.linspace(-1, 1, 60).view(-1, 3 if name == "actor" else 5)).square().sum().backward()
+    between()
     for optimizer in optimizers:
         optimizer.step()
     for net in (nets["qf1"], nets["qf2"]):
@@ -156,7 +157,9 @@ def test_the_number_of_threads_does_not_change_a_bit(sizes, batch, density, seed
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         y = mlp(x)
-        results.append((y, *torch.autograd.grad(y, [x, mlp.flat], grad_y)))
+        with torch.no_grad():
+            alone = mlp(x)
+        results.append((y, alone, *torch.autograd.grad(y, [x, mlp.flat], grad_y)))
     torch.set_num_threads(before)
     assert all(same(results[0], other) for other in results[1:])
 
@@ -345,7 +348,8 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
         weight = network.fc1.weight.clone()
     reads, of_a_chain = [lambda: network.fc1.weight, lambda: network.fc1.bias], lambda: network.fc1(torch.ones(1, 9))
     reads += [lambda: sparse_utils.linear_weights(network), lambda: copy.deepcopy(network.state_dict())]
-    for read in [*reads, of_a_chain, lambda: network.relu1.inplace] if kind is chain else reads:
+    of_a_chain = [of_a_chain, lambda: network.relu1.inplace, lambda: setattr(network.fc1, "bias", None)]
+    for read in [*reads, *of_a_chain] if kind is chain else reads:
         with pytest.raises(RuntimeError, match=r"do it inside `with kernels.in_torch\(nets\):`"):
             read()
     with kernels.in_torch(nets):
@@ -411,7 +415,8 @@ def test_a_network_that_got_a_hook_after_the_choice_stays_in_torch_and_the_conso
     assert capsys.readouterr().out == f"compute: qf1 goes on in torch, since {PLAIN}\n"
 
 
-def test_adam_may_start_anew_in_one_layer_alone(monkeypatch):
+@pytest.mark.parametrize("edit", ["state", "grad"])
+def test_adam_may_start_anew_or_pause_in_one_layer_alone(monkeypatch, edit):
     """Then layers count other steps, and a vector of all has one count."""
     monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
     nets, twins = make_nets(), make_nets()
@@ -420,10 +425,16 @@ def test_adam_may_start_anew_in_one_layer_alone(monkeypatch):
         with kernels.in_torch(rows):
             prune(rows)
         update(rows), update(rows)
-        with kernels.in_torch(rows):
-            for param in rows["qf1"].network.fc1.parameters():
-                rows["qf1"].optimizer.state.pop(param)
-        update(rows), update(rows)
+
+        def change(rows=rows):
+            with kernels.in_torch(rows):
+                for param in rows["qf1"].network.fc1.parameters():
+                    if edit == "state":
+                        rows["qf1"].optimizer.state.pop(param)
+                    else:
+                        param.grad = None
+
+        update(rows, change), update(rows)
     assert in_kernels(nets["qf1"].network) == ["fc0", "fc1", "fc2"]
     with kernels.in_torch(nets):
         for got, expected in zip(contents(nets), contents(twins), strict=True):
@@ -653,6 +664,9 @@ REFUSALS = {
     "a frozen bias": (edited(lambda network: network.fc1.bias.requires_grad_(False)), kernels.Adam, ALIKE),
     "no bias": (edited(fc1=nn.Linear(9, 2, bias=False)), kernels.Adam, PLAIN),
     "a subclass": (edited(fc1=Scaled(9, 2)), kernels.Adam, PLAIN),
+    "a further parameter": (
+        edited(lambda network: setattr(network.fc1, "scale", nn.Parameter(torch.ones(1)))), kernels.Adam, PLAIN,
+    ),
     "float64": (edited(fc1=nn.Linear(9, 2).double()), kernels.Adam, PLAIN),
     "a hook": (edited(lambda network: network.fc1.register_forward_hook(print)), kernels.Adam, PLAIN),
     "a hook before": (edited(lambda network: network.fc1.register_forward_pre_hook(print)), kernels.Adam, PLAIN),
@@ -690,6 +704,10 @@ def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, ca
 def test_a_target_with_an_edit_of_its_own_is_left_to_torch(compiler):
     net = make_nets()["qf1"]
     assert kernels.is_chain(net) and kernels.why_not_in_kernels(net, {"net": net}) is None
+    net.target.add_module("bound", nn.Hardtanh())
+    assert not kernels.is_chain(net)
+    del net.target.bound
+    assert kernels.is_chain(net)
     net.target.relu1.register_forward_hook(print)
     assert not kernels.is_chain(net) and kernels.why_not_in_kernels(net, {"net": net}) is None
     net.target.fc1.register_forward_hook(print)
@@ -718,7 +736,8 @@ def test_measuring_is_between_active_neurons_and_changes_nothing(monkeypatch, co
 
 
 def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):
-    """Another batch, budget, width or kind is another pass. Measured anew where a file is damaged or cannot be."""
+    """Another batch, budget, width, shape, kind or number of threads is another pass. Measured anew where a file is
+    damaged or cannot be."""
     net, measured = make_nets()["qf1"], []
 
     def known(net, batch_size=8):
@@ -730,7 +749,10 @@ def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):
     other = Net(tanh, None, kernels.Adam(tanh.parameters()), "static", 0.6, budget=net.budget)
     for found in (net, other, dataclasses.replace(net, budget=21), dataclasses.replace(net, width=8)):
         assert known(found) == ((1.0, 1.0), (1.0, 1.0), 1)
+    assert known(dataclasses.replace(net, network=chain(6, 9, 9, 1)))[2] == 1
     assert known(net, 9)[2] == 1 and known(net)[2] == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    assert known(net)[2] == 1
     kernels.known_times(net, 11)
     (file,) = [path for path in kernels.load_kernels().times.iterdir() if ", 11, " in path.read_text()]
     damages = [[0.0, -1], [0, 1], [1, -1], [1], [None, 1], [math.nan, 1], [1, math.inf], [1, 10**400], {"a": 1}]

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import same
+from conftest import REPLACED, same
 from test_run import load, main, refused, scalars
 
 import lab.run
@@ -476,6 +476,8 @@ ADDED = [
     second = torch.optim.SGD([temperature := nn.Parameter(torch.ones(2))], 0.1, momentum=0.9)
     state |= schedulers | {"mean": mean, "seen": seen, "second": second, "batch_norm": nn.BatchNorm1d(3)}
     state["counts"] = __import__("collections").Counter(steps=1)
+    state["second_buffer"] = second_buffer = ReplayBuffer(args, env, device)
+    second_buffer.rows.zero_()
     state |= {"more": nn.ParameterList([temperature]), "array": np.zeros(2), "tensor": torch.zeros(2)}
     state |= {"all": {"these": [nn.BatchNorm1d(3), np.random.default_rng(1), 0]}, "other": random.Random(2)}
     rb.priorities = np.zeros(3)
@@ -489,6 +491,7 @@ ADDED = [
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["counts"]["steps"] += 1
+        second_buffer.add(obs, obs, env.action_space.low, global_step, False, False)
         state["tensor"][1] += state["array"][0]
         norm, generator, _ = state["all"]["these"]
         norm.running_mean += generator.random() + state["other"].random()
@@ -549,7 +552,7 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
         ("generator = torch.Generator()", "lacks generator, so"),
         ("generator = np.random.default_rng(1)", "lacks generator, so"),
         ("demonstrations = ReplayBuffer(args, env, device)", "lacks demonstrations, so"),
-        ("state['demonstrations'] = vars(demonstrations := ReplayBuffer(args, env, device))", None),
+        ("progress['best'] = None; generator = np.random.default_rng(1)", "lacks generator, so"),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
@@ -582,13 +585,13 @@ BROKEN = [
     (
         STEP,
         f"        if global_step == 75:\n            q_optimizer = kernels.Adam(critics.parameters())\n{STEP}",
-        "q_optimizer in train is another object than in `state`, so checkpoints and kernels would go on with",
+        "`q_optimizer` in train is no longer the object in `state`, so checkpoints and kernels would go on with",
         1,
     ),
     (
         STEP,
         f"        if global_step == 0:\n            run.evaluate(0, actor.get_mean_action, 0, 0)\n{STEP}",
-        "step 0 is evaluated twice, and a run has one return for each; use `run.log`",
+        "`run.evaluate` ran twice at step 0, and a run records one return of a step; log a second one",
         1,
     ),
     (
@@ -628,8 +631,10 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     again(mine, run_dir)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "the run goes on with what it was" in line)
     assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
-    monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "__main__"}))
-    assert "QNetwork in sac_tar.py is defined elsewhere, so the record would miss it" in refused(capsys, run)
+    monkeypatch.setattr(lab.run, "replaced", REPLACED)
+    again(mine, run_dir)
+    monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
+    assert "QNetwork of sac_tar.py now comes from elsewhere, so the record would miss it" in refused(capsys, run)
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
     assert "`train` comes from sac_tar.py" in message
@@ -660,8 +665,7 @@ HOLDS = [
 @pytest.mark.parametrize("place, line, sentence", HOLDS)
 @pytest.mark.parametrize("script", [sac_tar])
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
-    use = f"        print({line.partition(' = ')[0]})\n"
-    mine = edited(tmp_path, (place, f"    {line}\n{place}"), (STEP, use + STEP))
+    mine = edited(tmp_path, (place, f"    {line}\n{place}"))
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     assert sentence in refused(capsys, run, mine, compute="sparse", **small)
     assert run(mine, **small).exists()
@@ -676,11 +680,12 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
-    changes += "        mean.count += 1\n        actor.noise *= 0.9\n        mean.drawn.random()\n"
+    changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes += "        mean.drawn.random()\n        torch.rand(1, generator=mean.other)\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    drawn = "def __init__(self):\n        self.drawn = np.random.default_rng(1)"
+    drawn = "def __init__(self):\n        self.drawn, self.other = np.random.default_rng(1), torch.Generator()"
     of_mean = MEAN.partition("    def state_dict")[0].replace("def __init__(self):", drawn)
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
@@ -698,7 +703,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn", "mean.other"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
@@ -749,7 +754,8 @@ ONE_BY_ONE = {
     "list(qf1.children())": ["features = nn.Sequential(*list(qf1.children())[:-1])"],
     "qf1": ["features = qf1[:-1](torch.cat([data.observations, data.actions], 1))"],
     "qf2": ["widths = [layer.out_features for layer in list(qf2)[::2]]"],
-    "actor": ["for layer in actor:", "    pass"],
+    "actor": ["for layer in map(id, actor):", "    pass"],
+    "qf2(starred)": ["layers = [*qf2]"],
     "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
 }
 
@@ -763,7 +769,7 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
     edited(tmp_path, (at, lines + at))
     name = "'params'" if "groups" in call else call.split(".")[-1].partition("(")[0]
-    networks = ("actor", "qf1", "qf2")
+    networks = dict.fromkeys(("actor", "qf1", "qf2"), nn.Sequential())
     assert lab.run.one_by_one(file, (), networks).startswith(f"my_sac_tar.py goes through {name} in line ")
     edited(tmp_path, (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"))
     assert lab.run.one_by_one(file, (), networks) is None
@@ -777,7 +783,10 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     walk, at = "for param in critics.parameters():", "            q_optimizer.step()\n"
     mine = edited(tmp_path, (at, f"            {walk} param.grad\n{at}"))
     assert "my_sac_tar.py goes through parameters in line " in refused(capsys, run, mine, **small)
-    mine = edited(tmp_path, (RUN_BEGINS, f"    {walk} param.grad\n{RUN_BEGINS}"))
+    tree = "class Tree(dict):\n    def __getattr__(self, children):\n        return self[children]\n\n\n"
+    before_run = (RUN_BEGINS, f"    {walk} param.grad\n{RUN_BEGINS}"), ("class QNetwork", tree + "class QNetwork")
+    inside = "    with kernels.in_torch(nets):\n        for layer in qf1:\n            layer\n"
+    mine = edited(tmp_path, *before_run, ("    done = True", f"{inside}    done = True"))
     assert run(mine, **small).exists() and "goes through" not in capsys.readouterr().out
     begins = "            q_optimizer.zero_grad()\n"
     read = f"            with kernels.in_torch(nets):\n                norm = [float(param.norm()) {walk[:-1]}]\n"
@@ -837,7 +846,7 @@ def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch)
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_flag_that_the_script_no_longer_needs_may_go(run, tmp_path):
-    flag = "    tau: float = 0.005  # The fraction by which an update moves the targets to the online networks.\n"
+    flag = "    tau: float = 0.005  # The fraction by which an update moves targets toward the online networks.\n"
     width = ("QNetwork, env, args.hidden_size", "QNetwork, env, 24"), ("Actor, env, args.hidden_size", "Actor, env, 24")
     mine = edited(tmp_path, (flag, ""), ("args.tau", "0.005"), *width, ("    hidden_size: int", "    width: int"))
     small = {"env_id": "Short-v0", "total_timesteps": 5, "learning_starts": 2, "runs_dir": str(tmp_path)}

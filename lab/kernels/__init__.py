@@ -142,7 +142,7 @@ def too_late(_: object) -> None:
 class InChain:
     """Stands under the name of one of the layers that a `SparseMLP` has replaced, and refuses every use of it."""
 
-    __call__ = not_here
+    __call__ = __setattr__ = __delattr__ = not_here
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):  # which Python asks for, as to copy it
@@ -153,7 +153,8 @@ class InChain:
 class SparseMLP(nn.Module):
     """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
 
-    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes. The input has shape
+    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes, `masks` one from
+    these and perhaps further names to their masks. The input has shape
     (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
 
@@ -163,7 +164,7 @@ class SparseMLP(nn.Module):
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
         super().__init__()
-        self.masks = {name: mask.clone() for name, mask in masks.items()}
+        self.masks = {name: masks[name].clone() for name in linears}
         self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
         self.index()
 
@@ -215,7 +216,7 @@ class SparseMLP(nn.Module):
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
         here = x.dtype is flat.dtype is torch.float32 and x.is_cpu and flat.is_cpu
-        if x.dim() != 2 or x.shape[1] != self.n_in or not here:
+        if x.shape[1] != self.n_in or not here:
             wanted = f"needs float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype} on {flat.device}"
             raise ValueError(f"{wanted}; got {got}")
@@ -289,11 +290,12 @@ def trace(network: nn.Module) -> tuple[list | None, set[str]]:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this class itself, without hooks, parametrizations or attributes of its own."""
+    """Whether a module is of this class itself, without hooks or anything of its own."""
     may_differ = {"training", "inplace", "in_features", "out_features", "_parameters"}
     usual = nn.Linear(1, 1, device="meta") if kind is nn.Linear else kind()
     found, expected = ({k: v for k, v in vars(m).items() if k not in may_differ} for m in (module, usual))
-    return type(module) is kind and found == expected
+    same_parameters = module._parameters.keys() == usual._parameters.keys()
+    return type(module) is kind and found == expected and same_parameters
 
 
 def has_hooks(param: nn.Parameter) -> bool:
@@ -301,10 +303,11 @@ def has_hooks(param: nn.Parameter) -> bool:
     return bool(param._backward_hooks) or len(param._post_accumulate_grad_hooks or ()) > hasattr(param, "mask_hook")
 
 
-def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int], int]:
-    """Whether a parameter is trained, the groups of the optimizer that have it, and its steps so far."""
+def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int], int, bool]:
+    """Whether a parameter is trained, the groups of the optimizer that have it, its steps so far, and whether it has no
+    gradient."""
     groups = [i for i, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])]
-    return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0))
+    return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0)), param.grad is None
 
 
 def is_chain(net: Net) -> bool:
@@ -313,6 +316,8 @@ def is_chain(net: Net) -> bool:
     children, (steps, _) = dict(net.network.named_children()), trace(net.network)
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
     if steps is None or len(kinds) % 2 == 0 or any(hasattr(network, "sparse") for network in net.networks):
+        return False
+    if any(trace(target)[0] != steps for target in net.networks[1:]):
         return False
     if not all(all(map(is_plain, network.children(), kinds)) for network in net.networks):
         return False
@@ -384,7 +389,7 @@ def time_passes(net: Net, batch_size: int) -> Times:
         modules = {name: row.network.get_submodule(name) for name in names}
         linears = {name: modules[name] for name in names if name in row.masks}
         ways[0].append(nn.Sequential(*modules.values()))
-        ways[1].append(SparseMLP(linears, {name: row.masks[name] for name in linears}))
+        ways[1].append(SparseMLP(linears, row.masks))
         x = torch.randn(batch_size, modules[names[0]].in_features, generator=generator)
         inputs.append(x.requires_grad_(names[0] != next(iter(row.masks))))
     leaves = [*inputs, *(param for modules in ways for module in modules for param in module.parameters())]
@@ -527,7 +532,7 @@ def compact_part(
     groups in the original order. Without gradients they are not updated."""
     replaced = {name: network.get_submodule(name) for name in names}
     linears = {name: replaced[name] for name in names if name in masks}
-    mlp = SparseMLP(linears, {name: masks[name] for name in linears})
+    mlp = SparseMLP(linears, masks)
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
     mlp.flat.requires_grad_(dense[0].requires_grad)
