@@ -1,6 +1,5 @@
 """One run: its environment, its folder, its log, its evaluations and checkpoints, and how it is resumed."""
 
-import ast
 import contextlib
 import errno
 import inspect
@@ -36,12 +35,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from lab import baselines, environment, kernels, record, topology
+from lab import baselines, edits, environment, kernels, record, topology
 from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, make_eval_env, play
 from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
-from sparse_utils import Net
 
 CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
@@ -61,11 +59,8 @@ ABOUT = {
 }  # fmt: skip
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
-ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
-BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip", "map", "filter"}
 ARRAY = "an array of NumPy"  # marks one in a file
 SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
-OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -163,7 +158,7 @@ def keep_code(folder: Path, script: Path, env_id: str) -> None:
 
 def is_of_the_policy(name: str, part: object) -> bool:
     """Whether a part of `state` belongs to the agent itself, rather than to its training."""
-    return name not in OF_TRAINING and not isinstance(part, (*OPTIMIZERS, ReplayBuffer))
+    return name not in OF_TRAINING and not isinstance(part, (*edits.OPTIMIZERS, ReplayBuffer))
 
 
 def pack(part: object) -> object:
@@ -211,137 +206,6 @@ def put_back(part: object, saved: object) -> object:
     else:
         return saved
     return part
-
-
-def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str]:
-    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
-    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or a parameter that an
-    optimizer trains, or if a part of `state` could not be put back."""
-
-    def tensors(value: object) -> set[int]:
-        """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
-        if isinstance(value, nn.Module):
-            value = [*value.parameters(), *value.buffers()]
-        if isinstance(value, (list, tuple, dict)):
-            return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
-        return {id(value)} if isinstance(value, Tensor) else set()
-
-    parts, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
-    for name, part in state.items():
-        parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
-        if isinstance(part, torch.optim.Optimizer):
-            groups += part.param_groups
-        elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
-            raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
-
-    def is_lost(value: object) -> bool:
-        if id(value) in parts:
-            return False
-        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            return not tensors(value) <= held
-        if isinstance(value, (list, tuple, dict)):
-            return any(map(is_lost, value.values() if isinstance(value, dict) else value))
-        if isinstance(value, Tensor):
-            return value.requires_grad and not {id(value), id(value._base)} & held
-        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
-
-    lost = [name for name, value in variables.items() if is_lost(value)]
-    if lost or any(is_lost(param) for group in groups for param in group["params"]):
-        what = ", ".join(lost) or "a parameter that an optimizer trains"
-        raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
-    return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
-
-
-def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:
-    """The class of a part and its options that act on the result, group by group for an optimizer. Where a scheduler
-    changes the learning rate, only `initial_lr` is given; how far a scheduler has come is left out."""
-    options, groups = [], getattr(part, "param_groups", None) or [part.state_dict()]
-    for group in groups:
-        idle = {"params", "foreach", "fused", "capturable", "differentiable"}
-        idle |= {"last_epoch", "_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
-        idle |= {"lr"} if "initial_lr" in group else set()
-        options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
-    return f"{type(part).__name__}({'; '.join(options)})"
-
-
-def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
-    """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a layer or a parameter of the network, or a collection or a module of one's own that holds some, or one of
-    the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
-    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
-
-    def holds(value: object, inner: set[int], whole: set[int]) -> bool:
-        if isinstance(value, nn.Module) and id(value) not in inner | whole:
-            value = [*value.children()]
-        if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
-            return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
-        return id(value) in inner
-
-    found = {}
-    for name, net in nets.items():
-        modules = [module for network in net.networks for module in network.modules()]
-        whole = {id(module) for module in modules if [*module.children()]}  # they stay, and find their layers anew
-        inner = {id(part) for part in (*modules, *nn.ModuleList(net.networks).parameters())} - whole
-        others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
-        if any(id(param) in inner for group in others for param in group["params"]):
-            found[name] = "an optimizer beside that of its row trains parameters of it"
-        for variable, value in variables.items():
-            if holds(value, inner, whole):
-                found[name] = f"`{variable}` in train holds layers or parameters of it"
-    return found
-
-
-def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> str | None:
-    """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
-    their place in one of the `networks` or, in a class of these, in `self`; None if nowhere. Inside `in_torch`, a
-    constructor or `forward`, and in the lines of train `before` Run(...), it may."""
-    classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
-    nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    nodes = [(node, {*networks} | ({"self"} if node.name in classes else set())) for node in nodes]
-    for node, known in nodes:  # which grows on the way
-        inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
-        if inside or getattr(node, "name", None) in ("__init__", "forward"):
-            continue
-        nodes += [(child, known) for child in ast.iter_child_nodes(node)]
-        is_map = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "map"
-        looped = node if is_map else getattr(node, "iter", None)
-        for part in ast.walk(looped) if looped else [node]:
-            name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
-            if isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
-                name = repr(part.slice.value)
-            walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
-            places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
-            places += part.args if isinstance(part, ast.Call) and getattr(part.func, "id", "") in BY_PLACE else []
-            places += [looped] if part is looped else []
-            taken = [place.id for place in places if getattr(place, "id", None) in known]
-            walks, name = walks or taken, ", ".join(taken) or name
-            if walks and part.lineno not in before:
-                where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
-                return f"{source.name} goes through {name} {where}"
-    return None
-
-
-def lasting(script: Path, variables: dict) -> dict:
-    """The variables of train without the layers and parameters that loops of the script have left behind."""
-    loops = [node.target for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.For)]
-    names = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
-    left = {name for name in names & variables.keys() if isinstance(variables[name], (nn.Module, Tensor))}
-    return {name: value for name, value in variables.items() if name not in left}
-
-
-def replaced(script: Path, names: dict) -> list[str]:
-    """The classes and functions of a script in whose place a notebook, for example, has put its own in `names`."""
-    own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
-    plain = [n for n in own & names.keys() if inspect.isclass(names[n]) or inspect.isfunction(names[n])]
-    return sorted(name for name in plain if names[name].__module__ != names["__name__"])
-
-
-def without_masks(state: dict) -> list[str]:
-    """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
-    rows = [network for net in state["nets"].values() for network in net.networks]
-    pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
-    linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
-    return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -435,7 +299,7 @@ class Run:
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
-        if foreign := replaced(script, caller.f_globals):
+        if foreign := edits.replaced(script, caller.f_globals):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
         self.known, self.variables = {*state}, {*variables}
@@ -446,19 +310,19 @@ class Run:
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
-            optimizers = check_parts(state, rb, variables)
+            optimizers = edits.check_parts(state, rb, variables)
         training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        held = held_apart(self.nets, training, lasting(script, variables))
+        held = edits.held_apart(self.nets, training, edits.lasting(script, variables))
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
         python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
         self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
         networks = [id(network) for net in self.nets.values() for network in net.networks]
         networks = {name: value for name, value in variables.items() if id(value) in networks}
-        walks = (one_by_one(path, before.get(path, ()), networks) for path in self.own_files)
+        walks = (edits.one_by_one(path, before.get(path, ()), networks) for path in self.own_files)
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
-        if dense := without_masks(state):
+        if dense := edits.without_masks(state):
             why = "with layers that are in no row of `nets`; a target belongs in the row of its network"
             tqdm.write(f"warning: nothing prunes {', '.join(dense)}, {why}")
         if args.evaluate is not None:
@@ -580,9 +444,10 @@ class Run:
         or that holds layers or parameters that the kernels replace."""
         variables = inspect.currentframe().f_back.f_locals
         with bad_input(), kernels.in_torch(self.nets):
-            check_parts(self.state, self.rb, variables)
+            edits.check_parts(self.state, self.rb, variables)
             new = {name: value for name, value in variables.items() if name not in self.variables}
-            held = held_apart({name: self.nets[name] for name in self.in_kernels()}, [], lasting(self.script, new))
+            new, in_kernels = edits.lasting(self.script, new), {name: self.nets[name] for name in self.in_kernels()}
+            held = edits.held_apart(in_kernels, [], new)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():

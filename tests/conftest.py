@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import lab.run
 import sac_tar
 import td3_tar
-from lab import record, topology
+from lab import edits, record, topology
 from lab.environment import STOP_SIGNALS
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job starts would ignore it
@@ -78,7 +78,7 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-REPLACED = lab.run.replaced
+REPLACED = edits.replaced
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def short(monkeypatch):
     """Hashing the code and drawing masks, which have tests of their own, take most of the time of a short run."""
     for name, function in CACHED.items():
         monkeypatch.setattr(lab.run, name, function)
-    monkeypatch.setattr(lab.run, "replaced", lambda *_: [])  # tests replace parts of the scripts
+    monkeypatch.setattr(edits, "replaced", lambda *_: [])  # tests replace parts of the scripts
     monkeypatch.setattr(topology, "mask_image", lambda *_, **__: np.zeros((8, 8, 3), np.uint8))
     yield
     STOP_SIGNALS.clear()

@@ -28,7 +28,7 @@ import lab.run
 import sac_tar
 import sparse_utils
 import td3_tar
-from lab import kernels, record
+from lab import edits, kernels, record
 from lab.replay import ReplayBuffer
 
 SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
@@ -631,7 +631,7 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     again(mine, run_dir)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "the run goes on with what it was" in line)
     assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
-    monkeypatch.setattr(lab.run, "replaced", REPLACED)
+    monkeypatch.setattr(edits, "replaced", REPLACED)
     again(mine, run_dir)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
     assert "QNetwork of sac_tar.py now comes from elsewhere, so the record would miss it" in refused(capsys, run)
@@ -770,11 +770,11 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
     edited(tmp_path, (at, lines + at))
     name = "'params'" if "groups" in call else call.split(".")[-1].partition("(")[0]
     networks = dict.fromkeys(("actor", "qf1", "qf2"), nn.Sequential())
-    assert lab.run.one_by_one(file, (), networks).startswith(f"my_sac_tar.py goes through {name} in line ")
+    assert edits.one_by_one(file, (), networks).startswith(f"my_sac_tar.py goes through {name} in line ")
     edited(tmp_path, (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"))
-    assert lab.run.one_by_one(file, (), networks) is None
+    assert edits.one_by_one(file, (), networks) is None
     edited(tmp_path, (constructor, f"{constructor}        all(True for _ in self.modules())\n"))
-    assert lab.run.one_by_one(file, (), networks) is None
+    assert edits.one_by_one(file, (), networks) is None
 
 
 @pytest.mark.parametrize("script", [sac_tar])

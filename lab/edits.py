@@ -1,0 +1,150 @@
+"""Which edits of a script a run could not resume, record or compute in the kernels as they are written."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import sparse_utils
+from lab.environment import GENERATORS
+from lab.replay import ReplayBuffer
+from sparse_utils import Net
+
+OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
+BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip", "map", "filter"}
+
+
+def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str]:
+    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
+    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or a parameter that an
+    optimizer trains, or if a part of `state` could not be put back."""
+
+    def tensors(value: object) -> set[int]:
+        """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
+        if isinstance(value, nn.Module):
+            value = [*value.parameters(), *value.buffers()]
+        if isinstance(value, (list, tuple, dict)):
+            return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
+        return {id(value)} if isinstance(value, Tensor) else set()
+
+    parts, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
+    for name, part in state.items():
+        parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
+        if isinstance(part, torch.optim.Optimizer):
+            groups += part.param_groups
+        elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
+            raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
+
+    def is_lost(value: object) -> bool:
+        if id(value) in parts:
+            return False
+        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
+            return not tensors(value) <= held
+        if isinstance(value, (list, tuple, dict)):
+            return any(map(is_lost, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, Tensor):
+            return value.requires_grad and not {id(value), id(value._base)} & held
+        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+
+    lost = [name for name, value in variables.items() if is_lost(value)]
+    if lost or any(is_lost(param) for group in groups for param in group["params"]):
+        what = ", ".join(lost) or "a parameter that an optimizer trains"
+        raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
+    return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
+
+
+def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:
+    """The class of a part and its options that act on the result, group by group for an optimizer. Where a scheduler
+    changes the learning rate, only `initial_lr` is given; how far a scheduler has come is left out."""
+    options, groups = [], getattr(part, "param_groups", None) or [part.state_dict()]
+    for group in groups:
+        idle = {"params", "foreach", "fused", "capturable", "differentiable"}
+        idle |= {"last_epoch", "_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
+        idle |= {"lr"} if "initial_lr" in group else set()
+        options.append(", ".join(f"{name}={value}" for name, value in group.items() if name not in idle))
+    return f"{type(part).__name__}({'; '.join(options)})"
+
+
+def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
+    """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
+    train is a layer or a parameter of the network, or a collection or a module of one's own that holds some, or one of
+    the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
+    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
+
+    def holds(value: object, inner: set[int], whole: set[int]) -> bool:
+        if isinstance(value, nn.Module) and id(value) not in inner | whole:
+            value = [*value.children()]
+        if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
+            return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
+        return id(value) in inner
+
+    found = {}
+    for name, net in nets.items():
+        modules = [module for network in net.networks for module in network.modules()]
+        whole = {id(module) for module in modules if [*module.children()]}  # they stay, and find their layers anew
+        inner = {id(part) for part in (*modules, *nn.ModuleList(net.networks).parameters())} - whole
+        others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
+        if any(id(param) in inner for group in others for param in group["params"]):
+            found[name] = "an optimizer beside that of its row trains parameters of it"
+        for variable, value in variables.items():
+            if holds(value, inner, whole):
+                found[name] = f"`{variable}` in train holds layers or parameters of it"
+    return found
+
+
+def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> str | None:
+    """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
+    their place in one of the `networks` or, in a class of these, in `self`; None if nowhere. Inside `in_torch`, a
+    constructor or `forward`, and in the lines of train `before` Run(...), it may."""
+    classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
+    nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    nodes = [(node, {*networks} | ({"self"} if node.name in classes else set())) for node in nodes]
+    for node, known in nodes:  # which grows on the way
+        inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
+        if inside or getattr(node, "name", None) in ("__init__", "forward"):
+            continue
+        nodes += [(child, known) for child in ast.iter_child_nodes(node)]
+        is_map = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "map"
+        looped = node if is_map else getattr(node, "iter", None)
+        for part in ast.walk(looped) if looped else [node]:
+            name = getattr(part.func, "attr", "") if isinstance(part, ast.Call) else ""
+            if isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
+                name = repr(part.slice.value)
+            walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
+            places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
+            places += part.args if isinstance(part, ast.Call) and getattr(part.func, "id", "") in BY_PLACE else []
+            places += [looped] if part is looped else []
+            taken = [place.id for place in places if getattr(place, "id", None) in known]
+            walks, name = walks or taken, ", ".join(taken) or name
+            if walks and part.lineno not in before:
+                where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
+                return f"{source.name} goes through {name} {where}"
+    return None
+
+
+def lasting(script: Path, variables: dict) -> dict:
+    """The variables of train without the layers and parameters that loops of the script have left behind."""
+    loops = [node.target for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.For)]
+    names = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
+    left = {name for name in names & variables.keys() if isinstance(variables[name], (nn.Module, Tensor))}
+    return {name: value for name, value in variables.items() if name not in left}
+
+
+def replaced(script: Path, names: dict) -> list[str]:
+    """The classes and functions of a script in whose place a notebook, for example, has put its own in `names`."""
+    own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
+    plain = [n for n in own & names.keys() if inspect.isclass(names[n]) or inspect.isfunction(names[n])]
+    return sorted(name for name in plain if names[name].__module__ != names["__name__"])
+
+
+def without_masks(state: dict) -> list[str]:
+    """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
+    rows = [network for net in state["nets"].values() for network in net.networks]
+    pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
+    linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
+    return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]
