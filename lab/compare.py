@@ -256,7 +256,7 @@ def wins_table(runs: pd.DataFrame) -> pd.DataFrame:
     for pair, env_ids in both.items():
         samples = [finals[env_id, arm].to_numpy() for arm in pair for env_id in env_ids]
         star = "*" if len(env_ids) < most else ""
-        cells[pair] = f"{improvement(*samples, axis=-1):.2f}{star}" if env_ids else "none"
+        cells[pair] = f"{improvement(*samples, axis=-1):.2f}{star}" if env_ids else "no runs"
     columns = {str(i): [cells.get((arm, other), "itself") for arm in arms] for i, other in enumerate(arms, 1)}
     square = pd.DataFrame({"arm": [f"{i}. {arm}" for i, arm in enumerate(arms, 1)]} | columns)
     return square if len(arms) > 2 else square[:0]
@@ -319,7 +319,7 @@ in % of dense, if one dense arm is among them, with a 95% stratified bootstrap i
 since the mean of dense is fixed; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
 counting half, mean over the environments in which both have runs (a star: fewer than other pairs
-have; none: there is none)."""),
+have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
 fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
 that made most of them."""),
@@ -390,6 +390,7 @@ def read(folder: Path, args: Args, strict: bool = True) -> tuple[pd.DataFrame, l
     against = named.get(args.against, [None])
     if len(against) != 1 and strict:
         fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
+    against = against if len(against) == 1 else []
     kept = {*against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
     against = next(iter(against), None)

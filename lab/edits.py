@@ -2,7 +2,10 @@
 
 import ast
 import inspect
+import sys
+from collections.abc import Collection
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -16,7 +19,8 @@ from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
-BY_PLACE = {"list", "tuple", "iter", "enumerate", "reversed", "zip", "map", "filter"}
+# functions that go through their arguments, from this one on
+BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
 def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str]:
@@ -78,7 +82,7 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
     def holds(value: object, inner: set[int], whole: set[int]) -> bool:
         if isinstance(value, nn.Module) and id(value) not in inner | whole:
-            value = [*value.children()]
+            value = [*value.children(), *value.parameters(recurse=False)]
         if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
             return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
         return id(value) in inner
@@ -86,7 +90,8 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
     found = {}
     for name, net in nets.items():
         modules = [module for network in net.networks for module in network.modules()]
-        whole = {id(module) for module in modules if [*module.children()]}  # they stay, and find their layers anew
+        # these stay, and find their layers anew, or have no parameters
+        whole = {*map(id, net.networks)} | {id(module) for module in modules if not [*module.parameters(recurse=False)]}
         inner = {id(part) for part in (*modules, *nn.ModuleList(net.networks).parameters())} - whole
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
@@ -97,15 +102,14 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
     return found
 
 
-def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> str | None:
+def one_by_one(source: Path, before: range, networks: set[str], classes: set[str]) -> str | None:
     """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
-    their place in one of the `networks` or, in a class of these, in `self`; None if nowhere. Inside `in_torch`, a
+    their place in one of the `networks` or, in one of their `classes`, in `self`; None if nowhere. Inside `in_torch`, a
     constructor or `forward`, and in the lines of train `before` Run(...), it may."""
-    classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    nodes = [(node, {*networks} | ({"self"} if node.name in classes else set())) for node in nodes]
+    nodes = [(node, networks | ({"self"} if node.name in classes else set())) for node in nodes]
     for node, known in nodes:  # which grows on the way
-        inside = isinstance(node, ast.With) and "in_torch" in ast.unparse(node.items[0])
+        inside = isinstance(node, ast.With) and any("in_torch" in ast.unparse(item) for item in node.items)
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
         nodes += [(child, known) for child in ast.iter_child_nodes(node)]
@@ -117,7 +121,8 @@ def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> s
                 name = repr(part.slice.value)
             walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
             places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
-            places += part.args if isinstance(part, ast.Call) and getattr(part.func, "id", "") in BY_PLACE else []
+            called = getattr(part.func, "id", None) if isinstance(part, ast.Call) else None
+            places += part.args[BY_PLACE[called] :] if called in BY_PLACE else []
             places += [looped] if part is looped else []
             taken = [place.id for place in places if getattr(place, "id", None) in known]
             walks, name = walks or taken, ", ".join(taken) or name
@@ -127,19 +132,27 @@ def one_by_one(source: Path, before: range, networks: dict[str, nn.Module]) -> s
     return None
 
 
-def lasting(script: Path, variables: dict) -> dict:
-    """The variables of train without the layers and parameters that loops of the script have left behind."""
-    loops = [node.target for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.For)]
-    names = {node.id for target in loops for node in ast.walk(target) if isinstance(node, ast.Name)}
-    left = {name for name in names & variables.keys() if isinstance(variables[name], (nn.Module, Tensor))}
-    return {name: value for name, value in variables.items() if name not in left}
+def used_later(script: Path, frame: FrameType) -> dict:
+    """The variables of train, which runs in this frame, that a line after the current one or a function inside train
+    reads, but for those that a later loop sets."""
+    line, first = frame.f_lineno, frame.f_code.co_firstlineno
+    later = [node for node in ast.walk(ast.parse(script.read_bytes())) if getattr(node, "lineno", 0) > first]
+    inside = [part for node in later if isinstance(node, (ast.FunctionDef, ast.Lambda)) for part in ast.walk(node)]
+    later = [node for node in later if node.lineno > line]
+    loops = [part for node in later if isinstance(node, ast.For) for part in ast.walk(node.target)]
+    read = {node.id for node in later + inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    read -= {node.id for node in loops if isinstance(node, ast.Name)}
+    return {name: value for name, value in frame.f_locals.items() if name in read}
 
 
-def replaced(script: Path, names: dict) -> list[str]:
-    """The classes and functions of a script in whose place a notebook, for example, has put its own in `names`."""
+def replaced(script: Path, names: dict, files: Collection[Path]) -> list[str]:
+    """The classes and functions among the `names` of a script in whose place a notebook or another script has put its
+    own, which is in none of the `files` that are recorded."""
     own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
-    plain = [n for n in own & names.keys() if inspect.isclass(names[n]) or inspect.isfunction(names[n])]
-    return sorted(name for name in plain if names[name].__module__ != names["__name__"])
+    plain = {name: value for name, value in names.items() if inspect.isclass(value) or inspect.isfunction(value)}
+    plain = {name: value.__module__ for name, value in plain.items() if name in own or value.__module__ == "__main__"}
+    of = {name: getattr(sys.modules.get(module), "__file__", None) or "" for name, module in plain.items()}
+    return sorted(name for name, file in of.items() if Path(file).resolve() not in files)
 
 
 def without_masks(state: dict) -> list[str]:

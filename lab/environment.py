@@ -58,7 +58,7 @@ class Guard(gym.Wrapper):
         obs, reward, *ends, info = self.env.step(np.clip(np.asarray(action, space.dtype), space.low, space.high))
         value = np.asarray(reward, float)
         if value.size != 1 or not (np.abs(value) <= np.finfo(np.float32).max).all():
-            fail(f"the reward at step {self.global_step} is {reward}; it must be one finite number", code=1)
+            fail(f"the reward at step {self.global_step} is {reward}; it must be one number, finite in float32", code=1)
         return self.checked(obs), value.item(), *map(bool, ends), info
 
     def checked(self, obs) -> np.ndarray:

@@ -299,7 +299,8 @@ class Run:
         self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
-        if foreign := edits.replaced(script, caller.f_globals):
+        files = sources(script, args.env_id)
+        if foreign := edits.replaced(script, caller.f_globals, files):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
         self.known, self.variables = {*state}, {*variables}
@@ -311,15 +312,15 @@ class Run:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
             optimizers = edits.check_parts(state, rb, variables)
-        training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        held = edits.held_apart(self.nets, training, edits.lasting(script, variables))
+        self.training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
+        held = edits.held_apart(self.nets, self.training, edits.used_later(script, caller))
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
-        python = (path for path in sources(script, args.env_id) if path.suffix == ".py")
-        ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
+        python, ours = (path for path in files if path.suffix == ".py"), {PROJECT / "lab", PROJECT / "sparse_utils.py"}
         self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
-        networks = [id(network) for net in self.nets.values() for network in net.networks]
-        networks = {name: value for name, value in variables.items() if id(value) in networks}
-        walks = (edits.one_by_one(path, before.get(path, ()), networks) for path in self.own_files)
+        networks = {id(network): network for net in self.nets.values() for network in net.networks}
+        classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
+        named = {name for name, value in variables.items() if id(value) in networks}
+        walks = (edits.one_by_one(path, before.get(path, ()), named, classes) for path in self.own_files)
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
@@ -442,12 +443,12 @@ class Run:
         """The steps from `start_step` to --total-timesteps, both included, with a progress bar. Ends the program with
         one sentence if `train` has added to `state` after Run(...), or has made a variable that checkpoints would lack
         or that holds layers or parameters that the kernels replace."""
-        variables = inspect.currentframe().f_back.f_locals
+        caller = inspect.currentframe().f_back
         with bad_input(), kernels.in_torch(self.nets):
-            edits.check_parts(self.state, self.rb, variables)
-            new = {name: value for name, value in variables.items() if name not in self.variables}
-            new, in_kernels = edits.lasting(self.script, new), {name: self.nets[name] for name in self.in_kernels()}
-            held = edits.held_apart(in_kernels, [], new)
+            edits.check_parts(self.state, self.rb, caller.f_locals)
+            later = edits.used_later(self.script, caller)
+            new = {name: value for name, value in later.items() if name not in self.variables}
+            held = edits.held_apart({name: self.nets[name] for name in self.in_kernels()}, self.training, new)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():

@@ -180,7 +180,7 @@ def test_each_arm_against_each_other_where_both_have_runs(grid, make, comparison
         for found, other in zip(row[1:], names, strict=True):
             samples = [[returns.get((env, arm)) for arm in (name, other)] for env in ("A-v1", "B-v1", "C-v1")]
             each = [beats(x, y) for x, y in samples if x and y]
-            expected = f"{np.mean(each):.2f}{'*' if len(each) < 2 else ''}" if each else "none"
+            expected = f"{np.mean(each):.2f}{'*' if len(each) < 2 else ''}" if each else "no runs"
             assert found == ("itself" if name == other else expected)
 
 

@@ -182,9 +182,10 @@ class Faulty(Plain):
         (("obs", np.nan), "the observation at step 99 is [nan, 10.0]; all its numbers must be finite"),
         (("obs", -np.inf), "the observation at step 99 is [-inf, 10.0]; all its numbers must be finite"),
         (("obs", 1e39), "the observation at step 99 is [1e+39, 10.0]; all its numbers must be finite"),
-        (("reward", np.nan), "the reward at step 99 is nan; it must be one finite number"),
-        (("reward", None), "the reward at step 99 is None; it must be one finite number"),
-        (("reward", np.ones(2)), "the reward at step 99 is [1. 1.]; it must be one finite number"),
+        (("reward", np.nan), "the reward at step 99 is nan; it must be one number"),
+        (("reward", 1e39), "the reward at step 99 is 1e+39; it must be one number, finite in float32"),
+        (("reward", None), "the reward at step 99 is None; it must be one number"),
+        (("reward", np.ones(2)), "the reward at step 99 is [1. 1.]; it must be one number"),
     ],
 )
 def test_a_number_that_is_not_finite_is_named_at_its_step(register, capsys, monkeypatch, bad, sentence):

@@ -634,7 +634,8 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     monkeypatch.setattr(edits, "replaced", REPLACED)
     again(mine, run_dir)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
-    assert "QNetwork of sac_tar.py now comes from elsewhere, so the record would miss it" in refused(capsys, run)
+    monkeypatch.setattr(sac_tar, "ReplayBuffer", type("Mine", (ReplayBuffer,), {"__module__": "__main__"}))
+    assert "QNetwork, ReplayBuffer of sac_tar.py now comes from elsewhere, so the record" in refused(capsys, run)
     mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
     message = refused(capsys, exec, "main(Args, train)", mine)
     assert "`train` comes from sac_tar.py" in message
@@ -665,10 +666,49 @@ HOLDS = [
 @pytest.mark.parametrize("place, line, sentence", HOLDS)
 @pytest.mark.parametrize("script", [sac_tar])
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
-    mine = edited(tmp_path, (place, f"    {line}\n{place}"))
+    name = line.partition(" = ")[0]
+    before, later = (f"    penalty = lambda: {name}\n", "") if name == "params" else ("", f"        {name}\n")
+    mine = edited(tmp_path, (place, f"    {line}\n{before}{place}"), (STEP, later + STEP))
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     assert sentence in refused(capsys, run, mine, compute="sparse", **small)
     assert run(mine, **small).exists()
+
+
+def test_layers_and_parameters_are_held_but_not_parts_that_stay():
+    network = nn.Sequential(body := nn.Sequential(nn.Linear(2, 3), nn.ReLU()), head := nn.Linear(3, 1))
+    nets = {"qf": sparse_utils.Net(network, None, None, "static", 0.9)}
+    for value in (head, body[0].bias, [head], nn.ParameterList([head.weight])):
+        assert edits.held_apart(nets, [], {"mine": value})["qf"].startswith("`mine` in train holds")
+    for value in (network, body, body[1], [network], nn.Linear(2, 3), nn.Sequential(network)):
+        assert edits.held_apart(nets, [], {"mine": value}) == {}
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
+    """Parameters in a list for the optimizer alone, learning rates and compiled networks set before the loop, an
+    evaluation before the reset at the same step, which a resumed run makes anew."""
+    source = Path(sac_tar.__file__).read_text()
+    evaluation = next(line for line in source.splitlines() if line.startswith("        run.evaluate("))
+    params = "    params = list(critics.parameters())\n    q_optimizer = kernels.Adam(params, lr=args.q_lr)\n"
+    rates = "    group = q_optimizer.param_groups[0]\n"
+    calls = "            [*map(actor, [data.observations])]\n            group['lr'] = args.q_lr\n"
+    calls += "            with torch.no_grad(), kernels.in_torch(nets):\n"
+    calls += "                [param.norm() for param in critics.parameters()]\n"
+    mine = edited(
+        tmp_path,
+        ("    q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)\n", params),
+        ("    done = True\n", f"{rates}    done = True\n"),
+        (sampled := "            data = rb.sample(args.batch_size, global_step)\n", sampled + calls),
+        (evaluation, ""),
+        ("        if done:\n            obs", f"{evaluation}\n        if done:\n            obs"),
+    )
+    small = {"env_id": "Short-v0", "compute": "sparse", "checkpoint_frequency": 10, "eval_frequency": 5}
+    run_dir = run(mine, total_timesteps=90, **small)
+    assert "goes through" not in capsys.readouterr().out
+    again(mine, run_dir, total_timesteps=100)
+    compiled = "    actor = torch.compile(actor, backend='eager')\n    done = True\n"
+    compiled = edited(tmp_path, ("    done = True\n", compiled))
+    assert run(compiled, total_timesteps=20, learning_starts=15, env_id="Short-v0").exists()
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -769,12 +809,12 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
     constructor = f"        super().__init__(mlp_layers({shape}))\n"
     edited(tmp_path, (at, lines + at))
     name = "'params'" if "groups" in call else call.split(".")[-1].partition("(")[0]
-    networks = dict.fromkeys(("actor", "qf1", "qf2"), nn.Sequential())
-    assert edits.one_by_one(file, (), networks).startswith(f"my_sac_tar.py goes through {name} in line ")
+    of = {"actor", "qf1", "qf2"}, {"QNetwork", "Actor"}
+    assert edits.one_by_one(file, (), *of).startswith(f"my_sac_tar.py goes through {name} in line ")
     edited(tmp_path, (at, f"{indent}with kernels.in_torch(nets):\n{inside}{at}"))
-    assert edits.one_by_one(file, (), networks) is None
+    assert edits.one_by_one(file, (), *of) is None
     edited(tmp_path, (constructor, f"{constructor}        all(True for _ in self.modules())\n"))
-    assert edits.one_by_one(file, (), networks) is None
+    assert edits.one_by_one(file, (), *of) is None
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -850,7 +890,7 @@ def test_a_flag_that_the_script_no_longer_needs_may_go(run, tmp_path):
     width = ("QNetwork, env, args.hidden_size", "QNetwork, env, 24"), ("Actor, env, args.hidden_size", "Actor, env, 24")
     mine = edited(tmp_path, (flag, ""), ("args.tau", "0.005"), *width, ("    hidden_size: int", "    width: int"))
     small = {"env_id": "Short-v0", "total_timesteps": 5, "learning_starts": 2, "runs_dir": str(tmp_path)}
-    assert mine.train(mine.Args(**small)).exists()
+    assert mine.train(mine.Args(**small, active_width=16)).exists()
 
 
 @pytest.mark.parametrize("script", [sac_tar])

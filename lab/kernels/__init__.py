@@ -153,9 +153,8 @@ class InChain:
 class SparseMLP(nn.Module):
     """Linear layers with ReLU between them, as one vector `flat` of stored weights and biases, layer after layer.
 
-    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes, `masks` one from
-    these and perhaps further names to their masks. The input has shape
-    (..., n_in), the output (..., n_out), both float32 on the CPU.
+    `linears` is a dictionary from name to `nn.Linear`, each reading what the one before it writes; `masks` has the mask
+    of each, and may have others. The input has shape (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
 
     weight = bias = property(not_here)

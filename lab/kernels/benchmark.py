@@ -29,7 +29,7 @@ METHODS, COMPUTE = ("dense", "tar"), ("masked", "sparse")  # masked: in torch; s
 
 @dataclass
 class Args:
-    # The tables to print. methods: seven in the kernels against dense. peers: Stable-Baselines3 and ours. widths:
+    # The tables to print. methods: six in the kernels against dense. peers: Stable-Baselines3 and ours. widths:
     # the kernels against masked torch.
     tables: tuple[Literal["methods", "peers", "widths"], ...] = ("methods", "peers", "widths")
     rounds: int = 3  # The rounds in which all configurations take turns.
