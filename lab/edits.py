@@ -1,4 +1,4 @@
-"""Which edits of a script a run could not resume, record or compute in the kernels as they are written."""
+"""Finds edits of a script that a resumed run would lose, that the record would miss, or that the kernels cannot do."""
 
 import ast
 import inspect
@@ -19,7 +19,7 @@ from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
-# functions that go through their arguments, from this one on
+# functions that iterate over their arguments, from the one with this index on
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
@@ -77,7 +77,7 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train is a layer or a parameter of the network, or a collection or a module of one's own that holds some, or one of
-    the `optimizers` is not that of its row and trains them. Either would keep the old ones."""
+    the `optimizers` is not that of its row and trains them. Each of these would go on with the old layers."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int], whole: set[int]) -> bool:
@@ -89,10 +89,10 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
     found = {}
     for name, net in nets.items():
-        modules = [module for network in net.networks for module in network.modules()]
-        # these stay, and find their layers anew, or have no parameters
-        whole = {*map(id, net.networks)} | {id(module) for module in modules if not [*module.parameters(recurse=False)]}
-        inner = {id(part) for part in (*modules, *nn.ModuleList(net.networks).parameters())} - whole
+        modules = {id(module): module for network in net.networks for module in network.modules()}
+        layers = [module for module in modules.values() if isinstance(module, nn.Linear)]  # what the kernels replace
+        inner = {id(part) for layer in layers for part in (layer, *layer.parameters())}
+        whole = modules.keys() - inner  # these stay, and look their layers up anew
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
@@ -103,16 +103,18 @@ def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], va
 
 
 def one_by_one(source: Path, before: range, networks: set[str], classes: set[str]) -> str | None:
-    """Where a source loops over parameters or layers, which the kernels would replace, or takes them by name, or by
-    their place in one of the `networks` or, in one of their `classes`, in `self`; None if nowhere. Inside `in_torch`, a
-    constructor or `forward`, and in the lines of train `before` Run(...), it may."""
+    """The first place where a source loops over parameters or layers, which the kernels would replace, takes them by
+    name, or goes through or indexes a network: one of the names `networks` or, in one of the `classes`, `self`. None if
+    there is none. Allowed inside `in_torch`, a constructor or `forward`, and in the lines of train `before` Run(...),
+    but for functions inside train, which run later."""
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    nodes = [(node, networks | ({"self"} if node.name in classes else set())) for node in nodes]
-    for node, known in nodes:  # which grows on the way
+    nodes = [(node, networks | ({"self"} if node.name in classes else set()), before) for node in nodes]
+    for node, known, allowed in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and any("in_torch" in ast.unparse(item) for item in node.items)
         if inside or getattr(node, "name", None) in ("__init__", "forward"):
             continue
-        nodes += [(child, known) for child in ast.iter_child_nodes(node)]
+        later = isinstance(node, (ast.FunctionDef, ast.Lambda)) and node.lineno in before[1:]  # not train itself
+        nodes += [(child, known, () if later else allowed) for child in ast.iter_child_nodes(node)]
         is_map = isinstance(node, ast.Call) and getattr(node.func, "id", None) == "map"
         looped = node if is_map else getattr(node, "iter", None)
         for part in ast.walk(looped) if looped else [node]:
@@ -126,22 +128,21 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
             places += [looped] if part is looped else []
             taken = [place.id for place in places if getattr(place, "id", None) in known]
             walks, name = walks or taken, ", ".join(taken) or name
-            if walks and part.lineno not in before:
+            if walks and part.lineno not in allowed:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {name} {where}"
     return None
 
 
 def used_later(script: Path, frame: FrameType) -> dict:
-    """The variables of train, which runs in this frame, that a line after the current one or a function inside train
-    reads, but for those that a later loop sets."""
-    line, first = frame.f_lineno, frame.f_code.co_firstlineno
-    later = [node for node in ast.walk(ast.parse(script.read_bytes())) if getattr(node, "lineno", 0) > first]
-    inside = [part for node in later if isinstance(node, (ast.FunctionDef, ast.Lambda)) for part in ast.walk(node)]
-    later = [node for node in later if node.lineno > line]
+    """The variables of train, which runs in this frame, that a later line reads, except names that a later `for` sets,
+    or that a function inside train reads."""
+    later = [n for n in ast.walk(ast.parse(script.read_bytes())) if getattr(n, "lineno", 0) > frame.f_lineno]
     loops = [part for node in later if isinstance(node, ast.For) for part in ast.walk(node.target)]
-    read = {node.id for node in later + inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    read -= {node.id for node in loops if isinstance(node, ast.Name)}
+    changed = [node.target for node in later if isinstance(node, ast.AugAssign)]  # as in `weight *= 0.9`
+    names = [node for node in later if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    read = {getattr(node, "id", None) for node in names + changed} - {getattr(node, "id", None) for node in loops}
+    read |= {*frame.f_code.co_cellvars}
     return {name: value for name, value in frame.f_locals.items() if name in read}
 
 
@@ -150,7 +151,8 @@ def replaced(script: Path, names: dict, files: Collection[Path]) -> list[str]:
     own, which is in none of the `files` that are recorded."""
     own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
     plain = {name: value for name, value in names.items() if inspect.isclass(value) or inspect.isfunction(value)}
-    plain = {name: value.__module__ for name, value in plain.items() if name in own or value.__module__ == "__main__"}
+    plain = {name: value.__module__ for name, value in plain.items() if value.__module__ != names["__name__"]}
+    plain = {name: module for name, module in plain.items() if name in own or module == "__main__"}
     of = {name: getattr(sys.modules.get(module), "__file__", None) or "" for name, module in plain.items()}
     return sorted(name for name, file in of.items() if Path(file).resolve() not in files)
 

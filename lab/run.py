@@ -191,7 +191,13 @@ def unpacked(packed: object) -> object:
 
 def put_back(part: object, saved: object) -> object:
     """Put what a checkpoint holds of a part back, in place where it can be. Returns the part."""
-    if hasattr(part, "load_state_dict"):
+    if isinstance(part, torch.optim.Optimizer):
+        groups = part.param_groups
+        part.load_state_dict(saved)  # which makes new groups, though train may hold the old ones
+        for group, new in zip(groups, part.param_groups, strict=True):
+            group.update(new)
+        part.param_groups = groups
+    elif hasattr(part, "load_state_dict"):
         part.load_state_dict(saved)
     elif isinstance(part, GENERATORS):
         environment.set_random_state(part, saved)

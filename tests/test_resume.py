@@ -491,6 +491,7 @@ ADDED = [
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["counts"]["steps"] += 1
+        actor_groups[1]["lr"] *= 1 - 1e-3 * (global_step > 65)
         second_buffer.add(obs, obs, env.action_space.low, global_step, False, False)
         state["tensor"][1] += state["array"][0]
         norm, generator, _ = state["all"]["these"]
@@ -655,6 +656,7 @@ HOLDS = [
     (RUN_BEGINS, "last = qf1.fc3", "had for the qf1: `last` in train holds layers or parameters of it"),
     (RUN_BEGINS, "weight = qf1.fc1.weight", "`weight` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
+    (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
@@ -668,6 +670,7 @@ HOLDS = [
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
     name = line.partition(" = ")[0]
     before, later = (f"    penalty = lambda: {name}\n", "") if name == "params" else ("", f"        {name}\n")
+    later = "        with torch.no_grad():\n            bias *= 0.9\n" if name == "bias" else later
     mine = edited(tmp_path, (place, f"    {line}\n{before}{place}"), (STEP, later + STEP))
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     assert sentence in refused(capsys, run, mine, compute="sparse", **small)
@@ -844,6 +847,9 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     assert "my_sac_tar.py goes through self in line " in refused(capsys, run, mine, **small)
     mine = edited(tmp_path, (at, f"            qf1_target[0].requires_grad\n{at}"))
     assert "my_sac_tar.py goes through qf1_target in line " in refused(capsys, run, mine, **small)
+    decay = f"    def decay():\n        {walk}\n            param.data.mul_(0.9)\n\n{RUN_BEGINS}"
+    mine = edited(tmp_path, (RUN_BEGINS, decay))
+    assert "my_sac_tar.py goes through parameters in line " in refused(capsys, run, mine, **small)
     (tmp_path / "my_walk.py").write_text(f"def walk(critics):\n    {walk}\n        param.grad\n")
     lab.run.sources.cache_clear()
     mine = edited(tmp_path, ("import sparse_utils", "import sparse_utils\nif 0:\n    import my_walk\n"))
