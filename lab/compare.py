@@ -318,8 +318,7 @@ shade, their 95% t interval); light grey lines are other methods."""),
 in % of dense, if one dense arm is among them, with a 95% stratified bootstrap interval, too narrow at few seeds and
 since the mean of dense is fixed; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
-counting half, mean over the environments in which both have runs (a star: fewer than other pairs
-have)."""),
+counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
 fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
 that made most of them."""),
