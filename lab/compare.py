@@ -389,10 +389,9 @@ def read(folder: Path, args: Args, strict: bool = True) -> tuple[pd.DataFrame, l
     against = named.get(args.against, [None])
     if len(against) != 1 and strict:
         fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
-    against = against if len(against) == 1 else []
-    kept = {*against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
+    against = against[0] if len(against) == 1 else None
+    kept = {against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
-    against = next(iter(against), None)
     return (runs, notes, against) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
 

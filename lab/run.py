@@ -309,7 +309,7 @@ class Run:
         if foreign := edits.replaced(script, caller.f_globals, files):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
-        self.known, self.variables = {*state}, {*variables}
+        self.known = {*state}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
         try:
@@ -452,9 +452,8 @@ class Run:
         caller = inspect.currentframe().f_back
         with bad_input(), kernels.in_torch(self.nets):
             edits.check_parts(self.state, self.rb, caller.f_locals)
-            later = edits.used_later(self.script, caller)
-            new = {name: value for name, value in later.items() if name not in self.variables}
-            held = edits.held_apart({name: self.nets[name] for name in self.in_kernels()}, self.training, new)
+            in_kernels = {name: self.nets[name] for name in self.in_kernels()}
+            held = edits.held_apart(in_kernels, self.training, edits.used_later(self.script, caller))
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():
