@@ -201,7 +201,7 @@ def train(args: Args) -> Path:
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
         """Each network's loss as it is trained below, on replay data. Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            data = rb.sample(batch_size, global_step)
+            data = rb.sample(batch_size, args.gamma, global_step)
             qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, args, data)
             actor_loss = policy_loss(actor, qf1, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
@@ -262,7 +262,7 @@ def train(args: Args) -> Path:
 
         # ALGO LOGIC: training
         if global_step > run.learn_from:  # --learning-starts; later if a resumed run has to refill its buffer first
-            data = rb.sample(args.batch_size, global_step)
+            data = rb.sample(args.batch_size, args.gamma, global_step)
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor_target, qf1, qf2, qf1_target, qf2_target, args, data
             )

@@ -7,13 +7,14 @@ from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 import sparse_utils
-from lab.environment import GENERATORS
+from lab.environment import GENERATORS, content_of
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
@@ -23,10 +24,11 @@ ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "chi
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
-def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str]:
+def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collection[Path] = ()) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
-    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or a parameter that an
-    optimizer trains, or if a part of `state` could not be put back."""
+    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or that is inside an object
+    whose class is defined in one of the `files`, or a parameter that an optimizer trains, or if a part of `state` could
+    not be put back."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -36,28 +38,33 @@ def check_parts(state: dict, rb: ReplayBuffer, variables: dict) -> dict[str, str
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
 
-    parts, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
+    seen, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
     for name, part in state.items():
-        parts |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
+        seen |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, torch.optim.Optimizer):
             groups += part.param_groups
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
-    def is_lost(value: object) -> bool:
-        if id(value) in parts:
-            return False
+    def lost(name: str, value: object) -> list[str]:
+        """The names under which a variable has something that is lost, each thing once."""
+        if id(value) in seen or isinstance(value, gym.Env):
+            return []
+        seen.add(id(value))
         if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            return not tensors(value) <= held
-        if isinstance(value, (list, tuple, dict)):
-            return any(map(is_lost, value.values() if isinstance(value, dict) else value))
-        if isinstance(value, Tensor):
-            return value.requires_grad and not {id(value), id(value._base)} & held
-        return isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+            found = not tensors(value) <= held
+        elif isinstance(value, (list, tuple, dict)):
+            found = any(lost(name, part) for part in (value.values() if isinstance(value, dict) else value))
+        elif isinstance(value, Tensor):
+            found = value.requires_grad and not {id(value), id(value._base)} & held
+        else:
+            found = isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
+        inner = {} if found or isinstance(value, nn.Module) else content_of(value, files)
+        return [name] * bool(found) + [n for key, part in inner.items() for n in lost(f"{name}.{key}", part)]
 
-    lost = [name for name, value in variables.items() if is_lost(value)]
-    if lost or any(is_lost(param) for group in groups for param in group["params"]):
-        what = ", ".join(lost) or "a parameter that an optimizer trains"
+    names = [n for name, value in variables.items() for n in lost(name, value)]
+    if names or any(lost("", param) for group in groups for param in group["params"]):
+        what = ", ".join(names) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
@@ -74,30 +81,39 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
     return f"{type(part).__name__}({'; '.join(options)})"
 
 
-def held_apart(nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict) -> dict[str, str]:
+def held_apart(
+    nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: Collection[Path] = ()
+) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a layer or a parameter of the network, or a collection or a module of one's own that holds some, or one of
-    the `optimizers` is not that of its row and trains them. Each of these would go on with the old layers."""
+    train is a layer or a parameter of the network, or a collection, a module, or an object whose class is defined in
+    one of the `files`, that holds some, or one of the `optimizers` is not that of its row and trains them. Each of
+    these would go on with the old layers, but not a network that only has them as submodules."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
-    def holds(value: object, inner: set[int], whole: set[int]) -> bool:
-        if isinstance(value, nn.Module) and id(value) not in inner | whole:
-            value = [*value.children(), *value.parameters(recurse=False)]
-        if isinstance(value, (list, tuple, dict)) and id(value) not in groups:
-            return any(holds(part, inner, whole) for part in (value.values() if isinstance(value, dict) else value))
-        return id(value) in inner
+    def holds(value: object, inner: set[int], whole: set[int], seen: set[int]) -> bool:
+        if id(value) in inner or id(value) in seen:
+            return id(value) in inner
+        seen.add(id(value))
+        parts = value if isinstance(value, (list, tuple, dict)) else content_of(value, files)
+        if isinstance(value, nn.Module):
+            stay = [module for module in value.children() if id(module) not in inner]
+            parts = vars(value) | ({"_modules": stay} if id(value) in whole else {})
+        parts = parts.values() if isinstance(parts, dict) else parts
+        return any(holds(part, inner, whole, seen) for part in parts)
 
     found = {}
     for name, net in nets.items():
         modules = {id(module): module for network in net.networks for module in network.modules()}
         layers = [module for module in modules.values() if isinstance(module, nn.Linear)]  # what the kernels replace
         inner = {id(part) for layer in layers for part in (layer, *layer.parameters())}
-        whole = modules.keys() - inner  # these stay, and look their layers up anew
+        whole, seen = modules.keys() - inner, {*groups}  # `whole` stay, and look their layers up anew
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
+        if any(holds(network, inner, whole, seen) for network in net.networks):  # as in a list of its own
+            found[name] = "an attribute of it that is no submodule holds layers or parameters of it"
         for variable, value in variables.items():
-            if holds(value, inner, whole):
+            if holds(value, inner, whole, seen):
                 found[name] = f"`{variable}` in train holds layers or parameters of it"
     return found
 

@@ -28,7 +28,7 @@ class ReplayBuffer:
         except RuntimeError:
             gigabytes = 4 * args.buffer_size * sum(self.widths) / 1e9
             raise ValueError(f"--buffer-size {args.buffer_size} needs {gigabytes:.0f} GB of memory; lower it") from None
-        self.gamma, self.added = args.gamma, 0
+        self.added = 0
         # a script without the flags of lab/baselines.py has one-step targets, from all transitions alike
         self.n_step, self.n_step_from = getattr(args, "n_step", 1), getattr(args, "n_step_from", 0)
         self.recent_fraction, self.recent_size = getattr(args, "recent_fraction", 0.0), getattr(args, "recent_size", 1)
@@ -45,7 +45,7 @@ class ReplayBuffer:
         self.rows[self.added % len(self.rows)] = torch.from_numpy(row)
         self.added += 1
 
-    def sample(self, batch_size: int, global_step: int) -> Batch:
+    def sample(self, batch_size: int, gamma: float, global_step: int) -> Batch:
         """A batch drawn uniformly with replacement; --recent-fraction of it from the newest --recent-size transitions.
         Targets take --n-step steps, or one before --n-step-from, but end with the episode or the newest transition."""
         held, newest = min(self.added, len(self.rows)), (self.added - 1) % len(self.rows)
@@ -54,11 +54,11 @@ class ReplayBuffer:
             ages = torch.randint(min(held, self.recent_size), (recent,), device=self.rows.device)
             indices[:recent] = (newest - ages) % held
         obs, next_obs, action, rewards, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
-        discounts = torch.full_like(rewards, self.gamma)
+        discounts = torch.full_like(rewards, gamma)
         for _ in range(1, self.n_step if global_step >= self.n_step_from else 1):
             goes_on = (indices.unsqueeze(1) != newest) & (terminated + truncated == 0)
             indices = (indices + goes_on.squeeze(1)) % held
             _, next_obs, _, reward, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
             rewards = rewards + goes_on * discounts * reward
-            discounts = torch.where(goes_on, self.gamma * discounts, discounts)
+            discounts = torch.where(goes_on, gamma * discounts, discounts)
         return Batch(obs, next_obs, action, rewards, (1 - terminated) * discounts)

@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -309,6 +310,8 @@ class Run:
         if foreign := edits.replaced(script, caller.f_globals, files):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
+        python, ours = (path for path in files if path.suffix == ".py"), {PROJECT / "lab", PROJECT / "sparse_utils.py"}
+        self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
         self.known = {*state}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
@@ -317,12 +320,10 @@ class Run:
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
-            optimizers = edits.check_parts(state, rb, variables)
+            optimizers = edits.check_parts(state, rb, variables, self.own_files)
         self.training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        held = edits.held_apart(self.nets, self.training, edits.used_later(script, caller))
+        held = edits.held_apart(self.nets, self.training, edits.used_later(script, caller), self.own_files)
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
-        python, ours = (path for path in files if path.suffix == ".py"), {PROJECT / "lab", PROJECT / "sparse_utils.py"}
-        self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
         networks = {id(network): network for net in self.nets.values() for network in net.networks}
         classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
         named = {name for name, value in variables.items() if id(value) in networks}
@@ -393,10 +394,9 @@ class Run:
         if self.checkpoint is None:
             self.log_args(now["code"])
         of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
-        alone = [type(layer).__name__ for layer in environment.layers(env) if type(layer) not in of_evaluation]
-        mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (env, self.eval_env))
-        mine = {n: v for n, v in mine.items() if n != "render_mode" and " at 0x" not in str(v)}  # an address
-        alone += [f"{n}={v}" for n, v in mine.items() if str(there.get(n)) != str(v)]
+        beside = Counter(map(type, environment.layers(env))) - Counter(of_evaluation)
+        mine, there = (environment.settings(made) for made in (env, self.eval_env))
+        alone = [kind.__name__ for kind in beside] + [f"{n}={v}" for n, v in mine.items() if there.get(n) != v]
         if alone:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
@@ -451,9 +451,10 @@ class Run:
         or that holds layers or parameters that the kernels replace."""
         caller = inspect.currentframe().f_back
         with bad_input(), kernels.in_torch(self.nets):
-            edits.check_parts(self.state, self.rb, caller.f_locals)
+            edits.check_parts(self.state, self.rb, caller.f_locals, self.own_files)
             in_kernels = {name: self.nets[name] for name in self.in_kernels()}
-            held = edits.held_apart(in_kernels, self.training, edits.used_later(self.script, caller))
+            variables = edits.used_later(self.script, caller)
+            held = edits.held_apart(in_kernels, self.training, variables, self.own_files)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():

@@ -179,12 +179,12 @@ def test_td3_noise_is_per_sample_and_dimension_and_clipped_per_dimension():
 
 def test_a_target_bootstraps_after_a_truncation_and_not_after_a_termination():
     """In a buffer of 4, before and after it was overrun: only what it holds is drawn, in float32."""
-    rb = ReplayBuffer(sac_tar.Args(buffer_size=4, gamma=0.5), ENV, torch.device("cpu"))
+    rb = ReplayBuffer(sac_tar.Args(buffer_size=4), ENV, torch.device("cpu"))
     rb.rows.fill_(math.nan)  # what was never added shows
     ends = {4: (False, True), 5: (True, False), 6: (True, True)}
     for i in range(8):
         rb.add(np.full(3, i), np.full(3, i + 0.5), np.array([-i, i]), 10.0 * i, *ends.get(i, (False, False)))
-        batch = rb.sample(200, 0)
+        batch = rb.sample(200, 0.5, 0)
         number = batch.rewards / 10
         assert number.unique().tolist() == list(range(max(0, i - 3), i + 1))
         terminated = (number == 5) | (number == 6)

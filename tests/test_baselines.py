@@ -549,7 +549,7 @@ def transitions(n):
 def buffer_of(**flags):
     space = SimpleNamespace(shape=(1,))
     env = SimpleNamespace(observation_space=space, action_space=space)
-    rb = ReplayBuffer(SimpleNamespace(gamma=0.9, **flags), env, torch.device("cpu"))
+    rb = ReplayBuffer(SimpleNamespace(**flags), env, torch.device("cpu"))
     rb.rows.fill_(math.nan)  # what was never added shows
     return rb
 
@@ -571,7 +571,7 @@ def test_n_step_targets_against_a_slow_computation(n, added, late):
     rb, held = buffer_of(buffer_size=40, n_step=n, n_step_from=100), [*transitions(added)]
     for transition in held:
         rb.add(*transition)
-    held, batch = held[-40:], rb.sample(400, 99 + late)
+    held, batch = held[-40:], rb.sample(400, 0.9, 99 + late)
     drawn = (batch.observations.long() - (added - len(held))).flatten().tolist()
     assert set(drawn) == set(range(len(held))) and torch.equal(batch.actions, -batch.observations)
     expected = torch.tensor([slow_target(held, i, n if late else 1) for i in drawn]).float()
@@ -584,7 +584,7 @@ def test_a_fraction_of_a_batch_is_of_the_newest_transitions():
     for transition in transitions(2500):
         rb.add(*transition)
         if rb.added in (20, 700, 1000, 1020, 2500):
-            numbers, first = rb.sample(4000, 0).observations[:, 0], max(0, rb.added - 1000)
+            numbers, first = rb.sample(4000, 0.9, 0).observations[:, 0], max(0, rb.added - 1000)
             assert set(numbers[:1000].tolist()) == set(range(max(0, rb.added - 50), rb.added))
             assert len(numbers[1000:].unique()) > 0.9 * (rb.added - first) and numbers.min() >= first
 

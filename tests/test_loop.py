@@ -64,7 +64,7 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     """With --prune-at after --learning-starts; the actor learns in one step of three, SAC's targets in one of two."""
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
     now, at, sample, sac = [], {"polyak_update": [], "policy_loss": []}, ReplayBuffer.sample, script is sac_tar
-    monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, n, step: now.append(step) or sample(rb, n, step))
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, *of: now.append(of[2]) or sample(rb, *of))
     losses, critic_losses, evaluated, play = {}, script.critic_losses, [], lab.run.play
     monkeypatch.setattr(script, "critic_losses", lambda *a: losses.setdefault(now[-1], critic_losses(*a)))
     monkeypatch.setattr(lab.run, "play", lambda *a: evaluated.append(1) or play(*a))

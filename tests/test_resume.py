@@ -166,9 +166,7 @@ def test_without_the_buffer_a_run_collects_anew_before_it_learns(run, script, mo
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert not list(run_dir.glob("replay/*"))  # that of step 50, which pruning could have needed, is gone
     sampled, sample = [], ReplayBuffer.sample
-    monkeypatch.setattr(
-        ReplayBuffer, "sample", lambda rb, n, step: sampled.append((step, rb.added)) or sample(rb, n, step)
-    )
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, *of: sampled.append((of[2], rb.added)) or sample(rb, *of))
     again(script, run_dir)
     # 60 steps of --learning-starts, as at first; rewirings, of which the last is at 220, draw batches too
     assert sampled[0] == (161, 62) and len(sampled) == 300 - 161 + len((180, 200, 220))
@@ -539,6 +537,10 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert [name for name in whole.keys() - of_the_process if not same(whole[name], resumed[name])] == []
 
 
+BOX = "class Box:\n    def __init__(self, **held):\n        vars(self).update(held)\n"
+OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.box = box"
+
+
 @pytest.mark.parametrize(
     "line, sentence",
     [
@@ -556,6 +558,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
         ("progress['best'] = None; generator = np.random.default_rng(1)", "lacks generator, so"),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
+        (f"{OWN}; box.all = [Box(net=nn.Tanh(), average=nn.Linear(2, 2)), actor]", "lacks box.inner.rng, box.all, so"),
+        (f"{OWN}; state['rng'] = box.inner.rng; box.all = [actor, box, env, state, rb]", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act, turned = actor.fc1, nn.Tanh(), actor.fc1.weight.T", None),
         ("state['slow'] = {'of': [average := copy.deepcopy(actor)]}; both = nn.ModuleList([average, actor])", None),
@@ -564,7 +568,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
 )
 @pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, tmp_path, capsys, line, sentence):
-    mine = edited(tmp_path, (RUN_BEGINS, f"    state['log_prob'] = {{}}\n    {line}\n{RUN_BEGINS}"))
+    lines = f"    state['log_prob'] = {{}}\n    {line}\n{RUN_BEGINS}"
+    mine = edited(tmp_path, ("class QNetwork", f"{BOX}class QNetwork"), (RUN_BEGINS, lines))
     given = {"env_id": "Short-v0", "total_timesteps": 5, "learning_starts": 2}
     if sentence is None:
         assert run(mine, **given).exists()
@@ -657,6 +662,8 @@ HOLDS = [
     (RUN_BEGINS, "weight = qf1.fc1.weight", "`weight` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
     (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
+    (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "had for the qf2: `box` in train holds layers or"),
+    (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "had for the qf1: an attribute of it that is no"),
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
@@ -671,7 +678,8 @@ def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_pa
     name = line.partition(" = ")[0]
     before, later = (f"    penalty = lambda: {name}\n", "") if name == "params" else ("", f"        {name}\n")
     later = "        with torch.no_grad():\n            bias *= 0.9\n" if name == "bias" else later
-    mine = edited(tmp_path, (place, f"    {line}\n{before}{place}"), (STEP, later + STEP))
+    edits = (place, f"    {line}\n{before}{place}"), (STEP, later + STEP)
+    mine = edited(tmp_path, ("class QNetwork", f"{BOX}class QNetwork"), *edits)
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     assert sentence in refused(capsys, run, mine, compute="sparse", **small)
     assert run(mine, **small).exists()
@@ -701,7 +709,7 @@ def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
         tmp_path,
         ("    q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)\n", params),
         ("    done = True\n", f"{rates}    done = True\n"),
-        (sampled := "            data = rb.sample(args.batch_size, global_step)\n", sampled + calls),
+        (sampled := "            data = rb.sample(args.batch_size, args.gamma, global_step)\n", sampled + calls),
         (evaluation, ""),
         ("        if done:\n            obs", f"{evaluation}\n        if done:\n            obs"),
     )
@@ -724,12 +732,11 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
-    changes += "        mean.drawn.random()\n        torch.rand(1, generator=mean.other)\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
+    wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n    env.unwrapped._weight = 3.5\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    drawn = "def __init__(self):\n        self.drawn, self.other = np.random.default_rng(1), torch.Generator()"
-    of_mean = MEAN.partition("    def state_dict")[0].replace("def __init__(self):", drawn)
+    of_mean = MEAN.partition("    def state_dict")[0]
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
@@ -740,13 +747,14 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out
-    assert "warning: evaluations do without TransformReward, healthy_reward=2, which is in training alone" in out
+    alone = "TimeLimit, TransformReward, _weight=3.5, healthy_reward=2"
+    assert f"warning: evaluations do without {alone}, which is in training alone" in out
     again(mine, run_dir, total_timesteps=90)
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn", "mean.other"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
