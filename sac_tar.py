@@ -11,7 +11,7 @@ import random
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -143,20 +143,15 @@ def policy_loss(actor, qf1, qf2, alpha, data: Batch):
     return (alpha * log_pi - min_qf_pi).mean(), log_pi
 
 
-class Flops(NamedTuple):
-    action: int
-    critic_update: int
-    actor_update: int
-
-
-def count_flops(nets: dict[str, Net], batch_size: int) -> Flops:
-    """Floating-point operations as the field counts them (Evci et al. 2020). Per active connection and sample: 2
-    forward, 2 backward to the inputs and 2 for the gradient of the weights. A critic update runs the actor and the
-    targets forward, and the critics forward and backward. An actor update runs the actor forward and backward, and the
-    critics forward and back to their inputs. Biases, activations, optimizers and one-off pruning are left out."""
+def count_flops(nets: dict[str, Net], batch_size: int) -> tuple[int, int, int]:
+    """Floating-point operations of an action, a critic update and an actor update, as the field counts them (Evci et
+    al. 2020). Per active connection and sample: 2 forward, 2 backward to the inputs and 2 for the gradient of the
+    weights. A critic update runs the actor and the targets forward, and the critics forward and backward. An actor
+    update runs the actor forward and backward, and the critics forward and back to their inputs. Biases, activations,
+    optimizers and one-off pruning are left out."""
     actor, *critics = (2 * net.active for net in nets.values())
     critic_update = actor + 4 * sum(critics)
-    return Flops(actor, batch_size * critic_update, batch_size * (3 * actor + 2 * sum(critics)))
+    return actor, batch_size * critic_update, batch_size * (3 * actor + 2 * sum(critics))
 
 
 @torch.no_grad()
@@ -255,13 +250,13 @@ def train(args: Args) -> Path:
                 schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
             run.log_topology(global_step)
 
-        run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], count_flops(nets, 1).action)
+        run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], count_flops(nets, 1)[0])
         if global_step == args.total_timesteps:
             break
 
         # BASELINES: set, rigl, cht and chts rewire here, --lr-cycles sets the learning rates, dynadiag its temperature
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
-        flops = count_flops(nets, args.batch_size)
+        action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts and args.load is None:
@@ -271,7 +266,7 @@ def train(args: Args) -> Path:
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device).unsqueeze(0)
                 action, _ = actor.get_action(obs_tensor)
             action = action[0].cpu().numpy()
-            progress["training_flops"] += flops.action
+            progress["training_flops"] += action_flops
 
         # TRY NOT TO MODIFY: execute the game and store the transition
         next_obs, reward, terminated, truncated, _ = env.step(action)
@@ -293,7 +288,7 @@ def train(args: Args) -> Path:
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
-            progress["training_flops"] += flops.critic_update
+            progress["training_flops"] += critic_flops
 
             if global_step % args.policy_frequency == 0:
                 # without frozen ones; KERNELS: by filter(), as a loop here would keep networks in torch
@@ -311,7 +306,7 @@ def train(args: Args) -> Path:
                         alpha_loss.backward()
                     actor_optimizer.step()
                     alpha = log_alpha.detach().exp()
-                    progress["training_flops"] += flops.actor_update
+                    progress["training_flops"] += actor_flops
                 for param in trained:
                     param.requires_grad_(True)
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from collections import deque
 from collections.abc import Collection
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+COLLECTIONS = (list, tuple, set, frozenset, deque)  # and dictionaries
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 # functions that iterate over their arguments, from the one with this index on
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
@@ -26,9 +28,9 @@ BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zi
 
 def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collection[Path] = ()) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
-    which hold `state` and the buffer `rb`, would lack a variable of train that has a state, or that is inside an object
-    whose class is defined in one of the `files`, or a parameter that an optimizer trains, or if a part of `state` could
-    not be put back."""
+    which hold `state` and the buffer `rb`, would lack something with a state that a variable of train is or holds, or a
+    parameter that an optimizer trains, or if a part of `state` could not be put back. Collections, modules, and objects
+    whose class is defined in one of the `files` are looked into, but no environments."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -38,7 +40,8 @@ def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collectio
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
 
-    seen, groups, held = {id(state), id(rb), *map(id, state.values())}, [], tensors(state)
+    seen = {id(part) for part in (state, rb, *state.values()) if not isinstance(part, nn.Module)}
+    groups, held = [], tensors(state)
     for name, part in state.items():
         seen |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, torch.optim.Optimizer):
@@ -46,25 +49,26 @@ def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collectio
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
 
-    def lost(name: str, value: object) -> list[str]:
-        """The names under which a variable has something that is lost, each thing once."""
-        if id(value) in seen or isinstance(value, gym.Env):
-            return []
+    names, todo = [], [*variables.items(), *(("", param) for group in groups for param in group["params"])]
+    for name, value in todo:  # which grows on the way
+        if id(value) in seen:
+            continue
         seen.add(id(value))
-        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            found = not tensors(value) <= held
-        elif isinstance(value, (list, tuple, dict)):
-            found = any(lost(name, part) for part in (value.values() if isinstance(value, dict) else value))
+        lost, inner = False, {} if isinstance(value, gym.Env) else content_of(value, files)
+        if isinstance(value, (*COLLECTIONS, dict)):
+            todo += [(name, part) for part in [*(value.values() if isinstance(value, dict) else value)]]
+        elif isinstance(value, nn.Module):  # it may be a layer of one that is a part
+            lost, inner = not tensors(value) <= held, vars(value)
         elif isinstance(value, Tensor):
-            found = value.requires_grad and not {id(value), id(value._base)} & held
+            lost = value.requires_grad and value.is_leaf and id(value) not in held
+        elif isinstance(value, GENERATORS):
+            lost = "." not in name  # of one in an object a resumed run says so if it is another
         else:
-            found = isinstance(value, GENERATORS) or (hasattr(value, "load_state_dict") and not isinstance(value, type))
-        inner = {} if found or isinstance(value, nn.Module) else content_of(value, files)
-        return [name] * bool(found) + [n for key, part in inner.items() for n in lost(f"{name}.{key}", part)]
-
-    names = [n for name, value in variables.items() for n in lost(name, value)]
-    if names or any(lost("", param) for group in groups for param in group["params"]):
-        what = ", ".join(names) or "a parameter that an optimizer trains"
+            lost = hasattr(type(value), "load_state_dict")
+        names += [name] if lost else []
+        todo += [] if lost else [(f"{name}.{key}", part) for key, part in [*inner.items()]]
+    if names:
+        what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
@@ -85,21 +89,30 @@ def held_apart(
     nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: Collection[Path] = ()
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train is a layer or a parameter of the network, or a collection, a module, or an object whose class is defined in
-    one of the `files`, that holds some, or one of the `optimizers` is not that of its row and trains them. Each of
-    these would go on with the old layers, but not a network that only has them as submodules."""
+    train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
+    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. Collections,
+    modules, optimizers, and objects whose class is defined in one of the `files` are looked into."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int], whole: set[int], seen: set[int]) -> bool:
-        if id(value) in inner or id(value) in seen:
-            return id(value) in inner
-        seen.add(id(value))
-        parts = value if isinstance(value, (list, tuple, dict)) else content_of(value, files)
-        if isinstance(value, nn.Module):
-            stay = [module for module in value.children() if id(module) not in inner]
-            parts = vars(value) | ({"_modules": stay} if id(value) in whole else {})
-        parts = parts.values() if isinstance(parts, dict) else parts
-        return any(holds(part, inner, whole, seen) for part in parts)
+        todo = [value]
+        for value in todo:  # which grows on the way
+            if id(value) in inner:
+                return True
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            parts = value if isinstance(value, COLLECTIONS) else content_of(value, files)
+            if isinstance(value, torch.optim.Optimizer):
+                parts = value.param_groups
+            elif isinstance(value, dict):
+                parts = value
+            elif isinstance(value, nn.Module):
+                kept = [part for name, part in vars(value).items() if name != "_modules"]
+                children = [part for part in value.children() if id(value) not in whole or id(part) not in inner]
+                parts = [*kept, *children, *value.parameters(recurse=False)]
+            todo += parts.values() if isinstance(parts, dict) else parts
+        return False
 
     found = {}
     for name, net in nets.items():
@@ -111,7 +124,7 @@ def held_apart(
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
         if any(holds(network, inner, whole, seen) for network in net.networks):  # as in a list of its own
-            found[name] = "an attribute of it that is no submodule holds layers or parameters of it"
+            found[name] = "an attribute in it that is no submodule holds layers or parameters of it"
         for variable, value in variables.items():
             if holds(value, inner, whole, seen):
                 found[name] = f"`{variable}` in train holds layers or parameters of it"

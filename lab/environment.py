@@ -3,6 +3,7 @@ what it holds between episodes can be saved and put back."""
 
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import os
@@ -13,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -173,14 +175,6 @@ def layers(env: gym.Env) -> list[gym.Env]:
     return [*layers(env.env), env] if isinstance(env, gym.Wrapper) else [env]
 
 
-def settings(env: gym.Env) -> dict[str, str]:
-    """What an environment was made with, and its attributes that are numbers or texts, but the kind of pictures."""
-    inner = env.unwrapped
-    simple = {name: value for name, value in vars(inner).items() if isinstance(value, (int, float, str))}
-    made = simple | getattr(inner.spec, "kwargs", {})
-    return {n: str(v) for n, v in made.items() if n != "render_mode" and " at 0x" not in str(v)}  # an address
-
-
 def attributes(env: gym.Env) -> dict[str, object]:
     """The layers of an environment, their attributes and their spaces, by layer and name."""
     found = {}
@@ -248,20 +242,26 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
     set_statistics(env, saved["statistics"])
 
 
-def content_of(value: object, files: Collection[Path]) -> dict[str, object]:
-    """The attributes of an object, but no collection, whose class is defined in one of these source files."""
-    file = getattr(sys.modules.get(type(value).__module__), "__file__", None)
-    own = bool(file) and Path(file).resolve() in files and not isinstance(value, (list, tuple, dict, deque))
+@functools.cache
+def is_own(kind: type, files: tuple[Path, ...]) -> bool:
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return issubclass(kind, SimpleNamespace) or (bool(file) and Path(file).resolve() in files)
+
+
+def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
+    """The attributes of a SimpleNamespace, or of an object, but no list, tuple, dictionary or deque, whose class is
+    defined in one of these source files."""
+    own = not isinstance(value, (list, tuple, dict, deque)) and is_own(type(value), files)
     return getattr(value, "__dict__", {}) if own else {}
 
 
 def fingerprint(
-    env: gym.Env, variables: dict, files: Collection[Path] = (), but: Collection[str] = ()
+    env: gym.Env, variables: dict, files: tuple[Path, ...] = (), but: Collection[str] = ()
 ) -> dict[str, int]:
     """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
     collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
-    tensors, running statistics and lists of these among the `variables` of train. In dictionaries, and in objects whose
-    class is defined in one of the `files`, two levels count, without names that begin with _ and those in `but`."""
+    tensors, random generators, running statistics and lists of these among the `variables` of train. In dictionaries,
+    and in what `content_of` looks into, two levels count, without names that begin with _ and those in `but`."""
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         held = value if isinstance(value, dict) else content_of(value, files)
@@ -275,6 +275,8 @@ def fingerprint(
     def content(value: object) -> bytes | None:
         if value is None or isinstance(value, (int, float, str)):
             return repr(value).encode()
+        if isinstance(value, GENERATORS):
+            value = random_state(value)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             return value.detach().cpu().double().numpy().tobytes()
         if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:

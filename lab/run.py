@@ -311,7 +311,8 @@ class Run:
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
         python, ours = (path for path in files if path.suffix == ".py"), {PROJECT / "lab", PROJECT / "sparse_utils.py"}
-        self.own_files = [path for path in python if not ours & {path, *path.parents}]  # script and reader's modules
+        own = (path for path in python if not ours & {path, *path.parents})
+        self.own_files = tuple(own)  # the script and the reader's modules
         self.known = {*state}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
@@ -363,7 +364,6 @@ class Run:
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
-        kernels.compact(self.nets)
         if args.evaluate is not None:
             return
         now = {
@@ -395,8 +395,10 @@ class Run:
             self.log_args(now["code"])
         of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
         beside = Counter(map(type, environment.layers(env))) - Counter(of_evaluation)
-        mine, there = (environment.settings(made) for made in (env, self.eval_env))
-        alone = [kind.__name__ for kind in beside] + [f"{n}={v}" for n, v in mine.items() if there.get(n) != v]
+        mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (env, self.eval_env))
+        mine = {n: v for n, v in mine.items() if n != "render_mode" and " at 0x" not in str(v)}  # an address
+        alone = [kind.__name__ for kind in beside]
+        alone += [f"{n}={v}" for n, v in mine.items() if str(there.get(n)) != str(v)]
         if alone:
             where = "put what both need into make_env in lab/environment.py"
             tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")

@@ -16,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
+from test_run import refused
 
 import sparse_utils
 from lab import compare, figures, record, results
@@ -444,9 +445,8 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     comparison(published)  # evaluations without a run do not count
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
     (published / "evaluations.csv").write_text(table)
-    with pytest.raises(SystemExit):
-        comparison(published)
-    assert f"has no evaluations of {run.name}; bring runs.json and evaluations.csv" in capsys.readouterr().err
+    message = refused(capsys, comparison, published)
+    assert f"has no evaluations of {run.name}; bring runs.json and evaluations.csv" in message
 
 
 def test_event_files_of_a_grid_hold_steps_times_and_hyperparameters_and_need_no_simulator(make, comparison, tmp_path):
@@ -582,7 +582,5 @@ def test_bad_input_is_one_sentence_and_writes_nothing(make, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     runs = [make(5, method=method, finished=bool(args)) for method in ("static", "tar")]
     runs.append(make(5, "B-v1", "dense", finished=bool(args)))
-    with pytest.raises(SystemExit) as stop:
-        compare.main(compare.Args(tmp_path / "runs", **args))
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert sentence in refused(capsys, compare.main, compare.Args(tmp_path / "runs", **args))
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(run.name for run in runs)

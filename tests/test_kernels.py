@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from conftest import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -121,10 +122,6 @@ def contents(nets):
     states = [net.optimizer.state.get(param, {}) for net in nets.values() for param in net.network.parameters()]
     tensors = [*(module.state_dict() for module in modules), *states]
     return [part[key].clone() for part in tensors for key in sorted(part)]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
 # THE KERNELS

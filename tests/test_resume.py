@@ -537,7 +537,13 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert [name for name in whole.keys() - of_the_process if not same(whole[name], resumed[name])] == []
 
 
-BOX = "class Box:\n    def __init__(self, **held):\n        vars(self).update(held)\n"
+BOX = """class Box:
+    def __init__(self, **held):
+        vars(self).update(held)
+class Null:
+    def __getattr__(self, name):
+        return print
+"""
 OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.box = box"
 
 
@@ -558,8 +564,10 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("progress['best'] = None; generator = np.random.default_rng(1)", "lacks generator, so"),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
-        (f"{OWN}; box.all = [Box(net=nn.Tanh(), average=nn.Linear(2, 2)), actor]", "lacks box.inner.rng, box.all, so"),
-        (f"{OWN}; state['rng'] = box.inner.rng; box.all = [actor, box, env, state, rb]", None),
+        (f"{OWN}; box.all = [Box(of=nn.Linear(2, 2)), actor]; qf1.rate = q_optimizer", "lacks box.all.of, so"),
+        ("from collections import deque; pool = deque([copy.deepcopy(actor)])", "lacks pool, so"),
+        ("qf1.adam = torch.optim.Adam(qf1.parameters())", "lacks qf1.adam, so"),
+        (f"{OWN}; box.all = [actor, box, env, state, rb, Null(), log_alpha.exp(), args]", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act, turned = actor.fc1, nn.Tanh(), actor.fc1.weight.T", None),
         ("state['slow'] = {'of': [average := copy.deepcopy(actor)]}; both = nn.ModuleList([average, actor])", None),
@@ -663,7 +671,9 @@ HOLDS = [
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
     (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
     (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "had for the qf2: `box` in train holds layers or"),
-    (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "had for the qf1: an attribute of it that is no"),
+    (RUN_BEGINS, "box = torch.jit.trace(qf1, (torch.ones(1, 3), torch.ones(1, 1)))", "the qf1: `box` in train holds"),
+    (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "had for the qf1: an attribute in it that is no"),
+    (RUN_BEGINS, "qf1.relu1.body = {'of': {qf1.fc3}}", "had for the qf1: an attribute in it that is no"),
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
@@ -732,11 +742,13 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes += "        mean.drawn.random()\n        torch.rand(1, generator=mean.other)\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
-    wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n    env.unwrapped._weight = 3.5\n"
+    wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    of_mean = MEAN.partition("    def state_dict")[0]
+    drawn = "def __init__(self):\n        self.drawn, self.other = np.random.default_rng(1), torch.Generator()"
+    of_mean = MEAN.partition("    def state_dict")[0].replace("def __init__(self):", drawn)
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
@@ -747,14 +759,14 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
     assert "warning: nothing prunes average, with layers" in out
-    alone = "TimeLimit, TransformReward, _weight=3.5, healthy_reward=2"
+    alone = "TimeLimit, TransformReward, healthy_reward=2"
     assert f"warning: evaluations do without {alone}, which is in training alone" in out
     again(mine, run_dir, total_timesteps=90)
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn", "mean.other"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
