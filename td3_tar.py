@@ -143,7 +143,7 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    settle(args)  # sets flags whose default is another flag's value; ends the program if a value cannot work
+    args = settle(args)  # flags that follow another one take its value; ends the program if a value cannot work
     env = make_env(args.env_id)  # evaluations make their own: change it in lab/environment.py, so that both change
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)

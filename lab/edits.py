@@ -1,6 +1,7 @@
 """Finds edits of a script that a resumed run would lose, that the record would miss, or that the kernels cannot do."""
 
 import ast
+import functools
 import inspect
 import sys
 from collections import deque
@@ -91,7 +92,7 @@ def held_apart(
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
     `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. Collections,
-    modules, optimizers, and objects whose class is defined in one of the `files` are looked into."""
+    modules, optimizers, partials, and objects whose class is defined in one of the `files` are looked into."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int], whole: set[int], seen: set[int]) -> bool:
@@ -105,6 +106,8 @@ def held_apart(
             parts = value if isinstance(value, COLLECTIONS) else content_of(value, files)
             if isinstance(value, torch.optim.Optimizer):
                 parts = value.param_groups
+            elif isinstance(value, functools.partial):
+                parts = [*value.args, *value.keywords.values()]
             elif isinstance(value, dict):
                 parts = value
             elif isinstance(value, nn.Module):
@@ -187,8 +190,9 @@ def replaced(script: Path, names: dict, files: Collection[Path]) -> list[str]:
 
 
 def without_masks(state: dict) -> list[str]:
-    """The modules in `state` that have an nn.Linear which is in no row of state["nets"]."""
+    """The modules in `state` with a weight of two or more dimensions that no row of state["nets"] prunes."""
     rows = [network for net in state["nets"].values() for network in net.networks]
     pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
-    linear = {name: sparse_utils.linear_weights(part) for name, part in state.items() if isinstance(part, nn.Module)}
-    return [name for name, weights in linear.items() if any(id(weight) not in pruned for weight in weights.values())]
+    modules = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
+    params = {name: [id(param) for param in part.parameters() if param.dim() > 1] for name, part in modules.items()}
+    return [name for name, own in params.items() if not pruned.issuperset(own)]

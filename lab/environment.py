@@ -47,13 +47,14 @@ class Guard(gym.Wrapper):
     by one float32 step. A number that is not finite ends the program with a sentence that names it."""
 
     global_step = 0  # for messages; the run sets it
+    taken = 0  # steps so far
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         return self.checked(obs), info
 
     def step(self, action):
-        space = self.action_space
+        space, self.taken = self.action_space, self.taken + 1
         if not np.isfinite(action).all():
             fail(f"the action at step {self.global_step} is {np.asarray(action).tolist()}: training diverged", code=1)
         obs, reward, *ends, info = self.env.step(np.clip(np.asarray(action, space.dtype), space.low, space.high))

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
@@ -34,10 +34,11 @@ NOT_OF_THE_CODE = {"lab/topology", "lab/sweep", "lab/compare", "lab/figures", "l
 # FLAGS
 
 
-def settle(args: object) -> None:
-    """Bring flags into their final form, in place. A flag that follows another one takes its value, the sparsity of
-    `dense` is 0, and a flag that makes no difference to this run takes its default. Ends the program with one sentence
-    where a value cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
+def settle(args: object) -> object:
+    """A copy of flags in their final form: a flag that follows another one has its value, the sparsity of `dense` is 0,
+    and a flag that makes no difference to this run has its default. Ends the program with one sentence where a value
+    cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
+    args = replace(args)
     if args.load is not None and args.resume is None and args.evaluate is None:
         args.load = with_hash(args.load)
     for name, other in FOLLOWS.items():
@@ -55,6 +56,7 @@ def settle(args: object) -> None:
     for flag in fields(args):
         if flag.name in idle:
             setattr(args, flag.name, flag.default)
+    return args
 
 
 def file_of(name: str) -> Path:

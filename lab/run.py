@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,6 +58,7 @@ ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
     "added", "replay", "sps_seconds", "log_sizes",
 }  # fmt: skip
+OWN_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose numbers have to be finite
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ARRAY = "an array of NumPy"  # marks one in a file
@@ -263,26 +264,28 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
             saved = load_state(file_of(named), script)["args"] | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        return arguments(**{n: tuple(v) if isinstance(v, list) else v for n, v in saved.items()})  # JSON has lists
+        lists = {flag.name for flag in fields(arguments) if flag.default_factory is not MISSING}
+        tuples = {n: tuple(v) for n, v in saved.items() if isinstance(v, list) and n not in lists}  # JSON has lists
+        return arguments(**saved | tuples)
     except (OSError, KeyError) as error:
         fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
     except TypeError as error:
         fail(f"the flags of {named} are not those of this {script.name} ({error}); use the one that began it")
 
 
-def check_saved_args(given: object, saved: object) -> None:
-    """End the program with one sentence if `given`, the settled flags of a command with --evaluate or --resume,
-    contradict `saved`, the flags of the run. A flag that the command leaves out has its saved value in `given`."""
+def check_saved_args(given: object, saved: dict) -> None:
+    """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
+    `saved`, its flags as a file holds them."""
     may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
     for name, value in asdict(given).items():
-        before = getattr(saved, name)
+        before = saved.get(name, value)
         if name not in may_change and value != before:
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
-    if given.total_timesteps < saved.total_timesteps:
-        fail(f"--total-timesteps may grow but not shrink; the run has {saved.total_timesteps}")
-    if given.total_timesteps > saved.total_timesteps and isinstance(saved, baselines.Flags):
-        baselines.check_longer(saved)
+    if given.total_timesteps < saved["total_timesteps"]:
+        fail(f"--total-timesteps may grow but not shrink; the run has {saved['total_timesteps']}")
+    if given.total_timesteps > saved["total_timesteps"] and isinstance(given, baselines.Flags):
+        baselines.check_longer(given)
 
 
 # THE RUN
@@ -300,10 +303,11 @@ class Run:
     def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
+        self.flags = asdict(args) | {"resume": None}  # as files hold them, whatever train does to `args`
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         env.unwrapped.observation_space.seed(args.seed)
-        self.start_step, self.learn_from, self.saved_at = 0, args.learning_starts, -math.inf
+        self.start_step, self.learn_from, self.saved_at, self.repeats = 0, args.learning_starts, -math.inf, False
         caller = inspect.currentframe().f_back
         variables = caller.f_locals
         files = sources(script, args.env_id)
@@ -316,8 +320,12 @@ class Run:
         self.known = {*state}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
         self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
+        if reserved := sorted(ABOUT & state.keys()):
+            fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
+        if "actor" not in state:
+            fail("`state` has no part named actor, which --evaluate and --load need; name the policy so")
         try:
-            json.dumps(asdict(args))
+            json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
@@ -332,14 +340,15 @@ class Run:
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
-            why = "with layers that are in no row of `nets`; a target belongs in the row of its network"
-            tqdm.write(f"warning: nothing prunes {', '.join(dense)}, {why}")
+            why = "as only an nn.Linear in a row of `nets` is pruned; a target belongs in the row of its network"
+            tqdm.write(f"warning: nothing prunes weights of {', '.join(dense)}, {why}")
         if args.evaluate is not None:
             saved = self.load_policy()
         elif args.resume is not None:
             self.folder = Path(args.resume)
             self.lock = claim(self.folder)
             self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
+            check_saved_args(args, saved["args"])
             config = read_config(self.folder)
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
             segments = [part for part in config["segments"] if part["from_step"] < saved["global_step"]]
@@ -355,7 +364,6 @@ class Run:
             self.restore(saved)
             self.returns = {step: value for step, value in saved["returns"].items() if step < self.start_step}
             sps_seconds = saved["sps_seconds"]
-            args.resume = None  # config.json records the flags of the run, without --resume
         elif args.load is not None:
             path = file_of(args.load)
             loaded = load_state(path, script, of_any_script=True)
@@ -387,7 +395,7 @@ class Run:
                 if past.get(what, now[what]) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
-        config = {"script": script.stem, "args": asdict(args), "segments": [*segments, now]}
+        config = {"script": script.stem, "args": self.flags, "segments": [*segments, now]}
         write_json(self.folder / "config.json", config)
         keep_code(self.folder / "code" / now["code"], script, args.env_id)
         self.writer = SummaryWriter(self.folder)
@@ -540,7 +548,7 @@ class Run:
         return self.args.save_buffer or global_step <= self.args.prune_at
 
     def about(self, global_step: int) -> dict:
-        about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": asdict(self.args)}
+        about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": self.flags}
         about |= {"global_step": global_step, "statistics": pack(environment.statistics(self.env))}
         return about | {"in_kernels": self.in_kernels()}
 
@@ -621,11 +629,14 @@ class Run:
             fail(f"a weight of {name} in {path} is not finite, as the logarithm of an alpha of 0; use another agent")
 
     def load_policy(self) -> dict:
-        """Read agent, masks and statistics from the file that --evaluate names. Returns the content of the file."""
+        """Read agent, masks, statistics and, as the policy may use them, the numbers in state["progress"] from the file
+        that --evaluate names. Returns the content of the file."""
         path = file_of(self.args.evaluate)
         saved = load_state(path, self.script)
+        check_saved_args(self.args, saved["args"])
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
+        put_back(self.state.get("progress"), saved.get("progress", {}))
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
@@ -647,13 +658,13 @@ class Run:
     # the log
 
     def log(self, global_step: int, scalars: dict[str, Tensor | float]) -> None:
-        """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if one of them is
-        NaN or infinite. With --evaluate nothing is logged."""
+        """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if one of the
+        tags in `OWN_TAGS` is NaN or infinite. With --evaluate nothing is logged."""
         if self.args.evaluate is not None:
             return
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
         for name, value in values.items():
-            if not math.isfinite(value):
+            if not math.isfinite(value) and name.partition("/")[0] in OWN_TAGS:
                 self.diverged(f"{name} is {value} at step {global_step}")
             self.writer.add_scalar(name, value, global_step)
         if "charts/episodic_return" in values:
@@ -682,7 +693,10 @@ class Run:
         return {"charts/SPS": (global_step - self.sps_from) / (time.perf_counter() - self.clock)}
 
     def log_topology(self, global_step: int) -> None:
-        """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py)."""
+        """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py).
+        With --evaluate nothing is written."""
+        if self.args.evaluate is not None:
+            return
         report = topology.log_pruning(
             self.writer, global_step, self.nets, *self.env.observation_space.shape, *self.env.action_space.shape
         )
@@ -706,6 +720,12 @@ class Run:
             what = f"`run.evaluate` ran twice at step {global_step}, and a run records one return of a step"
             fail(f"{what}; log a second one by `run.log`", code=1)
         began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
+        taken = sum(getattr(layer, "taken", 0) for layer in environment.layers(self.env))
+        if taken > global_step - self.start_step and not self.repeats:
+            self.repeats = True
+            which = f"training has taken {taken} environment steps in {global_step - self.start_step} of its own"
+            where = "an action repeat belongs in make_env in lab/environment.py, where evaluations have it too"
+            tqdm.write(f"warning: {which}; {where}")
         step = self.start_step if evaluates_only else global_step
         self.eval_env.set_wrapper_attr("global_step", step)
         environment.set_statistics(self.eval_env, environment.statistics(self.env))
@@ -747,6 +767,7 @@ class Run:
             self.check_weights(end)
             final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
+            final["progress"] = pack(self.state.get("progress", {}))
             final |= self.about(end)
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
@@ -779,16 +800,14 @@ def main(arguments: type, train: Callable) -> None:
     arguments.__dataclass_fields__ = {flag.name: flag for flag in order}
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
     if args.evaluate is not None or args.resume is not None:
-        saved = saved_args(arguments, args, script)
-        args = tyro.cli(arguments, default=saved)
-        settle(args)
-        check_saved_args(args, saved)
+        args = tyro.cli(arguments, default=saved_args(arguments, args, script))
     else:
-        settle(settled := replace(args))
+        settled = settle(args)
         for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # which dense sets to 0
             given, value = getattr(args, name), getattr(settled, name)
             if given is not None and given != value:
-                tqdm.write(f"warning: {name}={given} makes no difference to this run, which has {name}={value}")
+                what = f"{name}={given} makes no difference to this run, which has {name}={value}"
+                tqdm.write(f"warning: {what}; `settle` in lab/record.py decides that")
     for number in (signal.SIGINT, signal.SIGTERM):  # a signal ends --evaluate at once, without a traceback
         signal.signal(number, on_signal if args.evaluate is None else signal.SIG_DFL)
     try:

@@ -26,6 +26,9 @@ def topology_report(nets: dict[str, Net]) -> dict:
     connections, R of them revived."""
     report = {}
     for network, net in nets.items():
+        advice = "set the row's budget, reserve, static and masks to what was done"
+        if net.static.keys() != net.masks.keys():
+            raise ValueError(f"{network} has masks of other layers before revival than after it; {advice}")
         layers, static_part = {}, sparse_utils.active_part(net.static, net.width)
         for name, part in sparse_utils.active_part(net.masks, net.width).items():
             kept, floor = int(net.static[name].sum()), sparse_utils.topology_floor(part.shape)
@@ -43,8 +46,8 @@ def topology_report(nets: dict[str, Net]) -> dict:
             }
         found = tuple(sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
         if found != (net.budget, net.reserve):
-            row = f"{(net.budget, net.reserve)}; set the row's budget, reserve, static and masks to what was done"
-            raise ValueError(f"{network} has (active, revived) {found} in place of {row}")
+            row = (net.budget, net.reserve)
+            raise ValueError(f"{network} has (active, revived) {found} in place of {row}; {advice}")
         report[network] = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width, "layers": layers}
     return report
 

@@ -97,8 +97,7 @@ def test_the_return_of_each_system_is_that_of_runs_with_its_flags():
     for system, flags, value, _ in next(tables("lab/systems.md"))[1]:
         if not value:
             continue
-        args = tyro.cli(td3_tar.Args, args=[*common.split(), *flags.strip("`").split()])
-        record.settle(args)
+        args = record.settle(tyro.cli(td3_tar.Args, args=[*common.split(), *flags.strip("`").split()]))
         asked = {n: v for n, v in record.identity(vars(args)).items() if n not in ("seed", "exp_name")}
         own = runs[[asked.items() <= (vars(td3_tar.Args()) | given).items() for given in runs.args]]
         assert sorted(own.seed) == [4, 5, 6] and value == shown(compare.t_interval(own.final.to_numpy())), system

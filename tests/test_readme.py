@@ -176,7 +176,7 @@ def test_every_system_of_the_field_trains_k_connections_and_each_of_its_flags_ac
     for script in (sac_tar, td3_tar):
         given, usual = (vars(tyro.cli(script.Args, args=base + own)) for own in (words, []))
         given = {name: value for name, value in given.items() if value != usual[name]}
-        record.settle(args := script.Args(**{"criterion": "random", "distribution": "er"} | small | given))
+        args = record.settle(script.Args(**{"criterion": "random", "distribution": "er"} | small | given))
         assert given and vars(args) | given == vars(args)  # a flag that makes no difference has its default there
     for script in (td3_tar, sac_tar) if "--n-step" in words else (td3_tar,):
         for name, masks in torch.load(run(script, **small | given) / "final.pt", weights_only=True)["masks"].items():

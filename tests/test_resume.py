@@ -302,20 +302,22 @@ def test_flags_that_contradict_the_run_are_refused_by_name(finished, script, mon
     run_dir = finished[script]
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert sentence in refused(capsys, main, script, monkeypatch, "--resume", run_dir, *flags.split())
+    message = refused(capsys, script.train, script.Args(env_id="Short-v0", resume=str(run_dir)))  # without its flags
+    assert "contradicts the run, which has" in message
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ({"method": "static", "critic_method": "rigl"}, "--method rigl rewires by a schedule over --total-timesteps"),
+        ({"method": "rigl", "rewire_every": 5}, "--method rigl rewires by a schedule over --total-timesteps"),
         ({"lr_cycles": 3}, "--lr-cycles splits --total-timesteps into cycles"),
     ],
 )
-def test_what_has_a_schedule_over_all_of_training_may_not_grow(tmp_path, monkeypatch, capsys, flags, sentence):
-    record.settle(args := sac_tar.Args(total_timesteps=90_000, **flags))
-    (tmp_path / "config.json").write_text(json.dumps({"args": asdict(args)}))
-    longer = ("--resume", tmp_path, "--total-timesteps", 100_000)
+@pytest.mark.parametrize("script", [sac_tar])
+def test_what_has_a_schedule_over_all_of_training_may_not_grow(run, monkeypatch, capsys, flags, sentence):
+    run_dir = run(env_id="Short-v0", total_timesteps=90, **flags)
+    longer = ("--resume", run_dir, "--total-timesteps", 100)
     assert sentence in refused(capsys, main, sac_tar, monkeypatch, *longer)
 
 
@@ -343,9 +345,10 @@ def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch,
     given = [*given.split(), 0.5, "--method", "static", "--critic-method", "dense", "--critic-sparsity", 0.5]
     main(script, monkeypatch, *given, "--eval-episodes", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "makes no difference" in line]
+    decides = "`settle` in lab/record.py decides that"
     assert said == [
-        "warning: critic_sparsity=0.5 makes no difference to this run, which has critic_sparsity=0.0",
-        "warning: reserve=0.3 makes no difference to this run, which has reserve=0.1",
+        f"warning: critic_sparsity=0.5 makes no difference to this run, which has critic_sparsity=0.0; {decides}",
+        f"warning: reserve=0.3 makes no difference to this run, which has reserve=0.1; {decides}",
     ]
 
 
@@ -608,6 +611,8 @@ BROKEN = [
         "`run.evaluate` ran twice at step 0, and a run records one return of a step; log a second one",
         1,
     ),
+    (RUN_BEGINS, f"    state['masks'] = {{}}\n{RUN_BEGINS}", "checkpoints use masks for something else; give", 2),
+    ('"actor": actor,', '"policy": actor,', "`state` has no part named actor, which", 2),
     (
         "global_step == args.total_timesteps:",
         "global_step == 80:",
@@ -630,18 +635,22 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
-    flag = ("    tau: float", "    betas: tuple[float, float] = (0.9, 0.99)\n    tau: float")
-    mine = edited(tmp_path, flag)
+    new = "    betas: tuple[float, float] = (0.9, 0.99)\n    sizes: list[int] = field(default_factory=lambda: [1])\n"
+    flag = ("    tau: float", f"{new}    tau: float")
+    used = [("import dataclass\n", "import dataclass, field\n")]
+    used += [(STEP, f"        args.betas + (1,), args.sizes + [1]\n{STEP}")]
+    mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10)
     main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
     assert "--betas (0.9, 0.9) contradicts" in refused(
         capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
     )
-    mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "torch.optim.SGD(critics.parameters()"))
+    mine = edited(tmp_path, flag, *used, ("kernels.Adam(critics.parameters()", "torch.optim.SGD(critics.parameters()"))
     message = refused(capsys, again, mine, run_dir)
     assert "q_optimizer was Adam(lr=" in message and " and is SGD(lr=" in message
     assert message.endswith("in the script; use the script that saved it")
-    mine = edited(tmp_path, flag, ("kernels.Adam(critics.parameters()", "kernels.Adam(critics.parameters(), eps=0.1"))
+    changed = ("kernels.Adam(critics.parameters()", "kernels.Adam(critics.parameters(), eps=0.1")
+    mine = edited(tmp_path, flag, *used, changed)
     again(mine, run_dir)
     (said,) = (line for line in capsys.readouterr().out.splitlines() if "the run goes on with what it was" in line)
     assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
@@ -672,6 +681,12 @@ HOLDS = [
     (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
     (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "had for the qf2: `box` in train holds layers or"),
     (RUN_BEGINS, "box = torch.jit.trace(qf1, (torch.ones(1, 3), torch.ones(1, 1)))", "the qf1: `box` in train holds"),
+    (
+        RUN_BEGINS,
+        "clip = __import__('functools').partial(max, list(qf1.parameters()))",
+        "the qf1: `clip` in train holds layers or",
+    ),
+    (RUN_BEGINS, "state['of'] = {'sgd': torch.optim.SGD(qf1.parameters(), 0.1)}", "the qf1: `state` in train holds"),
     (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "had for the qf1: an attribute in it that is no"),
     (RUN_BEGINS, "qf1.relu1.body = {'of': {qf1.fc3}}", "had for the qf1: an attribute in it that is no"),
     (
@@ -707,11 +722,12 @@ def test_layers_and_parameters_are_held_but_not_parts_that_stay():
 @pytest.mark.parametrize("script", [sac_tar])
 def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     """Parameters in a list for the optimizer alone, learning rates and compiled networks set before the loop, an
-    evaluation before the reset at the same step, which a resumed run makes anew."""
+    evaluation before the reset at the same step, which a resumed run makes anew, a diagnosis that is not finite."""
     source = Path(sac_tar.__file__).read_text()
     evaluation = next(line for line in source.splitlines() if line.startswith("        run.evaluate("))
     params = "    params = list(critics.parameters())\n    q_optimizer = kernels.Adam(params, lr=args.q_lr)\n"
-    rates = "    group = q_optimizer.param_groups[0]\n"
+    rates = "    group = q_optimizer.param_groups[0]\n    assert (args.resume is None) == (run.start_step == 0)\n"
+    rates += "    run.log(0, {'diagnosis/log_dead': -math.inf})\n"
     calls = "            [*map(actor, [data.observations])]\n            group['lr'] = args.q_lr\n"
     calls += "            with torch.no_grad(), kernels.in_torch(nets):\n"
     calls += "                [param.norm() for param in critics.parameters()]\n"
@@ -739,6 +755,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
     lines += "    best, ticks, mean = None, collections.Counter(), Mean()\n"
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
+    lines += "    actor.table = nn.Parameter(torch.ones(2, 2))\n"
+    lines += "    env.reset()\n    env.step(env.action_space.sample())\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
@@ -758,9 +776,10 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
-    assert "warning: nothing prunes average, with layers" in out
+    assert "warning: nothing prunes weights of actor, average, as only" in out
     alone = "TimeLimit, TransformReward, healthy_reward=2"
     assert f"warning: evaluations do without {alone}, which is in training alone" in out
+    assert "warning: training has taken 1 environment steps in 0 of its own; an action repeat belongs" in out
     again(mine, run_dir, total_timesteps=90)
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
@@ -772,7 +791,9 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
-    mine = edited(tmp_path, ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs)[0], progress"))
+    policy = ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs + progress['shift'])[0], progress")
+    begins = (RUN_BEGINS, f"    progress['shift'] = 0.0\n{RUN_BEGINS}")
+    mine = edited(tmp_path, policy, begins, (STEP, f"        progress['shift'] += 0.1\n{STEP}"))
     often, seldom = (run(mine, env_id="Short-v0", total_timesteps=90, eval_frequency=n) for n in (20, 1000))
     assert same(load(often)["actor"], load(seldom)["actor"])
     capsys.readouterr()

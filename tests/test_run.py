@@ -150,8 +150,7 @@ def test_a_picture_shows_each_connection_of_a_mask(reserve, rewired, width):
 )
 def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, given, opens_with, reserve, active_width):
     """TensorBoard opens with five columns, sorted as here, and cannot sort a column of numbers and strings."""
-    args = sac_tar.Args(env_id="A-v1", **given)
-    record.settle(args)
+    args = record.settle(sac_tar.Args(env_id="A-v1", **given))
     with SummaryWriter(tmp_path) as writer:
         lab.run.Run.log_args(SimpleNamespace(args=args, writer=writer, script=Path("my_sac.py")), "c0dec0dec0de")
     contents = {tag: about.plugin_data.content for tag, about in events(tmp_path).summary_metadata.items()}
@@ -172,7 +171,7 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
 
 def folder_of(tmp_path, script, **flags):
     args = script.Args(**{"env_id": "A-v1", "runs_dir": str(tmp_path), "total_timesteps": 10**6} | flags)
-    record.settle(args)
+    args = record.settle(args)
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 

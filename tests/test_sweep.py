@@ -112,8 +112,7 @@ def did():
 
 def write_run(folder, script=sac_tar, files=("final.pt",), **flags):
     """A run folder as the script leaves it. Returns the script's name and the flags that make it this run."""
-    args = script.Args(**{"env_id": "Pendulum-v1"} | flags)
-    record.settle(args)
+    args = record.settle(script.Args(**{"env_id": "Pendulum-v1"} | flags))
     config = {"script": script.__name__, "args": sweep.as_recorded(args), "segments": [{"code": code_of(script)}]}
     Path(folder).mkdir(parents=True)
     for name, text in {"config.json": json.dumps(config), **dict.fromkeys(files, "")}.items():

@@ -157,7 +157,8 @@ class SparseMLP(nn.Module):
     of each, and may have others. The input has shape (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
 
-    weight = bias = property(not_here)
+    weight = bias = in_features = out_features = property(not_here)
+    apply = reset_parameters = _load_from_state_dict = not_here
     _save_to_state_dict = not_here  # the vector alone does not say which connections it holds
     prunable = True  # so that `linear_weights` reads `weight`, which raises RuntimeError
 
