@@ -162,7 +162,7 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    args = settle(args)  # flags that follow another one take its value; ends the program if a value cannot work
+    args = settle(args)  # a copy, where flags that follow another one have its value and idle ones their default
     env = make_env(args.env_id)  # evaluations make their own: change it in lab/environment.py, so that both change
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)

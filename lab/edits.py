@@ -27,11 +27,13 @@ ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "chi
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
-def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collection[Path] = ()) -> dict[str, str]:
+def check_parts(
+    state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...] = (), restored: Collection = ()
+) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
-    which hold `state` and the buffer `rb`, would lack something with a state that a variable of train is or holds, or a
-    parameter that an optimizer trains, or if a part of `state` could not be put back. Collections, modules, and objects
-    whose class is defined in one of the `files` are looked into, but no environments."""
+    which hold `state`, the buffer `rb` and the generators `restored`, would lack something with a state that a variable
+    of train is or holds, or a parameter that an optimizer trains, or if a part of `state` could not be put back.
+    Collections, modules, and the objects of `content_of` are looked into, but no environments."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -41,10 +43,17 @@ def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collectio
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
 
-    seen = {id(part) for part in (state, rb, *state.values()) if not isinstance(part, nn.Module)}
-    groups, held = [], tensors(state)
+    def inside(value: object) -> list:
+        if isinstance(value, (*COLLECTIONS, dict)):
+            return [*(value.values() if isinstance(value, dict) else value)]
+        return [] if isinstance(value, (nn.Module, gym.Env)) else [*content_of(value, files).values()]
+
+    seen, groups, held, kept = {id(rb)}, [], tensors(state), [state, *restored]
+    for part in kept:  # which grows on the way; modules are looked into below, since they hold more than tensors
+        if id(part) not in seen and not isinstance(part, nn.Module):
+            seen.add(id(part))
+            kept += inside(part)
     for name, part in state.items():
-        seen |= {id(value) for value in part.values()} if isinstance(part, dict) else set()
         if isinstance(part, torch.optim.Optimizer):
             groups += part.param_groups
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
@@ -55,19 +64,20 @@ def check_parts(state: dict, rb: ReplayBuffer, variables: dict, files: Collectio
         if id(value) in seen:
             continue
         seen.add(id(value))
-        lost, inner = False, {} if isinstance(value, gym.Env) else content_of(value, files)
-        if isinstance(value, (*COLLECTIONS, dict)):
-            todo += [(name, part) for part in [*(value.values() if isinstance(value, dict) else value)]]
-        elif isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            lost, inner = not tensors(value) <= held, vars(value)
-        elif isinstance(value, Tensor):
-            lost = value.requires_grad and value.is_leaf and id(value) not in held
-        elif isinstance(value, GENERATORS):
-            lost = "." not in name  # of one in an object a resumed run says so if it is another
+        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
+            lost = not tensors(value) <= held
+            attributes = {key: part for key, part in vars(value).items() if key != "_modules"}
+            attributes |= dict(value.named_children())
         else:
-            lost = hasattr(type(value), "load_state_dict")
-        names += [name] if lost else []
-        todo += [] if lost else [(f"{name}.{key}", part) for key, part in [*inner.items()]]
+            trained = isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in held
+            lost = trained or isinstance(value, GENERATORS) or hasattr(type(value), "load_state_dict")
+            attributes = {} if isinstance(value, gym.Env) else dict(content_of(value, files))
+        if lost:
+            names.append(name)
+        elif isinstance(value, (*COLLECTIONS, dict)):
+            todo += [(name, part) for part in inside(value)]
+        else:
+            todo += [(f"{name}.{key}", part) for key, part in attributes.items()]
     if names:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
@@ -87,12 +97,12 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 
 
 def held_apart(
-    nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: Collection[Path] = ()
+    nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: tuple[Path, ...] = ()
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
     `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. Collections,
-    modules, optimizers, partials, and objects whose class is defined in one of the `files` are looked into."""
+    modules, optimizers, partials, and the objects of `content_of` are looked into."""
     groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
 
     def holds(value: object, inner: set[int], whole: set[int], seen: set[int]) -> bool:
@@ -190,7 +200,7 @@ def replaced(script: Path, names: dict, files: Collection[Path]) -> list[str]:
 
 
 def without_masks(state: dict) -> list[str]:
-    """The modules in `state` with a weight of two or more dimensions that no row of state["nets"] prunes."""
+    """The modules in `state` with some weight of two or more dimensions that no row of state["nets"] prunes."""
     rows = [network for net in state["nets"].values() for network in net.networks]
     pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
     modules = {name: part for name, part in state.items() if isinstance(part, nn.Module)}

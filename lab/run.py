@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import sparse_utils
 from lab import baselines, edits, environment, kernels, record, topology
-from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, make_eval_env, play
+from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, Guard, make_eval_env, play
 from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
@@ -51,14 +51,14 @@ MAY_CHANGE = {
 }  # fmt: skip
 # flags that may differ between an evaluation and the run whose policy it evaluates
 OF_AN_EVALUATION = {"evaluate", "eval_episodes", "capture_video", "compute", "device", "torch_threads"}
-# parts of `state` that a policy does not need, beside optimizers
+# parts of `state` that an agent begun by --load does not need, beside optimizers
 OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
 # keys of checkpoint.pt and final.pt that are not parts of `state`
 ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
     "added", "replay", "sps_seconds", "log_sizes",
 }  # fmt: skip
-OWN_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose numbers have to be finite
+FINITE_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose numbers have to be finite
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ARRAY = "an array of NumPy"  # marks one in a file
@@ -275,13 +275,14 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
 
 def check_saved_args(given: object, saved: dict) -> None:
     """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
-    `saved`, its flags as a file holds them."""
+    `saved`, its flags as a file holds them. A flag that is newer than the run had its default there."""
     may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
-    for name, value in asdict(given).items():
-        before = saved.get(name, value)
-        if name not in may_change and value != before:
+    newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
+    now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
+    for name, value in now.items():
+        if name not in may_change and json.dumps(value) != json.dumps(before[name]):  # JSON has no tuples
             flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} {value} contradicts the run, which has {before}; leave it out or start a new run")
+            fail(f"{flag} {value} contradicts the run, which has {before[name]}; leave it out or start a new run")
     if given.total_timesteps < saved["total_timesteps"]:
         fail(f"--total-timesteps may grow but not shrink; the run has {saved['total_timesteps']}")
     if given.total_timesteps > saved["total_timesteps"] and isinstance(given, baselines.Flags):
@@ -303,7 +304,6 @@ class Run:
     def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
-        self.flags = asdict(args) | {"resume": None}  # as files hold them, whatever train does to `args`
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
         self.eval_env = make_eval_env(args.env_id, args.capture_video)
         env.unwrapped.observation_space.seed(args.seed)
@@ -325,11 +325,13 @@ class Run:
         if "actor" not in state:
             fail("`state` has no part named actor, which --evaluate and --load need; name the policy so")
         try:
+            self.flags = asdict(args) | {"resume": None}  # as files hold them, whatever train does to `args`
             json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
         with bad_input():
-            optimizers = edits.check_parts(state, rb, variables, self.own_files)
+            restored = environment.generators(env, self.eval_env).values()
+            optimizers = edits.check_parts(state, rb, variables, self.own_files, restored)
         self.training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
         held = edits.held_apart(self.nets, self.training, edits.used_later(script, caller), self.own_files)
         before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
@@ -341,15 +343,15 @@ class Run:
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
             why = "as only an nn.Linear in a row of `nets` is pruned; a target belongs in the row of its network"
-            tqdm.write(f"warning: nothing prunes weights of {', '.join(dense)}, {why}")
+            tqdm.write(f"warning: nothing prunes some weights of {', '.join(dense)}, {why}")
         if args.evaluate is not None:
             saved = self.load_policy()
         elif args.resume is not None:
             self.folder = Path(args.resume)
             self.lock = claim(self.folder)
             self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
-            check_saved_args(args, saved["args"])
             config = read_config(self.folder)
+            check_saved_args(args, config["args"])
             # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
             segments = [part for part in config["segments"] if part["from_step"] < saved["global_step"]]
             past = (segments or config["segments"])[-1]
@@ -461,7 +463,8 @@ class Run:
         or that holds layers or parameters that the kernels replace."""
         caller = inspect.currentframe().f_back
         with bad_input(), kernels.in_torch(self.nets):
-            edits.check_parts(self.state, self.rb, caller.f_locals, self.own_files)
+            restored = environment.generators(self.env, self.eval_env).values()
+            edits.check_parts(self.state, self.rb, caller.f_locals, self.own_files, restored)
             in_kernels = {name: self.nets[name] for name in self.in_kernels()}
             variables = edits.used_later(self.script, caller)
             held = edits.held_apart(in_kernels, self.training, variables, self.own_files)
@@ -611,7 +614,7 @@ class Run:
     def load_agent(self, path: Path, saved: dict) -> None:
         """Make networks, alpha and other parts of the agent those of a saved one."""
         mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
-        if other := sorted((saved.keys() - ABOUT - self.state.keys()) | (mine.keys() - saved.keys())):
+        if other := sorted((saved.keys() - ABOUT - OF_TRAINING - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
         of_bounds = {"action_scale", "action_bias", "action_low", "action_high"}
         buffers = self.state["actor"].named_buffers()
@@ -636,7 +639,8 @@ class Run:
         check_saved_args(self.args, saved["args"])
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
-        put_back(self.state.get("progress"), saved.get("progress", {}))
+        if "progress" in self.state and "progress" in saved:
+            put_back(self.state["progress"], saved["progress"])
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
@@ -658,13 +662,13 @@ class Run:
     # the log
 
     def log(self, global_step: int, scalars: dict[str, Tensor | float]) -> None:
-        """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if one of the
-        tags in `OWN_TAGS` is NaN or infinite. With --evaluate nothing is logged."""
+        """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if a number whose
+        tag is in one of the groups FINITE_TAGS is NaN or infinite. With --evaluate nothing is logged."""
         if self.args.evaluate is not None:
             return
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
         for name, value in values.items():
-            if not math.isfinite(value) and name.partition("/")[0] in OWN_TAGS:
+            if not math.isfinite(value) and name.partition("/")[0] in FINITE_TAGS:
                 self.diverged(f"{name} is {value} at step {global_step}")
             self.writer.add_scalar(name, value, global_step)
         if "charts/episodic_return" in values:
@@ -720,11 +724,12 @@ class Run:
             what = f"`run.evaluate` ran twice at step {global_step}, and a run records one return of a step"
             fail(f"{what}; log a second one by `run.log`", code=1)
         began, evaluates_only = time.perf_counter(), self.args.evaluate is not None
-        taken = sum(getattr(layer, "taken", 0) for layer in environment.layers(self.env))
-        if taken > global_step - self.start_step and not self.repeats:
+        taken = sum(layer.taken for layer in environment.layers(self.env) if isinstance(layer, Guard))
+        alike = isinstance(self.eval_env, Guard)  # or make_env itself may repeat actions
+        if alike and taken > global_step - self.start_step and not self.repeats:
             self.repeats = True
-            which = f"training has taken {taken} environment steps in {global_step - self.start_step} of its own"
-            where = "an action repeat belongs in make_env in lab/environment.py, where evaluations have it too"
+            which = f"the environment has taken {taken} steps where training counts {global_step - self.start_step}"
+            where = "if train repeats actions, do that in make_env in lab/environment.py, so that evaluations do too"
             tqdm.write(f"warning: {which}; {where}")
         step = self.start_step if evaluates_only else global_step
         self.eval_env.set_wrapper_attr("global_step", step)
@@ -767,7 +772,7 @@ class Run:
             self.check_weights(end)
             final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
-            final["progress"] = pack(self.state.get("progress", {}))
+            final |= {name: pack(self.state[name]) for name in {"progress"} & self.state.keys()}
             final |= self.about(end)
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()

@@ -23,10 +23,9 @@ def topology_report(nets: dict[str, Net]) -> dict:
     """Counts for `topology.json`, per network and layer. `blind_inputs` (inputs with no active connection out) and
     `dead_units` (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are
     counted in the `part` of the layer that is between active neurons. Raises ValueError if a network has not exactly K
-    connections, R of them revived."""
-    report = {}
+    connections, R of them revived, or has masks of other layers before revival than after it."""
+    report, advice = {}, "set the row's budget, reserve, static and masks to what was done"
     for network, net in nets.items():
-        advice = "set the row's budget, reserve, static and masks to what was done"
         if net.static.keys() != net.masks.keys():
             raise ValueError(f"{network} has masks of other layers before revival than after it; {advice}")
         layers, static_part = {}, sparse_utils.active_part(net.static, net.width)

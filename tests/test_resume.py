@@ -302,9 +302,13 @@ def test_flags_that_contradict_the_run_are_refused_by_name(finished, script, mon
     run_dir = finished[script]
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     assert sentence in refused(capsys, main, script, monkeypatch, "--resume", run_dir, *flags.split())
-    message = refused(capsys, script.train, script.Args(env_id="Short-v0", resume=str(run_dir)))  # without its flags
-    assert "contradicts the run, which has" in message
     assert before == {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_train_of_a_launcher_needs_the_flags_of_the_run_that_it_resumes(finished, script, capsys):
+    args = script.Args(env_id="Short-v0", resume=str(finished[script]))
+    assert "contradicts the run, which has" in refused(capsys, script.train, args)
+    assert args == script.Args(env_id="Short-v0", resume=str(finished[script]))  # the next run begins with these
 
 
 @pytest.mark.parametrize(
@@ -567,10 +571,12 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("progress['best'] = None; generator = np.random.default_rng(1)", "lacks generator, so"),
         ("several = {'all': [nn.BatchNorm1d(3)]}", "lacks several, so"),
         ("del state['log_prob'], state['q_optimizer']", "lacks q_optimizer, so"),
-        (f"{OWN}; box.all = [Box(of=nn.Linear(2, 2)), actor]; qf1.rate = q_optimizer", "lacks box.all.of, so"),
+        (f"{OWN}; box.all = [Box(of=nn.Linear(2, 2)), actor]", "lacks box.inner.rng, box.all.of, so"),
+        ("actor.fc1.noise = [np.random.default_rng(1)]", "lacks actor.fc1.noise, so"),
         ("from collections import deque; pool = deque([copy.deepcopy(actor)])", "lacks pool, so"),
         ("qf1.adam = torch.optim.Adam(qf1.parameters())", "lacks qf1.adam, so"),
-        (f"{OWN}; box.all = [actor, box, env, state, rb, Null(), log_alpha.exp(), args]", None),
+        (f"{OWN}; state['of'] = {{'a': [box.inner.rng]}}; box.all = [actor, box, env, state, rb, Null(), args]", None),
+        ("box = Box(rng=env.action_space.np_random, alpha=log_alpha.exp(), of=q_optimizer)", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
         ("first, act, turned = actor.fc1, nn.Tanh(), actor.fc1.weight.T", None),
         ("state['slow'] = {'of': [average := copy.deepcopy(actor)]}; both = nn.ModuleList([average, actor])", None),
@@ -636,12 +642,17 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
 @pytest.mark.parametrize("script", [sac_tar])
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
     new = "    betas: tuple[float, float] = (0.9, 0.99)\n    sizes: list[int] = field(default_factory=lambda: [1])\n"
+    new += "    pairs: tuple[tuple[int, int], ...] = ((1, 2),)\n    more: list[int] | None = None\n"
     flag = ("    tau: float", f"{new}    tau: float")
     used = [("import dataclass\n", "import dataclass, field\n")]
     used += [(STEP, f"        args.betas + (1,), args.sizes + [1]\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
-    run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10)
+    run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
     main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
+    newer = edited(tmp_path, (flag[0], f"    scale: float = 1.0\n{flag[1]}"), *used)
+    assert "--scale 0.5 contradicts the run, which has 1.0" in refused(
+        capsys, main, newer, monkeypatch, "--resume", run_dir, "--scale", 0.5
+    )
     assert "--betas (0.9, 0.9) contradicts" in refused(
         capsys, main, mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.9
     )
@@ -760,13 +771,11 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
     changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
     changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
-    changes += "        mean.drawn.random()\n        torch.rand(1, generator=mean.other)\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    drawn = "def __init__(self):\n        self.drawn, self.other = np.random.default_rng(1), torch.Generator()"
-    of_mean = MEAN.partition("    def state_dict")[0].replace("def __init__(self):", drawn)
+    of_mean = MEAN.partition("    def state_dict")[0]
     edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
@@ -776,16 +785,16 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
-    assert "warning: nothing prunes weights of actor, average, as only" in out
+    assert "warning: nothing prunes some weights of actor, average, as only" in out
     alone = "TimeLimit, TransformReward, healthy_reward=2"
     assert f"warning: evaluations do without {alone}, which is in training alone" in out
-    assert "warning: training has taken 1 environment steps in 0 of its own; an action repeat belongs" in out
+    assert "warning: the environment has taken 1 steps where training counts 0; if train repeats" in out
     again(mine, run_dir, total_timesteps=90)
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "mean.drawn", "mean.other"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 

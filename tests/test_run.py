@@ -170,8 +170,8 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
 
 
 def folder_of(tmp_path, script, **flags):
-    args = script.Args(**{"env_id": "A-v1", "runs_dir": str(tmp_path), "total_timesteps": 10**6} | flags)
-    args = record.settle(args)
+    given = {"env_id": "A-v1", "runs_dir": str(tmp_path), "total_timesteps": 10**6} | flags
+    args = record.settle(script.Args(**given))
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 

@@ -4,9 +4,9 @@ While the mask of a network is fixed, its active connections and biases are one 
 other than a chain of layers), which is all that forward, backward, Adam and the target update then touch. Torch and
 kernels agree to rounding.
 
-It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` in lab/run.py
-before training, and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without
-these lines and this folder, training is the same to rounding, and slower.
+It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` in lab/run.py before training,
+and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without these lines and this
+folder, training is the same to rounding, and slower.
 """
 
 import contextlib
