@@ -802,7 +802,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
 def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
     policy = ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs + progress['shift'])[0], progress")
     begins = (RUN_BEGINS, f"    progress['shift'] = 0.0\n{RUN_BEGINS}")
-    mine = edited(tmp_path, policy, begins, (STEP, f"        progress['shift'] += 0.1\n{STEP}"))
+    mine = edited(tmp_path, policy, begins, (STEP, f"        progress['shift'] += 10\n{STEP}"))
     often, seldom = (run(mine, env_id="Short-v0", total_timesteps=90, eval_frequency=n) for n in (20, 1000))
     assert same(load(often)["actor"], load(seldom)["actor"])
     capsys.readouterr()
