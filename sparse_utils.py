@@ -24,8 +24,8 @@ AUTO_WIDTH_C = 4.0  # --active-width auto aims at a K of at least this many time
 
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. Raises
-    RuntimeError if a layer is in the kernels."""
+    """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. FLOPs
+    are counted of these weights alone. Raises RuntimeError if a layer is in the kernels."""
     layers = network.named_modules()
     return {name: layer.weight for name, layer in layers if getattr(layer, "prunable", isinstance(layer, nn.Linear))}
 
@@ -266,8 +266,11 @@ def static_prune(
 ) -> Masks:
     """Masks of exactly `keep` connections of a network by CRITERIA[criterion] and DISTRIBUTIONS[distribution], all of
     them between active neurons, and among net.masks if an earlier pruning has made these. `loss` is the network's own,
-    for criteria that use it; `generator` is on the CPU. The network is read, not changed."""
+    for criteria that use it; `generator` is on the CPU. The network is read, not changed. Raises ValueError if a rule
+    gives no exact count, or lacks the loss that it uses."""
     rule, weights = CRITERIA[criterion], net.weights
+    if rule.uses_loss and loss is None:
+        raise ValueError(f"criterion {criterion} uses the loss of every network; let own_losses of the script give it")
     if rule.uses_loss and rule.rounds > 1:
         raise ValueError(f"criterion {criterion} uses the loss of the dense network, so it can have one round only")
     masks = net.masks or embed({n: torch.ones_like(w) for n, w in active_part(weights, net.width).items()}, weights)

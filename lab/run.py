@@ -342,7 +342,7 @@ class Run:
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
-            why = "as only an nn.Linear in a row of `nets` is pruned; a target belongs in the row of its network"
+            why = "which FLOPs leave out; an nn.Linear in a row of `nets` is pruned, and its target in the same row"
             tqdm.write(f"warning: nothing prunes some weights of {', '.join(dense)}, {why}")
         if args.evaluate is not None:
             saved = self.load_policy()

@@ -785,7 +785,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
     run_dir = mine.train(mine.Args(**small))
     out = capsys.readouterr().out
-    assert "warning: nothing prunes some weights of actor, average, as only" in out
+    assert "warning: nothing prunes some weights of actor, average, which FLOPs" in out
     alone = "TimeLimit, TransformReward, healthy_reward=2"
     assert f"warning: evaluations do without {alone}, which is in training alone" in out
     assert "warning: the environment has taken 1 steps where training counts 0; if train repeats" in out
