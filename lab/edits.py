@@ -5,7 +5,7 @@ import functools
 import inspect
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -27,13 +27,38 @@ ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "chi
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
+def walk(
+    todo: list[tuple[str, object]], seen: set[int], files: tuple[Path, ...], closed: Callable = lambda value: False
+) -> Iterator[tuple[str, object]]:
+    """The values in `todo` and all that is inside them, by name: each once, and none that is in `seen`. Collections,
+    modules, optimizers, partials, and the objects of `content_of` are looked into, unless they are `closed`."""
+    for name, value in todo:  # which grows on the way
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield name, value
+        if closed(value):
+            continue
+        parts, named = (), [*content_of(value, files).items()]
+        if isinstance(value, nn.Module):
+            named = [*vars(value).items(), *value.named_children(), *value.named_parameters(recurse=False)]
+        elif isinstance(value, torch.optim.Optimizer):
+            parts = value.param_groups
+        elif isinstance(value, functools.partial):
+            parts = value.args, value.keywords
+        elif isinstance(value, (*COLLECTIONS, dict)):
+            parts = value.values() if isinstance(value, dict) else value
+        todo += [(f"{name}.{key}", part) for key, part in named if key != "_modules"]
+        todo += [(name, part) for part in parts]
+
+
 def check_parts(
     state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...] = (), restored: Collection = ()
 ) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
     which hold `state`, the buffer `rb` and the generators `restored`, would lack something with a state that a variable
-    of train is or holds, or a parameter that an optimizer trains, or if a part of `state` could not be put back.
-    Collections, modules, and the objects of `content_of` are looked into, but no environments."""
+    of train is or holds, or a parameter that an optimizer trains, or if a part of `state` could not be put back. What
+    is in an environment is left out."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -43,42 +68,23 @@ def check_parts(
             return set().union(*map(tensors, value.values() if isinstance(value, dict) else value))
         return {id(value)} if isinstance(value, Tensor) else set()
 
-    def inside(value: object) -> list:
-        if isinstance(value, (*COLLECTIONS, dict)):
-            return [*(value.values() if isinstance(value, dict) else value)]
-        return [] if isinstance(value, (nn.Module, gym.Env)) else [*content_of(value, files).values()]
+    def lost(value: object) -> bool:
+        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
+            return not tensors(value) <= held
+        trained = isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in held
+        return trained or isinstance(value, GENERATORS) or hasattr(type(value), "load_state_dict")
 
-    seen, groups, held, kept = {id(rb)}, [], tensors(state), [state, *restored]
-    for part in kept:  # which grows on the way; modules are looked into below, since they hold more than tensors
-        if id(part) not in seen and not isinstance(part, nn.Module):
-            seen.add(id(part))
-            kept += inside(part)
+    held, params, whole = tensors(state), [], (nn.Module, torch.optim.Optimizer, gym.Env)
     for name, part in state.items():
         if isinstance(part, torch.optim.Optimizer):
-            groups += part.param_groups
+            params += [("", param) for group in part.param_groups for param in group["params"]]
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
-
-    names, todo = [], [*variables.items(), *(("", param) for group in groups for param in group["params"])]
-    for name, value in todo:  # which grows on the way
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):  # it may be a layer of one that is a part
-            lost = not tensors(value) <= held
-            attributes = {key: part for key, part in vars(value).items() if key != "_modules"}
-            attributes |= dict(value.named_children())
-        else:
-            trained = isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in held
-            lost = trained or isinstance(value, GENERATORS) or hasattr(type(value), "load_state_dict")
-            attributes = {} if isinstance(value, gym.Env) else dict(content_of(value, files))
-        if lost:
-            names.append(name)
-        elif isinstance(value, (*COLLECTIONS, dict)):
-            todo += [(name, part) for part in inside(value)]
-        else:
-            todo += [(f"{name}.{key}", part) for key, part in attributes.items()]
-    if names:
+    kept = walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, whole))
+    # modules in `state` are looked into below, since they hold more than tensors
+    seen = {id(rb), *(id(part) for _, part in kept if not isinstance(part, nn.Module))}
+    found = walk([*variables.items(), *params], seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
+    if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
@@ -101,46 +107,23 @@ def held_apart(
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
-    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. Collections,
-    modules, optimizers, partials, and the objects of `content_of` are looked into."""
-    groups = {id(group) for optimizer in optimizers for group in optimizer.param_groups}
-
-    def holds(value: object, inner: set[int], whole: set[int], seen: set[int]) -> bool:
-        todo = [value]
-        for value in todo:  # which grows on the way
-            if id(value) in inner:
-                return True
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            parts = value if isinstance(value, COLLECTIONS) else content_of(value, files)
-            if isinstance(value, torch.optim.Optimizer):
-                parts = value.param_groups
-            elif isinstance(value, functools.partial):
-                parts = [*value.args, *value.keywords.values()]
-            elif isinstance(value, dict):
-                parts = value
-            elif isinstance(value, nn.Module):
-                kept = [part for name, part in vars(value).items() if name != "_modules"]
-                children = [part for part in value.children() if id(value) not in whole or id(part) not in inner]
-                parts = [*kept, *children, *value.parameters(recurse=False)]
-            todo += parts.values() if isinstance(parts, dict) else parts
-        return False
-
-    found = {}
+    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers."""
+    groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     for name, net in nets.items():
         modules = {id(module): module for network in net.networks for module in network.modules()}
         layers = [module for module in modules.values() if isinstance(module, nn.Linear)]  # what the kernels replace
         inner = {id(part) for layer in layers for part in (layer, *layer.parameters())}
-        whole, seen = modules.keys() - inner, {*groups}  # `whole` stay, and look their layers up anew
+        whole = modules.keys() - inner  # these stay, and look their layers up anew
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer beside that of its row trains parameters of it"
-        if any(holds(network, inner, whole, seen) for network in net.networks):  # as in a list of its own
-            found[name] = "an attribute in it that is no submodule holds layers or parameters of it"
-        for variable, value in variables.items():
-            if holds(value, inner, whole, seen):
-                found[name] = f"`{variable}` in train holds layers or parameters of it"
+        own = [("", part) for key in whole for n, part in vars(modules[key]).items() if n != "_modules"]
+        for where, part in walk([*own, *variables.items()], groups | whole, files):
+            if id(part) in inner:
+                variable = where.partition(".")[0]
+                what = f"`{variable}` in train" if variable else "an attribute in it that is no submodule"
+                found[name] = f"{what} holds layers or parameters of it"
+                break
     return found
 
 
@@ -169,10 +152,9 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
             places += part.args[BY_PLACE[called] :] if called in BY_PLACE else []
             places += [looped] if part is looped else []
             taken = [place.id for place in places if getattr(place, "id", None) in known]
-            walks, name = walks or taken, ", ".join(taken) or name
-            if walks and part.lineno not in allowed:
+            if (walks or taken) and part.lineno not in allowed:
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
-                return f"{source.name} goes through {name} {where}"
+                return f"{source.name} goes through {', '.join(taken) or name} {where}"
     return None
 
 
@@ -192,17 +174,15 @@ def replaced(script: Path, names: dict, files: Collection[Path]) -> list[str]:
     """The classes and functions among the `names` of a script in whose place a notebook or another script has put its
     own, which is in none of the `files` that are recorded."""
     own = {getattr(node, "name", None) for node in ast.parse(script.read_bytes()).body}
-    plain = {name: value for name, value in names.items() if inspect.isclass(value) or inspect.isfunction(value)}
-    plain = {name: value.__module__ for name, value in plain.items() if value.__module__ != names["__name__"]}
-    plain = {name: module for name, module in plain.items() if name in own or module == "__main__"}
-    of = {name: getattr(sys.modules.get(module), "__file__", None) or "" for name, module in plain.items()}
-    return sorted(name for name, file in of.items() if Path(file).resolve() not in files)
+    kinds = {n: v.__module__ for n, v in names.items() if inspect.isclass(v) or inspect.isfunction(v)}
+    found = {n: m for n, m in kinds.items() if m != names["__name__"] and (n in own or m == "__main__")}
+    of = {n: getattr(sys.modules.get(m), "__file__", None) or "" for n, m in found.items()}
+    return sorted(n for n, file in of.items() if Path(file).resolve() not in files)
 
 
 def without_masks(state: dict) -> list[str]:
     """The modules in `state` with some weight of two or more dimensions that no row of state["nets"] prunes."""
     rows = [network for net in state["nets"].values() for network in net.networks]
     pruned = {id(weight) for network in rows for weight in sparse_utils.linear_weights(network).values()}
-    modules = {name: part for name, part in state.items() if isinstance(part, nn.Module)}
-    params = {name: [id(param) for param in part.parameters() if param.dim() > 1] for name, part in modules.items()}
-    return [name for name, own in params.items() if not pruned.issuperset(own)]
+    params = {name: part.parameters() for name, part in state.items() if isinstance(part, nn.Module)}
+    return [name for name, own in params.items() if any(p.dim() > 1 and id(p) not in pruned for p in own)]

@@ -4,7 +4,6 @@ what it holds between episodes can be saved and put back."""
 import contextlib
 import copy
 import functools
-import itertools
 import math
 import os
 import random
@@ -289,7 +288,7 @@ def fingerprint(
         parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 
-    named = itertools.chain.from_iterable(inside(*variable) for variable in variables.items())
+    named = [pair for variable in variables.items() for pair in inside(*variable)]
     found = {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}
     simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
     foreign = (one for one in layers(env) if not isinstance(one, (Guard, NewWorld)))

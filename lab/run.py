@@ -314,12 +314,11 @@ class Run:
         if foreign := edits.replaced(script, caller.f_globals, files):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
             fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
-        python, ours = (path for path in files if path.suffix == ".py"), {PROJECT / "lab", PROJECT / "sparse_utils.py"}
-        own = (path for path in python if not ours & {path, *path.parents})
-        self.own_files = tuple(own)  # the script and the reader's modules
+        ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
+        self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
         self.named = {name: part for name, part in state.items() if variables.get(name) is part}
-        self.checkpoint, self.returns, sps_seconds, segments, saved = None, {}, 0.0, [], None
+        self.checkpoint, self.returns, segments, saved = None, {}, [], None
         if reserved := sorted(ABOUT & state.keys()):
             fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
         if "actor" not in state:
@@ -347,25 +346,7 @@ class Run:
         if args.evaluate is not None:
             saved = self.load_policy()
         elif args.resume is not None:
-            self.folder = Path(args.resume)
-            self.lock = claim(self.folder)
-            self.checkpoint = saved = load_state(self.folder / "checkpoint.pt", script)
-            config = read_config(self.folder)
-            check_saved_args(args, config["args"])
-            # segments that began before the checkpoint's step; a checkpoint of step 0 has none and uses the last one
-            segments = [part for part in config["segments"] if part["from_step"] < saved["global_step"]]
-            past = (segments or config["segments"])[-1]
-            for name, was in past.get("optimizers", {}).items():
-                here = optimizers.get(name, "none")
-                which = f"{name} was {was} and is {here} in the script"
-                if was.partition("(")[0] != here.partition("(")[0]:
-                    fail(f"{which}; use the script that saved it")
-                if was != here:
-                    tqdm.write(f"warning: {which}; the run goes on with what it was")
-                optimizers[name] = was
-            self.restore(saved)
-            self.returns = {step: value for step, value in saved["returns"].items() if step < self.start_step}
-            sps_seconds = saved["sps_seconds"]
+            saved, segments, past = self.restore(optimizers)
         elif args.load is not None:
             path = file_of(args.load)
             loaded = load_state(path, script, of_any_script=True)
@@ -403,28 +384,28 @@ class Run:
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args(now["code"])
-        of_evaluation = [type(layer) for layer in environment.layers(self.eval_env)]
-        beside = Counter(map(type, environment.layers(env))) - Counter(of_evaluation)
-        mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (env, self.eval_env))
-        mine = {n: v for n, v in mine.items() if n != "render_mode" and " at 0x" not in str(v)}  # an address
-        alone = [kind.__name__ for kind in beside]
-        alone += [f"{n}={v}" for n, v in mine.items() if str(there.get(n)) != str(v)]
-        if alone:
-            where = "put what both need into make_env in lab/environment.py"
-            tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
-        if names := [kind.__name__ for kind in of_evaluation if issubclass(kind, REWARD_WRAPPERS)]:
-            tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} changed")
-        if not self.limited:
-            tqdm.write(
-                f"warning: {args.env_id} has no time limit, so checkpoints come only where its episodes end by "
-                f"themselves, and evaluation episodes are cut after {EVALUATION_LIMIT} steps; "
-                "gymnasium.register(..., max_episode_steps=...) sets one"
-            )
+        self.warn_of_evaluations()
         wait = 0.5 if sys.stderr.isatty() else 60
         shown = {"initial": self.start_step, "unit": " steps", "mininterval": wait, "dynamic_ncols": True}
         self.bar = tqdm(range(self.start_step, args.total_timesteps + 1), "", args.total_timesteps, **shown)
         self.sps_from = max(args.learning_starts, args.prune_at) + SPS_BURN_IN
-        self.clock = time.perf_counter() - sps_seconds
+        self.clock = time.perf_counter() - (saved["sps_seconds"] if saved else 0.0)
+
+    def warn_of_evaluations(self) -> None:
+        """Warn where evaluations are not in the environment of training, or not of its own rewards and lengths."""
+        layers, of_evaluation = environment.layers(self.env), environment.layers(self.eval_env)
+        alone = [kind.__name__ for kind in Counter(map(type, layers)) - Counter(map(type, of_evaluation))]
+        mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (self.env, self.eval_env))
+        given = {n: str(v) for n, v in mine.items() if n != "render_mode" and str(there.get(n)) != str(v)}
+        if alone := [*alone, *(f"{n}={v}" for n, v in given.items() if " at 0x" not in v)]:  # an address
+            where = "put what both need into make_env in lab/environment.py"
+            tqdm.write(f"warning: evaluations do without {', '.join(alone)}, which is in training alone; {where}")
+        if names := [type(layer).__name__ for layer in of_evaluation if isinstance(layer, REWARD_WRAPPERS)]:
+            tqdm.write(f"warning: returns of evaluations are of rewards that {', '.join(names)} changed")
+        if not self.limited:
+            ends = f"its episodes end by themselves, and evaluation episodes are cut after {EVALUATION_LIMIT} steps"
+            where = "gymnasium.register(..., max_episode_steps=...) sets one"
+            tqdm.write(f"warning: {self.args.env_id} has no time limit, so checkpoints come only where {ends}; {where}")
 
     # the folder
 
@@ -465,9 +446,8 @@ class Run:
         with bad_input(), kernels.in_torch(self.nets):
             restored = environment.generators(self.env, self.eval_env).values()
             edits.check_parts(self.state, self.rb, caller.f_locals, self.own_files, restored)
-            in_kernels = {name: self.nets[name] for name in self.in_kernels()}
-            variables = edits.used_later(self.script, caller)
-            held = edits.held_apart(in_kernels, self.training, variables, self.own_files)
+            variables, nets = edits.used_later(self.script, caller), {n: self.nets[n] for n in self.in_kernels()}
+            held = edits.held_apart(nets, self.training, variables, self.own_files)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name, why in held.items():
@@ -513,11 +493,9 @@ class Run:
             other = [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]
             one_sided = before.keys() ^ now.keys()  # a variable that train sets in its loop is not there yet
             if other := [name for name in other if name not in one_sided or not name.endswith("` in train")]:
-                tqdm.write(
-                    f"warning: the episode at step {global_step} begins with another value of {', '.join(other)} than "
-                    "before the interruption. Checkpoints hold what is in `state`, random generators, and the running "
-                    "statistics of the environment, so this may be another run."
-                )
+                which = f"the episode at step {global_step} begins with another value of {', '.join(other)} than before"
+                held = "what is in `state`, random generators, and the running statistics of the environment"
+                tqdm.write(f"warning: {which} the interruption. Checkpoints hold {held}, so this may be another run.")
         if due:
             self.save(global_step, pack(begun))
             if STOP_SIGNALS:
@@ -552,8 +530,7 @@ class Run:
 
     def about(self, global_step: int) -> dict:
         about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": self.flags}
-        about |= {"global_step": global_step, "statistics": pack(environment.statistics(self.env))}
-        return about | {"in_kernels": self.in_kernels()}
+        return about | {"global_step": global_step, "in_kernels": self.in_kernels()}
 
     def in_kernels(self) -> list[str]:
         return [name for name, net in self.nets.items() if net.in_kernels]
@@ -570,18 +547,17 @@ class Run:
     def check_weights(self, global_step: int) -> None:
         """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
         if name := self.not_finite():
-            self.diverged(f"a weight of {name} is not finite at step {global_step}")
+            self.end(f"a weight of {name} is not finite at step {global_step}: training diverged")
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
-                    self.writer.close()
                     why = "since something beside its row in `nets` changes them, as an optimizer or a gradient"
-                    where = f"the last checkpoint is in {self.folder}"
-                    fail(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}; {where}", code=1)
+                    self.end(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}")
 
-    def diverged(self, what: str) -> NoReturn:
+    def end(self, what: str) -> NoReturn:
+        """End the program with one sentence, and with the log closed."""
         self.writer.close()
-        fail(f"{what}: training diverged; the log and the last finite checkpoint are in {self.folder}", code=1)
+        fail(f"{what}; the log and the last checkpoint are in {self.folder}", code=1)
 
     def stop(self, global_step: int) -> NoReturn:
         """End the program as a signal asks, with the command that goes on from the last checkpoint."""
@@ -591,9 +567,25 @@ class Run:
         tqdm.write(f"stopped at step {global_step}; go on{since} with: {command}")
         sys.exit(128 + STOP_SIGNALS[0])
 
-    def restore(self, checkpoint: dict) -> None:
-        """Put a checkpoint's agent and replay buffer back. No file is changed."""
+    def restore(self, optimizers: dict[str, str]) -> tuple[dict, list[dict], dict]:
+        """Put agent and buffer of the run that --resume names back, and its options into `optimizers`. No file is
+        changed. Returns the checkpoint, the segments that began before it, and the last of these, or else of all."""
+        self.folder = Path(self.args.resume)
+        self.lock = claim(self.folder)
+        self.checkpoint = checkpoint = load_state(self.folder / "checkpoint.pt", self.script)
+        config = read_config(self.folder)
+        check_saved_args(self.args, config["args"])
         self.start_step = self.saved_at = checkpoint["global_step"]
+        segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
+        past = (segments or config["segments"])[-1]  # a checkpoint of step 0 has no segment before it
+        for name, was in past.get("optimizers", {}).items():
+            here = optimizers.get(name, "none")
+            which = f"{name} was {was} and is {here} in the script"
+            if was.partition("(")[0] != here.partition("(")[0]:
+                fail(f"{which}; use the script that saved it")
+            if was != here:
+                tqdm.write(f"warning: {which}; the run goes on with what it was")
+            optimizers[name] = was
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
             fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
@@ -610,6 +602,8 @@ class Run:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
         sparse_utils.fix_masks({name: net for name, net in self.nets.items() if net.masks})
+        self.returns = {step: value for step, value in checkpoint["returns"].items() if step < self.start_step}
+        return checkpoint, segments, past
 
     def load_agent(self, path: Path, saved: dict) -> None:
         """Make networks, alpha and other parts of the agent those of a saved one."""
@@ -669,7 +663,7 @@ class Run:
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
         for name, value in values.items():
             if not math.isfinite(value) and name.partition("/")[0] in FINITE_TAGS:
-                self.diverged(f"{name} is {value} at step {global_step}")
+                self.end(f"{name} is {value} at step {global_step}: training diverged")
             self.writer.add_scalar(name, value, global_step)
         if "charts/episodic_return" in values:
             self.bar.set_postfix({"return": f"{values['charts/episodic_return']:.1f}"}, refresh=False)
@@ -773,7 +767,7 @@ class Run:
             final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
             final |= {name: pack(self.state[name]) for name in {"progress"} & self.state.keys()}
-            final |= self.about(end)
+            final |= self.about(end) | {"statistics": pack(environment.statistics(self.env))}
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
         self.eval_env.close()

@@ -433,11 +433,7 @@ def known_times(net: Net, batch_size: int) -> Times:
 
 
 def choose(
-    nets: dict[str, Net],
-    compute: str,
-    batch_size: int,
-    kept: list[str] | None = None,
-    held: dict[str, str] | None = None,
+    nets: dict[str, Net], compute: str, batch_size: int, kept: list[str] | None = None, held: dict | None = None
 ) -> dict[str, Times]:
     """Set `in_kernels` of each network, and print how each is computed and why. `held` gives, by network, a reason why
     its layers cannot be replaced. Returns the `time_passes` of the networks that were measured.
