@@ -56,22 +56,30 @@ def tables(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
-    """Algorithm, sparsity and, where it is not random+er, base mask are in the first name or in that of the column."""
+    """Algorithm, sparsity and, where it is not random+er, base mask are in the first name or those of column and row. A
+    cell is the return of an arm, the difference of two, or the mean share that static pruning cut off."""
     found = 0
     for names, rows in tables(page):
         env_id = re.search(r"\w+-v\d", names[0])
         for name, *values in rows if env_id else ():
             for column, value in zip(names[1:], values, strict=True):
-                where, base = f"{names[0]}, {column}", re.search("`(.*)`", column)
+                where, marked = f"{names[0]}, {column}, {name}", re.findall("`.*?`", f"{column}, {name}")
                 algo, sparsity = re.search("TD3|SAC", where)[0].lower(), int(re.search(r"(\d+)%", where)[1]) / 100
                 group = pages_of(PAGES[page])[f"{algo}_tar_s{sparsity}"]
-                arm = arm_named(name, *base.groups() if base else ())
-                final = compare.finals_of(group).get((env_id[0], arm))
-                if value:
-                    assert value == shown(compare.t_interval(final.to_numpy())), (name, column)
-                    found += 1
-                else:  # an empty cell was not run, or has no base mask
-                    assert final is None or arm in ("dense", "tiny"), (name, column)
+                base = next((mark.strip("`") for mark in marked if "+" in mark), "random+er")
+                arms = [arm_named(mark, base) for mark in marked if "+" not in mark]
+                finals = [compare.finals_of(group).get((env_id[0], arm)) for arm in arms]
+                if not value:  # an empty cell was not run, or has no base mask
+                    assert any(final is None for final in finals) or arms[0] in ("dense", "tiny"), (name, column)
+                    continue
+                if arms:
+                    final = finals[0] if len(arms) == 1 else (finals[0] - finals[1]).dropna()
+                    interval = compare.t_interval(final.to_numpy())
+                    assert value in (shown(interval), shown(interval[:1])), (name, column)
+                else:
+                    gains = compare.gains_of(group, compare.references(group, None))
+                    assert value == f"{gains.cut[gains.base == f'{base} at {sparsity}'].mean():.0f}%", (name, column)
+                found += 1
     assert found >= 10
 
 
