@@ -421,8 +421,8 @@ class Run:
         if methods.keys() - sparse_utils.UNPRUNED.keys():
             parts.append(f"{args['criterion']}-{args['distribution']}")  # TensorBoard breaks long names at a hyphen
         parts.append("s" + "+".join(map(str, sparsities)))
-        usual = {flag.name: flag.default for flag in fields(self.args)} | {"prune_at": args["learning_starts"]}
-        usual["drop_criterion"] = baselines.usual_drop({*methods})
+        usual = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self.args)}
+        usual |= {"prune_at": args["learning_starts"], "drop_criterion": baselines.usual_drop({*methods})}
         left_out = IN_NAME | MAY_CHANGE | {"seed", "runs_dir"}
         parts += [f"{name}-{value}" for name, value in args.items() if value != usual[name] and name not in left_out]
         for unix_time in itertools.count(int(time.time())):  # a run with equal flags may have started this second
@@ -551,7 +551,7 @@ class Run:
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
-                    why = "since something beside its row in `nets` changes them, as an optimizer or a gradient"
+                    why = "since something beside its row in `nets` changes them: an optimizer, a gradient, another row"
                     self.end(f"pruned weights of {name}.{layer} are not zero at step {global_step}, {why}")
 
     def end(self, what: str) -> NoReturn:

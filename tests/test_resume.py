@@ -648,6 +648,7 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     used += [(STEP, f"        args.betas + (1,), args.sizes + [1]\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
+    assert "__more-[3]__" in run_dir.name and "sizes" not in run_dir.name
     main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
     newer = edited(tmp_path, (flag[0], f"    scale: float = 1.0\n{flag[1]}"), *used)
     assert "--scale 0.5 contradicts the run, which has 1.0" in refused(
