@@ -21,7 +21,7 @@ from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-COLLECTIONS = (list, tuple, set, frozenset, deque)  # and dictionaries
+COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 # functions that iterate over their arguments, from the one with this index on
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
@@ -46,7 +46,7 @@ def walk(
             parts = value.param_groups
         elif isinstance(value, functools.partial):
             parts = value.args, value.keywords
-        elif isinstance(value, (*COLLECTIONS, dict)):
+        elif isinstance(value, COLLECTIONS):
             parts = value.values() if isinstance(value, dict) else value
         todo += [(f"{name}.{key}", part) for key, part in named if key != "_modules"]
         todo += [(name, part) for part in parts]
