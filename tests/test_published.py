@@ -16,7 +16,7 @@ import td3_tar
 from lab import compare, figures, record, results
 
 PROJECT = Path(__file__).parent.parent
-GRIDS = ("evidence", "loaded", "metric", "parity", "published", "systems", "variants", "width")
+GRIDS = ("evidence", "loaded", "metric", "parity", "published", "reserve", "systems", "variants", "width")
 # each page with the grid from which its numbers are
 WITH_A_PAGE = ("evidence", "loaded", "metric", "published")
 PAGES = {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}

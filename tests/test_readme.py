@@ -256,7 +256,13 @@ def test_every_rule_acts_and_help_tells_of_it(tmp_path):
         assert replaced == 0 if name == "actor" else replaced > 9
 
 
-DIFFS = {re.match(r"--- .*: (normalizer|LayerNorm|third|scheduler|trained)", b)[1]: b for b in blocks(LAB, "diff")}
+DIFFS = {re.match(r"--- .*: (normalizer|LayerNorm|scheduler|trained)", b)[1]: b for b in blocks(LAB, "diff")}
+DIFFS["third layer"] = """--- sac_tar.py
+-        fc3=nn.Linear(hidden_size, output_size),
++        fc3=nn.Linear(hidden_size, hidden_size),
++        relu3=nn.ReLU(inplace=True),
++        fc4=nn.Linear(hidden_size, output_size),
+"""
 SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --prune-at 70"
 SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.5 --seed 3 --compute sparse"
 
@@ -292,7 +298,7 @@ def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, s
             assert any(part.get("count", 0) > 200 for part in final["statistics"].values())
         case "LayerNorm":
             assert final["actor"]["norm2.weight"].shape == (24,) and (final["qf1"]["norm1.weight"] != 1).any()
-        case "third":
+        case "third layer":
             assert final["actor"]["fc4.weight"].shape[1] == 24 and len(final["masks"]["qf1"]) == 4
         case "scheduler":
             rates = [group["lr"] for group in checkpoint["q_optimizer"]["param_groups"]]
