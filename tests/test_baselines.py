@@ -517,7 +517,7 @@ def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, h
             baselines.hidden_size(network, None, hidden, "tiny", sparsity)
     else:
         width = baselines.hidden_size(network, None, hidden, "tiny", sparsity)
-        assert weights(width) <= budget < weights(width + 1) or width == hidden
+        assert weights(width) <= budget and (width == hidden or budget < weights(width + 1))
     assert baselines.hidden_size(network, None, hidden, "tar", sparsity) == hidden
 
 

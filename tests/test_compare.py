@@ -406,8 +406,12 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
 ):
     for seed, value in enumerate([100 / 3, 1e-7, 123456.79, 0.1]):
         make(value, method="static", seed=seed, segments=[{"code": None}] if seed == 1 else [{}, {"from_step": 500}])
-    run, published = make(7, steps=[0, 500, 500, 1000]), tmp_path / "published"
+    run, published = make(5, steps=[0, 500, 1000]), tmp_path / "published"
+    later = [("eval/episodic_return", 1000, 7.0), ("eval/episodic_length", 1000, 7.0), ("flops/training", 1000, 9e11)]
+    resumed = run / "events.out.tfevents.1700050000.somehost.1.0"
+    write_events(resumed, 1_700_050_000, later, {1000: 1_700_041_000.0})
     before, after, again = comparison(), comparison(publish=published), comparison(published)
+    assert before["returns"].set_index("arm")["final return"]["tar random+er"] == 7  # the later evaluation of a step
     assert sorted(path.name for path in published.iterdir()) == ["comparison", "evaluations.csv", "runs.json"]
     for tables in (after, again):
         assert all(tables[k].equals(before[k]) if k != "page" else tables[k] == before[k] for k in before)
@@ -416,7 +420,7 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     args = record.identity(original["args"])
     assert runs[run.name] == original | {"args": args, "topology": topology, "began": 1_700_040_000.0}
     lines = (published / "evaluations.csv").read_text().splitlines()
-    assert lines[0] == "run,step,return,length,seconds,flops" and f"{run.name},500,3.5,7,500.0,4e+11" in lines
+    assert lines[0] == "run,step,return,length,seconds,flops" and f"{run.name},500,2.5,7,500.0,4e+11" in lines
     assert len([line for line in lines if line.split(",")[2] == "16.666666"]) == 10 and len(lines) == 49
     assert lines[1:] == sorted(lines[1:], key=lambda line: (line.split(",")[0], int(line.split(",")[1])))
     for path in (tmp_path / "runs").glob("*/final.pt"):

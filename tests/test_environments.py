@@ -201,13 +201,6 @@ def test_a_number_that_is_not_finite_is_named_at_its_step(register, capsys, monk
     assert sentence in refused(capsys, steps, code=1)
 
 
-def test_the_last_finite_checkpoint_is_kept(run, register, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Faulty, "bad", ("obs", np.nan))
-    refused(capsys, run, env_id=register(Faulty), code=1, checkpoint_frequency=20)
-    saved = load(next((tmp_path / "runs").glob("*/checkpoint.pt")))
-    assert saved["global_step"] == 80 and all(t.isfinite().all() for t in saved["actor"].values())
-
-
 @pytest.mark.parametrize("reward", [np.array([2.0]), F(2), np.array(2), True + 1])
 def test_a_reward_may_be_any_one_number(register, monkeypatch, reward):
     monkeypatch.setattr(Plain, "reward", lambda env: reward)
@@ -354,10 +347,8 @@ def test_an_environment_that_takes_no_seed_is_named(run, register, capsys):
 @pytest.mark.parametrize(
     "kind, wrappers, attributes",
     [
-        (Noisy, [], {}),
         (Noisy, [NormalizeObservation, NormalizeReward], {}),
         (Noisy, [Normalizer], {}),
-        (OtherGenerator, [], {"kind": np.random.MT19937}),
         (OtherGenerator, [], {"kind": np.random.Philox}),
     ],
 )

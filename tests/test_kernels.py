@@ -468,14 +468,17 @@ class TanhCritic(sac_tar.QNetwork):
 @pytest.mark.parametrize("script", ["sac"], indirect=True)
 def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, capsys, script, critic):
     monkeypatch.setattr(script, "QNetwork", critic)
-    seen = []
-    monkeypatch.setattr(script, "polyak_update", lambda targets, networks, _: seen.append([*map(in_kernels, networks)]))
+    seen, update = [], script.polyak_update
+    see = lambda targets, networks, tau: seen.append([*map(in_kernels, networks)]) or update(targets, networks, tau)  # noqa: E731
+    monkeypatch.setattr(script, "polyak_update", see)
     folder = run(compute="sparse", method="rigl", rewire_every=40)
     assert "compute: qf1, qf2 sparse layer by layer, since" in capsys.readouterr().out
     assert len(seen) > 50 and all({"trunk.fc0", "fc2"} & {*names} for step in seen for names in step)
     final = torch.load(folder / "final.pt", weights_only=True)
     for name in ("qf1", "qf2"):
-        assert all(final[name][f"{layer}.weight"][~mask].eq(0).all() for layer, mask in final["masks"][name].items())
+        for part in (name, f"{name}_target"):
+            held = final[part]
+            assert all(held[f"{layer}.weight"][~mask].eq(0).all() for layer, mask in final["masks"][name].items())
 
 
 # ADAM

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lab.run
@@ -63,23 +64,31 @@ def test_each_transition_is_stored_as_it_happened(run, script, monkeypatch):
 def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     """With --prune-at after --learning-starts; the actor learns in one step of three, SAC's targets in one of two."""
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
-    now, at, sample, sac = [], {"polyak_update": [], "policy_loss": []}, ReplayBuffer.sample, script is sac_tar
+    now, at, sample, sac = [], {"policy_loss": [], "polyak_update": []}, ReplayBuffer.sample, script is sac_tar
     monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, *of: now.append(of[2]) or sample(rb, *of))
     losses, critic_losses, evaluated, play = {}, script.critic_losses, [], lab.run.play
     monkeypatch.setattr(script, "critic_losses", lambda *a: losses.setdefault(now[-1], critic_losses(*a)))
     monkeypatch.setattr(lab.run, "play", lambda *a: evaluated.append(1) or play(*a))
     clock = lambda: len(now) + 1000.0 * len(evaluated)  # noqa: E731 - a second a step, a thousand an evaluation
     monkeypatch.setattr(lab.run, "time", SimpleNamespace(perf_counter=clock, time=time.time))
-    for name, steps in at.items():
-        past = getattr(script, name)
-        spy = lambda *arguments, past=past, steps=steps: steps.append(now[-1]) or past(*arguments)  # noqa: E731
-        monkeypatch.setattr(script, name, spy)
+    seeds, probe = {}, type(script.make_env("Probe-v0").unwrapped)
+    reset = probe.reset
+    again = lambda env, *, seed=None, options=None: seeds.setdefault(env, []).append(seed) or reset(env)  # noqa: E731
+    monkeypatch.setattr(probe, "reset", again)
+
+    def spied(calls, function):
+        return lambda *given: calls.append((now[-1], function(*given))) or calls[-1][1]
+
+    for name, calls in at.items():
+        monkeypatch.setattr(script, name, spied(calls, getattr(script, name)))
     flags = {"env_id": "Probe-v0", "eval_frequency": 20, "eval_episodes": 4, "policy_frequency": 3, "prune_at": 140}
+    flags["seed"] = 6
     found = scalars(run(total_timesteps=250, **flags, **({"target_network_frequency": 2} if sac else {})))
     assert now == list(range(61, 250))
     by_three = [step for step in now if step % 3 == 0]
-    assert at["policy_loss"] == ([step for step in by_three for _ in range(3)] if sac else by_three)
-    assert at["polyak_update"] == ([step for step in now if step % 2 == 0] if sac else by_three)
+    of_policy, of_targets = ([step for step, _ in calls] for calls in at.values())
+    assert of_policy == ([step for step in by_three for _ in range(3)] if sac else by_three)
+    assert of_targets == ([step for step in now if step % 2 == 0] if sac else by_three)
 
     evaluations = [*range(0, 241, 20), 250]
     for tag in ("eval/episodic_return", "eval/episodic_length", "flops/training", "flops/inference"):
@@ -88,6 +97,9 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     assert means == found["eval/episodic_length"]
     expected = [lengths[first:][: 4 * len(means)].reshape(-1, 4).mean(1).tolist() for first in range(3)]
     assert list(means.values()) in expected  # whichever episode is the first
+    # the first episode of training and that of every evaluation have seeds, which differ
+    training, (_, *evaluation) = sorted((of for of in seeds.values() if len(of) > 2), key=len)  # _: a trial
+    assert training == [6] + [None] * (len(training) - 1) and evaluation == [6 + 2**31, None, None, None] * 14
     assert found["eval/final_return"] == {250: (means[240] + means[250]) / 2}  # the last tenth of training
     ends = {step: length for step, length in zip(lengths.cumsum() - 1, lengths) if step < 250}
     assert found["charts/episodic_return"] == found["charts/episodic_length"] == ends
@@ -97,6 +109,10 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
         qf1_loss, qf2_loss, qf1_values, qf2_values = losses[step]
         values = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
         values |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": (qf1_loss + qf2_loss) / 2}
+        actor_loss = [loss[0] if sac else loss for at_step, loss in at["policy_loss"] if at_step <= step][-1]
+        values["actor_loss"] = actor_loss
+        if sac:  # alpha began at 1, and the entropy is above its target
+            assert 0.5 < found["losses/alpha"][step] < 1 and found["losses/alpha_loss"][step] > 0
         for name, value in values.items():
             assert found[f"losses/{name}"][step] == pytest.approx(value.item())
     assert found["charts/SPS"] == {200: pytest.approx(1, abs=0.05), 249: pytest.approx(1, abs=0.05)}  # 20 steps later
@@ -105,7 +121,7 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     assert inference[120] == inference[0] > 9 * inference[140] and found["flops/training"][60] == 0
 
 
-def test_evaluations_are_without_noise_from_the_same_states_and_do_not_disturb_training(run):
+def test_evaluations_begin_at_the_same_states_and_do_not_disturb_training(run):
     often, seldom = (run(eval_frequency=frequency) for frequency in (40, 1000))
     assert same_weights(often, seldom)
     a, b = (scalars(run_dir)["eval/episodic_return"] for run_dir in (often, seldom))
@@ -118,6 +134,8 @@ def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_an
     random.random(), np.random.random(), torch.randn(3)
     again, other = run(seed=5), run(seed=6, torch_threads=3)
     assert torch.get_num_threads() == 3 and same_weights(first, again) and not same_weights(first, other)
+    masks = [torch.load(path / "masks.pt", weights_only=True) for path in (first, again, other)]
+    assert same(masks[0], masks[1]) and not same(masks[0], masks[2])
     assert scalars(first) == scalars(again) != scalars(other)
 
 

@@ -367,11 +367,16 @@ def test_the_budgets_of_a_network(method, hidden, sparsity, reserve):
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(2, 80), st.integers(1, 10), st.floats(0.01, 1))
-def test_auto_is_the_widest_that_the_budget_feeds_but_never_too_narrow_to_hold_it(n_in, hidden, n_out, density):
-    weights = {n: torch.zeros(shape) for n, shape in enumerate([(hidden, n_in), (hidden, hidden), (n_out, hidden)])}
-    size = [h * (n_in + h + n_out) for h in range(hidden + 1)]
-    need = [sum(n * math.log(n) / 2 for n in (n_in + h, 2 * h, h + n_out)) for h in range(1, hidden + 1)]
+@given(st.integers(1, 40), st.tuples(*[st.integers(2, 80)] * 2), st.integers(1, 10), st.floats(0.01, 1))
+def test_auto_is_the_widest_that_the_budget_feeds_but_never_too_narrow_to_hold_it(n_in, widths, n_out, density):
+    def shapes(h):
+        first, second = (min(h, width) for width in widths)
+        return [(first, n_in), (second, first), (n_out, second)]
+
+    hidden = max(widths)
+    weights = {n: torch.zeros(shape) for n, shape in enumerate(shapes(hidden))}
+    size = [sum(map(math.prod, shapes(h))) for h in range(hidden + 1)]
+    need = [sum(sum(shape) * math.log(sum(shape)) / 2 for shape in shapes(h)) for h in range(1, hidden + 1)]
     k = max(1, round(density * size[hidden]))
     narrowest = min(h for h in range(1, hidden + 1) if size[h] >= k)
     fed = max([h for h, e in enumerate(need, 1) if k >= 4 * e], default=0)

@@ -16,7 +16,8 @@ import td3_tar
 from lab import compare, figures, record, results
 
 PROJECT = Path(__file__).parent.parent
-GRIDS = ("evidence", "loaded", "metric", "parity", "published", "reserve", "systems", "variants", "width")
+GRIDS = re.findall(r"^!/runs/(\w+)/$", (PROJECT / ".gitignore").read_text(), re.M)
+assert len(GRIDS) >= 9
 # each page with the grid from which its numbers are
 WITH_A_PAGE = ("evidence", "loaded", "metric", "published")
 PAGES = {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}
@@ -116,6 +117,7 @@ def test_the_return_of_each_system_is_that_of_runs_with_its_flags():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_comparison_of_a_grid_is_of_its_runs(grid):
     folder = PROJECT / "runs" / grid / "comparison"
+    assert pages_of(grid).keys() == {path.stem for path in folder.glob("*.md")}
     for name, group in pages_of(grid).items():
         chosen = compare.references(group, None)
         returns = compare.returns_table(group, chosen)
