@@ -190,7 +190,7 @@ def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> i
 class Rule(NamedTuple):
     """How connections are scored; the highest are kept. `scores` is a function (weights, masks, loss, generator) ->
     scores of a network, where masks are what earlier rounds have left. The first sentence of its docstring is the help
-    of its name. Rules of rewiring, in lab/baselines.py, are functions of one `Layer`."""
+    of its name. Rules of rewiring, in lab/baselines.py, have a lab.baselines.Layer as their only argument."""
 
     scores: Callable
     uses_loss: bool = False  # whether it reads the network's own loss (in rewiring: the gradient); if not, it gets None
@@ -201,8 +201,8 @@ class Rule(NamedTuple):
 
 def random_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """Uniform noise."""
-    kind = {"generator": generator, "dtype": torch.float64}
-    return {name: torch.rand(w.shape, **kind).to(w.device) for name, w in weights.items()}
+    options = {"generator": generator, "dtype": torch.float64}
+    return {name: torch.rand(w.shape, **options).to(w.device) for name, w in weights.items()}
 
 
 def magnitude_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
@@ -280,7 +280,7 @@ def static_prune(
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
         # minus infinity, so that what is pruned stays pruned even where an active connection scores zero
-        scores = {name: s.masked_fill(~masks[name], -math.inf) for name, s in scores.items()}
+        scores = {name: scores[name].masked_fill(~mask, -math.inf) for name, mask in masks.items()}
         scores, left = active_part(scores, net.width), active_part(masks, net.width)
         count = round(size * (keep / size) ** (i / rule.rounds))
         counts = DISTRIBUTIONS[distribution](scores, count)

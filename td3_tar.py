@@ -29,14 +29,14 @@ from lab.run import Run, main
 from sparse_utils import Net
 
 
-# The flags of other papers' methods are in lab/baselines.py, those that every run has (folder, device, evaluation,
-# checkpoints) in lab/flags.py. The comment on a flag, or else the docstrings of its rules, is its --help.
+# Further flags: those of other papers' methods in lab/baselines.py, those of folder, device, evaluation and checkpoints
+# in lab/flags.py. The comment on a flag is its --help; of a flag that names a rule, the docstrings of its rules are.
 @dataclass
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
     env_id: str = "Hopper-v4"  # A Gymnasium environment with a 1-D Box observation and a bounded 1-D Box action.
     seed: int = 1  # The seed of networks, environment, actions, replay indices and masks.
-    total_timesteps: int = 1_000_000  # Environment steps of training.
+    total_timesteps: int = 1_000_000  # The number of environment steps.
 
     # Sparsity: README.md explains the method
 
@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all, as in the paper. auto [ours]: the
-    # most for which K is at least 4 times the summed topology need (README.md), or else the fewest that hold K.
+    # The number of neurons of each hidden layer that get connections; default: all. auto, which is not in the paper:
+    # the most for which the active connections are at least 4 times the topology need (README.md) of all layers.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -70,7 +70,7 @@ class Args(baselines.Flags, RunFlags):
     exploration_noise: float = 0.1
 
 
-# ALGO LOGIC: the networks and their losses
+# ALGO LOGIC: the networks and their losses, which pruning and rewiring by a loss use too
 def mlp_layers(input_size: int, hidden_size: int, output_size: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         fc1=nn.Linear(input_size, hidden_size),
@@ -129,7 +129,7 @@ def count_flops(nets: dict[str, Net], batch_size: int) -> tuple[int, int, int]:
     al. 2020). Per active connection and sample: 2 forward, 2 backward to the inputs and 2 for the gradient of the
     weights. A critic update runs all targets forward, and the critics forward and backward. An actor update runs the
     actor forward and backward, and one critic forward and back to its inputs. Biases, activations, optimizers and
-    one-off pruning are left out."""
+    one-off pruning are left out. The first network is the actor, all others are critics."""
     actor, *critics = (2 * net.active for net in nets.values())
     critic_update = actor + 4 * sum(critics)
     return actor, batch_size * critic_update, batch_size * (3 * actor + 2 * critics[0])
@@ -143,8 +143,8 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    args = settle(args)  # a copy, where flags that follow another one have its value and idle ones their default
-    env = make_env(args.env_id)  # evaluations make their own: change it in lab/environment.py, so that both change
+    args = settle(args)  # a copy: flags that were not given have their values, unused ones their defaults
+    env = make_env(args.env_id)  # change it in lab/environment.py, which evaluations use too
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
 
@@ -157,8 +157,8 @@ def train(args: Args) -> Path:
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)
 
     # ALGO LOGIC: initialize agent here
-    with bad_input():  # a ValueError inside ends the program with its sentence
-        # BASELINES: with `tiny` a smaller number of neurons, for every other method --hidden-size
+    with bad_input():  # a ValueError inside ends the program with its sentence, without a traceback
+        # BASELINES: --hidden-size, or fewer neurons with --method tiny
         actor_hidden = baselines.hidden_size(Actor, env, args.hidden_size, args.method, args.sparsity)
         critic_hidden = baselines.hidden_size(QNetwork, env, args.hidden_size, args.critic_method, args.critic_sparsity)
         rb = ReplayBuffer(args, env, device)
@@ -168,13 +168,13 @@ def train(args: Args) -> Path:
     actor_target = copy.deepcopy(actor).requires_grad_(False)
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
-    critics, online = nn.ModuleList([qf1, qf2]), nn.ModuleList([actor, qf1, qf2])
-    targets = nn.ModuleList([actor_target, qf1_target, qf2_target])
+    critics = nn.ModuleList([qf1, qf2])
+    online, targets = nn.ModuleList([actor, qf1, qf2]), nn.ModuleList([actor_target, qf1_target, qf2_target])
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor.parameters(), lr=args.learning_rate)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.learning_rate)
 
-    # the networks that become sparse, each with the target and the optimizer that have to follow its mask
+    # the networks that are pruned, each with its target and optimizer, in which pruned weights become zero too
     nets = {
         "actor": Net(actor, actor_target, actor_optimizer, args.method, args.sparsity),
         "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),
@@ -182,9 +182,9 @@ def train(args: Args) -> Path:
     }
     with bad_input():
         for net in nets.values():
-            sparse_utils.plan(net, args.reserve, args.active_width)  # K active connections, R of them left to revival
+            sparse_utils.plan(net, args.reserve, args.active_width)  # K connections, R of them by revival
         schedule = baselines.Schedule(args, nets, mask_generator)  # BASELINES: at which steps to prune and rewire
-    progress = {"training_flops": 0, "actor_losses": {}}
+    progress = {"training_flops": 0, "actor_losses": {}}  # the last losses of the actor, which is updated less often
     # a checkpoint holds everything that is in this dictionary: add here what you add to the agent
     state = {
         "actor": actor, "qf1": qf1, "qf2": qf2, "actor_target": actor_target, "qf1_target": qf1_target,
@@ -194,44 +194,47 @@ def train(args: Args) -> Path:
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
-        """Each network's loss as it is trained below, on replay data. Leaves torch's random generators as they were."""
+        """Each network's loss on replay data, for pruning and rewiring: the one that trains it below. Leaves torch's
+        random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data = rb.sample(batch_size, args.gamma, global_step)
             qf1_loss, qf2_loss, _, _ = critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, args, data)
             actor_loss = policy_loss(actor, qf1, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game. Code between Run(...) and here acts on what --resume or --load has loaded
+    # TRY NOT TO MODIFY: start the game; what --resume or --load reads is in place since Run(...)
     done = True
-    for global_step in run.steps():  # at the last one, --total-timesteps, there is only an evaluation left
+    for global_step in run.steps():  # the last one, --total-timesteps, only evaluates
         if done:
             obs = run.reset(global_step)  # resets the environment; checkpoints are written here, between episodes
             done, episodic_return, episodic_length = False, 0.0, 0
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, at --prune-at, by default before the first gradient step
         if global_step in schedule.prunings:
-            criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion, but magnitude at a second pruning
+            criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion; at a second pruning magnitude
             with kernels.in_torch(nets):  # KERNELS
                 # prune: in each network K - R connections survive, in each layer those with the highest scores
                 losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
                 for name, net in nets.items():
-                    keep, rules = net.budget - net.reserve, (criterion, args.distribution)
-                    net.static = sparse_utils.static_prune(net, keep, *rules, mask_generator, losses.get(name))
-                # revive: R pruned connections come back with the weights they had, in the layers whose topology needs
-                # them, at random within a layer; R is 0 for methods that revive nothing
+                    net.static = sparse_utils.static_prune(
+                        net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
+                    )
+                # revive, once all networks are pruned, so that all methods draw the same random masks: R pruned
+                # connections come back with their weights, at random in the layers whose topology needs them; R is 0
+                # for methods that revive nothing
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
-                # train sparse: zero what is pruned; from here on hooks zero its gradients, so that it stays zero
+                # train sparse: zero the pruned weights and, from here on, their gradients, so that they stay zero
                 sparse_utils.fix_masks(nets)
                 schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
             run.log_topology(global_step)
 
-        run.evaluate(global_step, actor, progress["training_flops"], count_flops(nets, 1)[0])
+        run.evaluate(global_step, actor, progress["training_flops"], 2 * nets["actor"].active)
         if global_step == args.total_timesteps:
             break
 
-        # BASELINES: set, rigl, cht and chts rewire here, --lr-cycles sets the learning rates, dynadiag its temperature
+        # BASELINES: rewiring (set, rigl, cht, chts), learning rates of --lr-cycles, temperature of dynadiag
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
         action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)
 
@@ -256,7 +259,7 @@ def train(args: Args) -> Path:
             run.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
 
         # ALGO LOGIC: training
-        if global_step > run.learn_from:  # --learning-starts; later if a resumed run has to refill its buffer first
+        if global_step > run.learn_from:  # --learning-starts, or later if a resumed run refills its buffer
             data = rb.sample(args.batch_size, args.gamma, global_step)
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
                 actor_target, qf1, qf2, qf1_target, qf2_target, args, data
@@ -267,18 +270,13 @@ def train(args: Args) -> Path:
             progress["training_flops"] += critic_flops
 
             if global_step % args.policy_frequency == 0:
-                # without frozen ones; KERNELS: by filter(), as a loop here would keep networks in torch
-                trained = list(filter(lambda param: param.requires_grad, critics.parameters()))
-                for param in trained:
-                    param.requires_grad_(False)  # the actor's loss needs no gradient of the critics' weights
-                actor_loss = policy_loss(actor, qf1, data)
-                progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
-                actor_optimizer.zero_grad()
-                actor_loss.backward()
-                actor_optimizer.step()
-                progress["training_flops"] += actor_flops
-                for param in trained:
-                    param.requires_grad_(True)
+                with kernels.frozen(critics):  # KERNELS: the actor's loss needs no gradient of the critics' weights
+                    actor_loss = policy_loss(actor, qf1, data)
+                    progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
+                    actor_optimizer.zero_grad()
+                    actor_loss.backward()
+                    actor_optimizer.step()
+                    progress["training_flops"] += actor_flops
                 polyak_update(targets, online, args.tau)
 
             if global_step % 100 == 0 or global_step == args.total_timesteps - 1:

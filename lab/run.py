@@ -538,7 +538,7 @@ class Run:
     def not_finite(self) -> str | None:
         """The first part of `state` with a weight that is not finite, or None."""
         for name, part in self.state.items():
-            params = part.parameters() if isinstance(part, nn.Module) else ()
+            params = part.parameters() if isinstance(part, nn.Module) else [part] if isinstance(part, Tensor) else []
             # trained parameters alone: the logarithm of a fixed alpha of 0 is infinite
             if not all(param.isfinite().all() for param in params if param.requires_grad):
                 return name

@@ -149,7 +149,7 @@ def test_the_scripts_are_twins():
         ("def train(args", "qf1 = QNetwork(env"),
         ("with bad_input():\n        for net in", "# a checkpoint holds"),
         ("done = True\n", "run.evaluate("),
-        ("# BASELINES: set, rigl", "with torch.no_grad():\n                obs_tensor"),
+        ("# BASELINES: rewiring", "with torch.no_grad():\n                obs_tensor"),
         ("# TRY NOT TO MODIFY: execute", "data = rb.sample(args.batch_size"),
     ):
         a, b = (text[text.index(first) : text.index(last, text.index(first))] for text in (sac, td3))

@@ -5,8 +5,8 @@ other than a chain of layers), which is all that forward, backward, Adam and the
 kernels agree to rounding.
 
 It is used in a few lines with `kernels.` in them: `Adam` in place of torch's, `choose` in lab/run.py before training,
-and `with in_torch(nets):` around code that reads or changes masks, weights or optimizers. Without these lines and this
-folder, training is the same to rounding, and slower.
+`with in_torch(nets):` around code that reads or changes masks, weights or optimizers, and `with frozen(critics):`.
+Without these lines and this folder, training is the same to rounding, and slower.
 """
 
 import contextlib
@@ -512,13 +512,23 @@ def expand(nets: dict[str, Net]) -> None:
 @contextlib.contextmanager
 def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     """Inside the block all networks are ordinary torch modules, whose masks, weights and optimizers may be read and
-    changed; afterwards pruned weights are zero and networks that are `in_kernels` are compact again."""
+    changed; afterwards each trains within its masks, also where these are new, and networks that are `in_kernels` are
+    compact again."""
     expand(nets)
     yield
-    for net in nets.values():
-        if net.masks:
-            sparse_utils.zero_pruned(net)
+    sparse_utils.fix_masks({name: net for name, net in nets.items() if net.masks})
     compact(nets)
+
+
+@contextlib.contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Inside the block no parameter of the network gets a gradient, which saves the time of computing it."""
+    trained = [param for param in network.parameters() if param.requires_grad]
+    for param in trained:
+        param.requires_grad_(False)
+    yield
+    for param in trained:
+        param.requires_grad_(True)
 
 
 def compact_part(
