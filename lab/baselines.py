@@ -517,17 +517,14 @@ def first_budget(net: Net, density: float | None) -> tuple[int, int]:
 def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
     """Multiply, in place, the weights of each neuron by sqrt(n_in / its active inputs), the scale that an
     initialization by its own fan-in would have given them (Evci et al. 2022, Gradient Flow in Sparse Neural Networks
-    and How Lottery Tickets Win). A neuron without active inputs is left as it is."""
+    and How Lottery Tickets Win)."""
     for name, weight in linear_weights(network).items():
-        active = masks[name].sum(1, keepdim=True)
-        weight.mul_((weight.shape[1] / active.where(active > 0, weight.shape[1])).sqrt())
+        weight.mul_((weight.shape[1] / masks[name].sum(1, keepdim=True).clamp(min=1)).sqrt())
 
 
 def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
     """The learning rate's factor at this step (SCULPT). `cycles` equal cycles fill the steps from `start` to before
-    `end`. In each, the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0. On
-    HalfCheetah-v4 at 90% SCULPT lost nearly all of its return at its last prune and ended below static pruning with
-    every seed of TD3 and SAC, at 3.7 times its training FLOPs; at 80%, with TD3, it recovered (lab/systems.md)."""
+    `end`. In each, the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0."""
     done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
     return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
 

@@ -77,6 +77,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     settings = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
     row["settings"] = settings | ({"code": row["code"]} if separate_code else {})
     row |= {"pruned": methods - sparse_utils.UNPRUNED.keys(), "dense": methods == {"dense"}}
+    row["unpruned"] = [args[name] in sparse_utils.UNPRUNED and args[name] for name in ("method", "critic_method")]
     row["base"] = f"{args['criterion']}+{args['distribution']}" if row["pruned"] else ""
     row["sparsity"] = max(args["sparsity"], args["critic_sparsity"])
     row["more"] = f" critic {args['critic_method']}" if args["critic_method"] != args["method"] else ""
@@ -193,11 +194,6 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
     where another script and other unpruned networks count as one each, then the fewest words in its name, then most
     runs in common, then the first by name. A control is compared with one of fewer words."""
     arms = runs.drop_duplicates("arm").set_index("arm")
-
-    def unpruned(arm: pd.Series) -> list[set[str]]:
-        """The methods of actor and critics where these prune nothing."""
-        return [{arm.args[name]} & sparse_utils.UNPRUNED.keys() for name in ("method", "critic_method")]
-
     if against:
         return {arm: against for arm in arms.index if arm != against and against in arms.index}
     controls = arms[[bool(methods) and methods <= sparse_utils.CONTROLS.keys() for methods in arms.pruned]]
@@ -208,7 +204,7 @@ def references(runs: pd.DataFrame, against: str | None) -> dict[str, str]:
         if same_base and (arm not in controls.index or words < len(arm.split())):
             apart = {"method", "critic_method"} if own.base else IN_EVERY_NAME  # an unpruned one has another sparsity
             unlike = len(differing([own.settings, control.settings]) - apart)
-            unlike += (own.script != control.script) + (unpruned(own) != unpruned(control))
+            unlike += (own.script != control.script) + (own.unpruned != control.unpruned)
             ranks.setdefault(arm, []).append((unlike, words, -len(cells[arm] & cells[name]), name))
     return {arm: min(found)[-1] for arm, found in ranks.items()}
 

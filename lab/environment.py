@@ -129,15 +129,13 @@ def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
     share, begin at a seed; afterwards they go on as if nothing had been drawn."""
     space, python, numpy = env.unwrapped.observation_space, random.getstate(), np.random.get_state()
     held = copy.deepcopy(vars(space))  # a composite space has several generators
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
-                seeded(seed)
-            yield
-    finally:
-        vars(space).update(held)
-        random.setstate(python)
-        np.random.set_state(numpy)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
+            seeded(seed)
+        yield
+    vars(space).update(held)
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 @torch.no_grad()
@@ -258,10 +256,10 @@ def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
 def fingerprint(
     env: gym.Env, variables: dict, files: tuple[Path, ...] = (), but: Collection[str] = ()
 ) -> dict[str, int]:
-    """Checksums that show whether a resumed run has the state that it had before: of the numbers, arrays and
-    collections in layers of the environment other than Gymnasium's and ours, and of the numbers, texts, arrays,
-    tensors, random generators, running statistics and lists of these among the `variables` of train. In dictionaries,
-    and in what `content_of` looks into, two levels count, without names that begin with _ and those in `but`."""
+    """Checksums that show whether a resumed run has the state that it had before: of numbers, texts, arrays, tensors,
+    random generators, running statistics and collections of these among the `variables` of train, and in layers of the
+    environment other than Gymnasium's and ours. Of variables that are dictionaries, or that `content_of` looks
+    into, two levels count, without names that begin with _ and those in `but`."""
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         held = value if isinstance(value, dict) else content_of(value, files)
@@ -289,12 +287,7 @@ def fingerprint(
         return None if None in parts else b" ".join(parts)
 
     named = [pair for variable in variables.items() for pair in inside(*variable)]
-    found = {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}
-    simple = (int, float, np.number, np.ndarray, str, list, tuple, dict, deque)
-    foreign = (one for one in layers(env) if not isinstance(one, (Guard, NewWorld)))
-    for layer in (one for one in foreign if not type(one).__module__.startswith("gymnasium.")):
-        for name, value in vars(layer).items():
-            if isinstance(value, simple) and " at 0x" not in repr(value):  # of the address of an object
-                whole = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-                found[f"{type(layer).__name__}.{name}"] = zlib.crc32(whole)
-    return found
+    for layer in layers(env):
+        if not isinstance(layer, (Guard, NewWorld)) and not type(layer).__module__.startswith("gymnasium."):
+            named += [(f"{type(layer).__name__}.{name}", value) for name, value in vars(layer).items()]
+    return {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}

@@ -5,13 +5,12 @@ flags and its code.
 """
 
 import ast
-import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def settle(args: object) -> object:
     """A copy of flags in their final form: a flag that follows another one has its value, the sparsity of `dense` is 0,
     and a flag that makes no difference to this run has its default. Ends the program with one sentence where a value
     cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
-    args = copy.copy(args)
+    args = replace(args)
     if args.load is not None and args.resume is None and args.evaluate is None:
         args.load = with_hash(args.load)
     for name, other in FOLLOWS.items():
@@ -54,10 +53,7 @@ def settle(args: object) -> object:
     if isinstance(args, baselines.Flags):
         baselines.check(args)
     idle = unused(args)
-    for flag in fields(args):
-        if flag.name in idle:
-            setattr(args, flag.name, flag.default)
-    return args
+    return replace(args, **{flag.name: flag.default for flag in fields(args) if flag.name in idle})
 
 
 def file_of(name: str) -> Path:
@@ -235,12 +231,9 @@ def code_hash(script: Path, env_id: str = "") -> str:
 
 
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
-    """The path of every run in a folder, and its record: `args`, `script` (its name without .py), `published`, and
-    `segments`, one for each process that trained the run: `from_step`, `total_timesteps`, `code` (see `code_hash`; None
-    in runs older than the hash), `git_commit`, `processor`, `device`, `versions`, `optimizers` (and schedulers),
-    `in_kernels` (the networks in the kernels) and `milliseconds` (of a training pass in torch and in the kernels, where
-    measured). The segments of older runs lack some of these. A run is a folder with config.json or, if published, an
-    entry of runs.json."""
+    """The path of every run in a folder, and its record: what lab/README.md says of config.json, and `published`. Runs
+    older than the hash of the code have None as `code`, and segments of older runs lack some of the rest. A run is a
+    folder with config.json or, if published, an entry of runs.json."""
     published = folder / "runs.json"
     whole = read_json(published) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())

@@ -410,10 +410,7 @@ class Run:
     # the folder
 
     def make_folder(self) -> Path:
-        """A new folder <runs_dir>/<env_id>__<exp_name>__<method>__<base>__s<sparsity>__<seed>__<unix time>/. Method and
-        sparsity are <actor's>+<critics'> where these differ. The base is <criterion>-<distribution>, left out where
-        nothing is pruned. All other flags that are not at their defaults stand before the seed, except those that a
-        resumed run may change."""
+        """A new folder, named as lab/README.md says; two methods or sparsities are <actor's>+<critics'>."""
         args, parts = vars(self.args), [self.args.env_id, self.args.exp_name]
         args = args | {"load": args["load"] and args["load"].rpartition("@")[2]}  # the hash alone
         methods, sparsities = (dict.fromkeys([args[name], args[f"critic_{name}"]]) for name in ("method", "sparsity"))
@@ -425,16 +422,15 @@ class Run:
         usual |= {"prune_at": args["learning_starts"], "drop_criterion": baselines.usual_drop({*methods})}
         left_out = IN_NAME | MAY_CHANGE | {"seed", "runs_dir"}
         parts += [f"{name}-{value}" for name, value in args.items() if value != usual[name] and name not in left_out]
-        for unix_time in itertools.count(int(time.time())):  # a run with equal flags may have started this second
-            name = "__".join([*parts, str(self.args.seed)])[:200] + f"__{unix_time}"  # file systems take 255 bytes
-            folder = Path(self.args.runs_dir) / re.sub("[/:]", "-", name)
-            try:
-                folder.mkdir(parents=True)
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as error:
-                fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+        name = re.sub("[/:]", "-", "__".join(parts)[:200]) + f"__{self.args.seed}"  # file systems take 255 bytes
+        try:
+            Path(self.args.runs_dir).mkdir(parents=True, exist_ok=True)
+            for unix_time in itertools.count(int(time.time())):  # a run with equal flags may have started this second
+                with contextlib.suppress(FileExistsError):
+                    (folder := Path(self.args.runs_dir) / f"{name}__{unix_time}").mkdir()
+                    return folder
+        except OSError as error:
+            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
 
     # checkpoints
 
@@ -764,9 +760,8 @@ class Run:
         self.writer.close()
         with kernels.in_torch(self.nets):
             self.check_weights(end)
-            final = {name: pack(part) for name, part in self.state.items() if is_of_the_policy(name, part)}
+            final = {n: pack(part) for n, part in self.state.items() if is_of_the_policy(n, part) or n == "progress"}
             final["masks"] = {name: pack(net.masks) for name, net in self.nets.items()}
-            final |= {name: pack(self.state[name]) for name in {"progress"} & self.state.keys()}
             final |= self.about(end) | {"statistics": pack(environment.statistics(self.env))}
         write_tensors(self.folder / "final.pt", final)  # the last, since it tells that a run is finished
         self.env.close()
@@ -817,6 +812,6 @@ def main(arguments: type, train: Callable) -> None:
         fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)
     except (MemoryError, RuntimeError) as error:
         why = next(iter(str(error).splitlines()), "")
-        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|overflow", why):
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|ation overflow", why):
             raise
         fail(f"not enough memory ({why}); lower --hidden-size, --batch-size or --buffer-size", code=1)

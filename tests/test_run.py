@@ -175,6 +175,12 @@ def folder_of(tmp_path, script, **flags):
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 
+def test_a_folder_that_cannot_be_made_is_an_error(script, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "a disk that is not there")
+    for place in ("link", "link/runs"):
+        assert "cannot make the run folder" in refused(capsys, folder_of, tmp_path / place, script)
+
+
 def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_change(script, tmp_path, monkeypatch):
     (tmp_path / "agent.pt").write_bytes(b"")
     at_work = {"method": "rigl", "n_step": 2, "recent_fraction": 0.5}  # so that flags of these make a difference
@@ -200,7 +206,7 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
     assert folder_of(tmp_path, script, critic_method="dense").endswith("__tar+dense__magnitude-global__s0.9+0.0__1")
     assert folder_of(tmp_path, script, method="dense", sparsity=0.5) == f"A-v1__{script.__name__}__dense__s0.0__1"
     assert folder_of(tmp_path, script, env_id="mine:a/B-v0").startswith("mine-a-B-v0__")
-    assert len(folder_of(tmp_path, script, exp_name="x" * 300)) == 200
+    assert re.search("^.{200}__1$", folder_of(tmp_path, script, exp_name="x" * 300))
     monkeypatch.setattr(lab.run.time, "time", lambda: 1234.5)
     assert folder_of(tmp_path, script) == folder_of(tmp_path, script)  # two runs in one second have two folders
     assert {path.name for path in tmp_path.glob("*__123?")} == {f"{min(tar, key=len)}__{t}" for t in (1234, 1235)}

@@ -15,7 +15,6 @@ import ctypes
 import functools
 import hashlib
 import json
-import math
 import os
 import shlex
 import statistics
@@ -90,12 +89,9 @@ class _Layer(ctypes.Structure):
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
     """Build kernels.cpp, once for each version of file, compiler and processor, and load it. Raises OSError,
-    RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    RuntimeError, ValueError or subprocess.CalledProcessError if there is no compiler or the build fails."""
     source = Path(__file__).with_name("kernels.cpp")
-    try:
-        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    except ValueError as error:
-        raise RuntimeError(f"CXX={os.environ['CXX']} is not a command ({error})") from None
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     compile = [*compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
     apart = {"start_new_session": True}  # or Ctrl-C would end the compiler, as if it could not build
     macros = [*compile, "-dM", "-E", "-x", "c++", os.devnull]
@@ -114,8 +110,6 @@ def load_kernels() -> ctypes.CDLL:
             command = [*compile, str(source), "-o", str(built)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True, **apart).returncode:
                 subprocess.run(command, capture_output=True, check=True, **apart)  # one thread, without OpenMP
-            with built.open("rb") as file:
-                os.fsync(file.fileno())
             library = cache / named(built)
             os.replace(built, library)
     kernels = ctypes.CDLL(str(library))
@@ -294,8 +288,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     may_differ = {"training", "inplace", "in_features", "out_features", "_parameters"}
     usual = nn.Linear(1, 1, device="meta") if kind is nn.Linear else kind()
     found, expected = ({k: v for k, v in vars(m).items() if k not in may_differ} for m in (module, usual))
-    same_parameters = module._parameters.keys() == usual._parameters.keys()
-    return type(module) is kind and found == expected and same_parameters
+    return type(module) is kind and found == expected and module._parameters.keys() == usual._parameters.keys()
 
 
 def has_hooks(param: nn.Parameter) -> bool:
@@ -370,7 +363,7 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
             return f"weight and bias of its layer {name} are not trained alike, in one group of its optimizer"
     try:
         load_kernels()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         return f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
     return None if net.weights else "it has no nn.Linear"
@@ -413,10 +406,8 @@ def known_times(net: Net, batch_size: int) -> Times:
     file = load_kernels().times / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
     def read() -> Times | None:
-        """None if there is no such file or it is damaged."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
-            by_torch, by_kernels = map(float, json.loads(file.read_text())["milliseconds"])
-            return (by_torch, by_kernels) if 0 < by_torch < math.inf and 0 < by_kernels < math.inf else None
+        with contextlib.suppress(OSError, ValueError):  # no such file, or one that a dying machine left damaged
+            return tuple(json.loads(file.read_text())["milliseconds"])
 
     times = read()
     if times is None:
@@ -502,11 +493,10 @@ def expand(nets: dict[str, Net]) -> None:
     for name, net in nets.items():
         for network in net.networks:
             optimizer = net.optimizer if network is net.network else None
-            for mlp in list(network.modules()):
-                if isinstance(mlp, SparseMLP):
-                    if not all(n in net.masks and torch.equal(mask, net.masks[n]) for n, mask in mlp.masks.items()):
-                        raise RuntimeError(f"masks of the {name} changed outside of `with kernels.in_torch(nets):`")
-                    expand_part(network, mlp, optimizer)
+            for mlp in [module for module in network.modules() if isinstance(module, SparseMLP)]:
+                if not all(n in net.masks and torch.equal(mask, net.masks[n]) for n, mask in mlp.masks.items()):
+                    raise RuntimeError(f"masks of the {name} changed outside of `with kernels.in_torch(nets):`")
+                expand_part(network, mlp, optimizer)
 
 
 @contextlib.contextmanager
