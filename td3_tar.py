@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all. auto, which is not in the paper:
-    # the most for which the active connections are at least 4 times the topology need (README.md) of all layers.
+    # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: the most
+    # for which the active connections are 4 times the layers' topology need (README.md) or more, or the fewest that fit.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -143,7 +143,7 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    args = settle(args)  # a copy: flags that were not given have their values, unused ones their defaults
+    args = settle(args)  # a copy: a flag that follows another one has its value, an unused one its default
     env = make_env(args.env_id)  # change it in lab/environment.py, which evaluations use too
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
@@ -174,7 +174,7 @@ def train(args: Args) -> Path:
     actor_optimizer = kernels.Adam(actor.parameters(), lr=args.learning_rate)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.learning_rate)
 
-    # the networks that are pruned, each with its target and optimizer, in which pruned weights become zero too
+    # the networks that are pruned; weights of the target and moments of the optimizer become zero with theirs
     nets = {
         "actor": Net(actor, actor_target, actor_optimizer, args.method, args.sparsity),
         "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),

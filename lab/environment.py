@@ -270,9 +270,12 @@ def fingerprint(
             if key not in but:
                 yield from inside(f"{name}.{key}", part, depth + 1)
 
-    def content(value: object) -> bytes | None:
-        if value is None or isinstance(value, (int, float, str)):
+    def content(value: object, above: tuple[int, ...] = ()) -> bytes | None:
+        if value is None or isinstance(value, (int, float, str, bytes)):
             return repr(value).encode()
+        if id(value) in above:
+            return b"it contains itself"
+        above = (*above, id(value))
         if isinstance(value, GENERATORS):
             value = random_state(value)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
@@ -281,13 +284,16 @@ def fingerprint(
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]
-        if isinstance(value, dict) and "params" not in value:
+        if isinstance(value, dict) and not {"params", "lr"} <= value.keys():
             value = [*value.items()]
-        parts = [content(part) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
+        if isinstance(value, (set, frozenset)):
+            value = sorted(map(repr, value))
+        parts = [content(part, above) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
         return None if None in parts else b" ".join(parts)
 
     named = [pair for variable in variables.items() for pair in inside(*variable)]
     for layer in layers(env):
         if not isinstance(layer, (Guard, NewWorld)) and not type(layer).__module__.startswith("gymnasium."):
-            named += [(f"{type(layer).__name__}.{name}", value) for name, value in vars(layer).items()]
+            held = {name: value for name, value in vars(layer).items() if value is not None}  # as before its first use
+            named += [(f"{type(layer).__name__}.{name}", value) for name, value in held.items()]
     return {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}

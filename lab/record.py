@@ -5,12 +5,13 @@ flags and its code.
 """
 
 import ast
+import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def settle(args: object) -> object:
     """A copy of flags in their final form: a flag that follows another one has its value, the sparsity of `dense` is 0,
     and a flag that makes no difference to this run has its default. Ends the program with one sentence where a value
     cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
-    args = replace(args)
+    args = copy.copy(args)
     if args.load is not None and args.resume is None and args.evaluate is None:
         args.load = with_hash(args.load)
     for name, other in FOLLOWS.items():
@@ -53,7 +54,10 @@ def settle(args: object) -> object:
     if isinstance(args, baselines.Flags):
         baselines.check(args)
     idle = unused(args)
-    return replace(args, **{flag.name: flag.default for flag in fields(args) if flag.name in idle})
+    for flag in fields(args):
+        if flag.name in idle:
+            setattr(args, flag.name, flag.default)
+    return args
 
 
 def file_of(name: str) -> Path:

@@ -42,7 +42,7 @@ from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 
-CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
+CHECKPOINT_FORMAT = 8  # increased by every change after which older checkpoints cannot be resumed
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # flags that may change when a run is resumed, and that its folder is therefore not named after
@@ -204,6 +204,8 @@ def put_back(part: object, saved: object) -> object:
     elif isinstance(part, GENERATORS):
         environment.set_random_state(part, saved)
     elif isinstance(part, Tensor):
+        if getattr(saved, "shape", None) != part.shape:  # which copy_ might broadcast
+            raise ValueError(f"a tensor has the shape {tuple(part.shape)}, and what is saved of it has not")
         part.data.copy_(saved)
     elif isinstance(part, np.ndarray):
         part[...] = saved

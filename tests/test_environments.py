@@ -375,9 +375,14 @@ class Hidden(Plain):
 
     def __init__(self):
         self.episodes, self.visits, self.name = 0, [0, 0], "hidden"
+        self.seen, self.task, self.solver, self.loop = set(), {"params": [0]}, None, []
+        self.loop.append(self.loop)
 
     def begin(self):
         self.episodes += 1
+        self.seen.add(str(self.episodes))
+        self.task["params"][0] = self.episodes
+        self.solver = object()
         self.visits[self.episodes % 2] += 1
         return 0.0
 
@@ -387,7 +392,10 @@ class Now(Plain):
         return time.perf_counter()
 
 
-@pytest.mark.parametrize("kind, names", [(Hidden, "Hidden.episodes, Hidden.visits"), (Now, "Now.x, the observation")])
+HIDDEN = "Hidden.episodes, Hidden.visits, Hidden.seen, Hidden.task"
+
+
+@pytest.mark.parametrize("kind, names", [(Hidden, HIDDEN), (Now, "Now.x, the observation")])
 @pytest.mark.parametrize("script", [sac_tar])
 def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, script, register, tmp_path, capsys, kind, names):
     work = lambda: run(env_id=register(kind), checkpoint_frequency=20)  # noqa: E731

@@ -479,6 +479,20 @@ def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, cap
             assert all(held[f"{layer}.weight"][~mask].eq(0).all() for layer, mask in final["masks"][name].items())
 
 
+@pytest.mark.parametrize("in_the_kernels", [False, True])
+def test_masks_that_are_new_inside_the_block_count_and_hold(in_the_kernels):
+    nets = make_nets()
+    net = nets["qf1"]
+    net.in_kernels, net.masks = in_the_kernels, {name: torch.ones(w.shape).bool() for name, w in net.weights.items()}
+    sparse_utils.fix_masks({"qf1": net})  # all active, so without hooks
+    with kernels.in_torch(nets):
+        net.masks["fc1"][0] = False
+    assert net.active == sum(int(mask.sum()) for mask in net.masks.values()) < net.size
+    update(nets)
+    with kernels.in_torch(nets):
+        assert not net.weights["fc1"][0].any() and net.weights["fc1"][1].all()
+
+
 # ADAM
 
 
@@ -795,7 +809,7 @@ def test_without_a_working_compiler_auto_goes_on_in_torch_and_sparse_is_refused(
         compiler.write_text('#!/bin/sh\ncase "$*" in *-dM*) echo x;; *) echo "no space" >&2; exit 1;; esac\n')
     else:
         monkeypatch.setenv("CXX", command)
-    why = {"broken": "no space", 'g++ "': "No closing quotation"}.get(command, "")
+    why = {"broken": "no space", 'g++ "': 'CXX=g++ " is not a command'}.get(command, "")
     nets = make_nets()
     assert kernels.choose(nets, "auto", 8) == {} and not any(net.in_kernels for net in nets.values())
     expected = f"compute: actor, qf1, qf2 masked, since kernels.cpp cannot be built here: {why}"

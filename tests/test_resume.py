@@ -424,7 +424,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks log_alpha, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3}, "has format 3 and this version resumes 7; use the"),
+        (state | {"format": 3}, "has format 3 and this version resumes 8; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)

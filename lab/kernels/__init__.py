@@ -89,9 +89,12 @@ class _Layer(ctypes.Structure):
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
     """Build kernels.cpp, once for each version of file, compiler and processor, and load it. Raises OSError,
-    RuntimeError, ValueError or subprocess.CalledProcessError if there is no compiler or the build fails."""
+    RuntimeError or subprocess.CalledProcessError if there is no compiler or the build fails."""
     source = Path(__file__).with_name("kernels.cpp")
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    except ValueError as error:
+        raise RuntimeError(f"CXX={os.environ['CXX']} is not a command ({error})") from None
     compile = [*compiler, "-O3", "-march=native", "-std=c++17", "-shared", "-fPIC"]
     apart = {"start_new_session": True}  # or Ctrl-C would end the compiler, as if it could not build
     macros = [*compile, "-dM", "-E", "-x", "c++", os.devnull]
@@ -363,7 +366,7 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
             return f"weight and bias of its layer {name} are not trained alike, in one group of its optimizer"
     try:
         load_kernels()
-    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         return f"kernels.cpp cannot be built here: {output.splitlines()[0]}"
     return None if net.weights else "it has no nn.Linear"
