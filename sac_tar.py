@@ -50,7 +50,7 @@ class Args(baselines.Flags, RunFlags):
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
     # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: the most
-    # for which the active connections are 4 times the layers' topology need (README.md) or more, or the fewest that fit.
+    # for which the active connections are 4 times the topology need of all layers (README.md), or the fewest that fit.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's

@@ -411,6 +411,15 @@ def test_static_pruning_keeps_the_exact_count_where_it_may(data, criterion, dist
     assert same(before, network.state_dict()) and torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("distribution", su.DISTRIBUTIONS)
+def test_a_rule_may_give_the_scores_of_layers_in_any_order(monkeypatch, distribution):
+    backward = lambda *given: dict(reversed(su.magnitude_scores(*given).items()))  # noqa: E731
+    monkeypatch.setitem(su.CRITERIA, "backward", su.Rule(backward))
+    net = su.Net(mlp(4, 9, 9, 2), None, None, "static", 0.9, width=7)
+    one, other = (su.static_prune(net, 40, rule, distribution, generator(0)) for rule in ("magnitude", "backward"))
+    assert same(one, other)
+
+
 @given(st.data(), SHAPES, st.sampled_from([*su.DISTRIBUTIONS]), st.integers(1, 3))
 def test_the_highest_are_kept_by_rank_and_ties_go_to_the_lower_index(data, shapes, distribution, levels):
     g = generator(data.draw(st.integers(0, 99)))

@@ -1010,6 +1010,7 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     saved, other = finished[sac_tar], finished[td3_tar]
     small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
     digest = hashlib.sha256((saved / "final.pt").read_bytes()).hexdigest()[:12]
+    torch.save(load(saved) | {"log_alpha": torch.tensor(0.0)}, tmp_path / "0-dim.pt")
     for part in ("log_alpha", "actor"):
         edited = torch.load(saved / "final.pt", weights_only=True)
         (edited["log_alpha"] if part == "log_alpha" else edited["actor"]["action_scale"]).mul_(torch.inf)
@@ -1017,6 +1018,7 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     for flags, sentence in [
         ({"load": f"{tmp_path / 'log_alpha.pt'}", "hidden_size": 16}, "a weight of log_alpha in"),
         ({"load": f"{tmp_path / 'actor.pt'}", "hidden_size": 16}, "for other bounds of actions than those of Short-v0"),
+        ({"load": f"{tmp_path / '0-dim.pt'}", "hidden_size": 16}, "is not of the shape of this one"),
         ({"load": f"{saved}"}, "is not of the shape of this one"),  # 16 neurons against 256
         ({"load": f"{saved}", "hidden_size": 16, "env_id": "MountainCarContinuous-v0"}, "is not of the shape"),
         ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, log_alpha"),
