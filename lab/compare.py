@@ -411,6 +411,7 @@ def main(args: Args) -> None:
         runs, notes, against = read(folder, args)
     out = args.out or folder / "comparison"
     out.mkdir(parents=True, exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     for algo, of_algo in runs.groupby("algo"):
         styles, sparse, gains = figures.styles_of(of_algo), of_algo[~of_algo.dense], []
         sparsities = sorted(set(sparse.sparsity)) or [0.0]
@@ -427,7 +428,8 @@ def main(args: Args) -> None:
             figures.draw_gains(gained, out / f"{algo}_gains.png")
     for network, layers in masks.items():
         figures.draw_masks(network, layers, drawn, out / f"masks_{network}.png")
-    print(f"wrote {out}")
+    older = sorted(path.name for path, changed in before.items() if path.stat().st_mtime_ns == changed)
+    print(f"wrote {out}" + (f", where older files are: {', '.join(older)}" if older else ""))
 
 
 if __name__ == "__main__":

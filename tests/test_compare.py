@@ -200,11 +200,14 @@ def test_return_at_equal_time_and_flops(make, comparison):
     assert flops["return then"]["tar random+er"] == pytest.approx((50 + 50 + 300) / 3)
 
 
-def test_only_the_costs_that_are_asked_for_are_compared(make, comparison):
+def test_only_the_costs_that_are_asked_for_are_compared_and_files_of_others_are_named(make, comparison, capsys):
     for method in ("static", "tar"):
         make(5, method=method)
     assert {"time", "flops"} & comparison(costs=("flops",)).keys() == {"flops"}
     assert {"time", "flops"} <= comparison().keys()
+    assert "older" not in capsys.readouterr().out
+    comparison(costs=("flops",))
+    assert "comparison, where older files are: td3_tar_s0.9_time.csv\n" in capsys.readouterr().out
 
 
 def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_count(make, comparison):
