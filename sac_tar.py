@@ -210,8 +210,9 @@ def train(args: Args) -> Path:
     # a checkpoint holds everything that is in this dictionary: add here what you add to the agent
     state = {
         "actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target,
-        "log_alpha": log_alpha, "actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer, "nets": nets,
-        "schedule": schedule, "mask_generator": mask_generator, "progress": progress,
+        "entropy": nn.ParameterDict({"log_alpha": log_alpha}), "actor_optimizer": actor_optimizer,
+        "q_optimizer": q_optimizer, "nets": nets, "schedule": schedule, "mask_generator": mask_generator,
+        "progress": progress,
     }  # fmt: skip
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 

@@ -42,7 +42,7 @@ from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 
-CHECKPOINT_FORMAT = 8  # increased by every change after which older checkpoints cannot be resumed
+CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # flags that may change when a run is resumed, and that its folder is therefore not named after

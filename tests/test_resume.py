@@ -419,12 +419,12 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps(config | {"args": config["args"] | {"colour": 1}}))
     assert "are not those of this sac_tar.py" in resume(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    less = {name: state[name] for name in state.keys() - {"log_alpha", "random"}}
+    less = {name: state[name] for name in state.keys() - {"entropy", "random"}}
     for bad, sentence in [
         (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
-        (less, "lacks log_alpha, random; use the script that saved it"),
+        (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3}, "has format 3 and this version resumes 8; use the"),
+        (state | {"format": 3}, "has format 3 and this version resumes 7; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)
@@ -988,7 +988,7 @@ def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path
     assert weight[static].min() >= weight[~static].max()  # untrained so far
     checkpoint = load(begun / "checkpoint.pt")  # of step 60
     assert all(same(checkpoint[name], end[name]) for name in ("actor", "qf1", "qf2", "qf1_target", "qf2_target"))
-    assert all(same(checkpoint[name], end[name]) for name in {"log_alpha", "actor_target"} & end.keys())
+    assert all(same(checkpoint[name], end[name]) for name in {"entropy", "actor_target"} & end.keys())
     (config,) = (config for _, config in record.configs(tmp_path / "runs"))
     digest = hashlib.sha256((dense / "final.pt").read_bytes()).hexdigest()[:12]
     assert config["args"]["load"] == f"{dense}/final.pt@{digest}" and f"__load-{digest}__" in begun.name
@@ -1010,18 +1010,16 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     saved, other = finished[sac_tar], finished[td3_tar]
     small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
     digest = hashlib.sha256((saved / "final.pt").read_bytes()).hexdigest()[:12]
-    torch.save(load(saved) | {"log_alpha": torch.tensor(0.0)}, tmp_path / "0-dim.pt")
-    for part in ("log_alpha", "actor"):
+    for part, name in (("entropy", "log_alpha"), ("actor", "action_scale")):
         edited = torch.load(saved / "final.pt", weights_only=True)
-        (edited["log_alpha"] if part == "log_alpha" else edited["actor"]["action_scale"]).mul_(torch.inf)
+        edited[part][name] = edited[part][name] * torch.inf
         torch.save(edited, tmp_path / f"{part}.pt")
     for flags, sentence in [
-        ({"load": f"{tmp_path / 'log_alpha.pt'}", "hidden_size": 16}, "a weight of log_alpha in"),
+        ({"load": f"{tmp_path / 'entropy.pt'}", "hidden_size": 16}, "a weight of entropy in"),
         ({"load": f"{tmp_path / 'actor.pt'}", "hidden_size": 16}, "for other bounds of actions than those of Short-v0"),
-        ({"load": f"{tmp_path / '0-dim.pt'}", "hidden_size": 16}, "is not of the shape of this one"),
         ({"load": f"{saved}"}, "is not of the shape of this one"),  # 16 neurons against 256
         ({"load": f"{saved}", "hidden_size": 16, "env_id": "MountainCarContinuous-v0"}, "is not of the shape"),
-        ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, log_alpha"),
+        ({"load": f"{other}", "hidden_size": 16}, "do not both have actor_target, entropy"),
         ({"load": f"{saved / 'config.json'}", "hidden_size": 16}, "cannot read"),
         ({"load": "nowhere", "hidden_size": 16}, "cannot read --load nowhere (No such file or directory)"),
         ({"load": f"{saved / 'final.pt'}@{'0' * 12}"}, f"is now {saved / 'final.pt'}@{digest}; the file was written"),
@@ -1032,6 +1030,8 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     assert not (tmp_path / "runs").exists()
     known = sac_tar.Args(**small | {"load": f"{saved / 'final.pt'}@{digest}", "hidden_size": 16, "eval_episodes": 1})
     assert sac_tar.train(known).exists()
+    with pytest.raises(ValueError, match=r"has the shape \(6,\)"):  # a tensor in `state`, which must not be broadcast
+        lab.run.put_back(torch.ones(6), torch.ones(1))
 
 
 # evaluate and watch
