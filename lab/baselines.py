@@ -225,8 +225,8 @@ class Flags:
     final_prune_at: int | None = None
     # The number of cycles in which all learning rates rise and fall. Adam starts anew in each (SCULPT).
     lr_cycles: int | None = None
-    # The number of rewards that a critic's target adds up before it bootstraps (RLx2, Tan et al. 2023). SAC's target has
-    # the entropy of the last action alone.
+    # The number of rewards that a critic's target adds up before it bootstraps (RLx2, Tan et al. 2023). SAC's target
+    # has the entropy of the last action alone.
     n_step: int = 1
     n_step_from: int = 0  # Use one-step targets before this environment step (RLx2).
     recent_fraction: float = 0.0  # The fraction of each batch that is drawn from the newest transitions (after MAST).
