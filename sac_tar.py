@@ -95,7 +95,7 @@ LOG_STD_MIN = -5
 
 class Actor(nn.Sequential):
     def __init__(self, env: gym.Env, hidden_size: int):
-        # one output layer for mean and log_std, so that TAR sees one layer
+        # mean and log_std share one output layer, which TAR treats as one
         super().__init__(mlp_layers(env.observation_space.shape[0], hidden_size, 2 * env.action_space.shape[0]))
         high, low = torch.from_numpy(env.action_space.high).float(), torch.from_numpy(env.action_space.low).float()
         self.register_buffer("action_scale", (high - low) / 2)
@@ -146,9 +146,9 @@ def policy_loss(actor, qf1, qf2, alpha, data: Batch):
 def count_flops(nets: dict[str, Net], batch_size: int) -> tuple[int, int, int]:
     """Floating-point operations of an action, a critic update and an actor update, as the field counts them (Evci et
     al. 2020). Per active connection and sample: 2 forward, 2 backward to the inputs and 2 for the gradient of the
-    weights. A critic update runs the actor and the targets forward, and the critics forward and backward. An actor
-    update runs the actor forward and backward, and the critics forward and back to their inputs. Biases, activations,
-    optimizers and one-off pruning are left out. The first network is the actor, all others are critics."""
+    weights. Biases, activations, optimizers and one-off pruning are left out. The first network is the actor, all
+    others are critics. A critic update runs the actor and the targets forward, and the critics forward and backward. An
+    actor update runs the actor forward and backward, and the critics forward and back to their inputs."""
     actor, *critics = (2 * net.active for net in nets.values())
     critic_update = actor + 4 * sum(critics)
     return actor, batch_size * critic_update, batch_size * (3 * actor + 2 * sum(critics))
@@ -226,7 +226,7 @@ def train(args: Args) -> Path:
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game; what --resume or --load reads is in place since Run(...)
+    # TRY NOT TO MODIFY: start the game; Run(...) has put in place what --resume or --load reads
     done = True
     for global_step in run.steps():  # the last one, --total-timesteps, only evaluates
         if done:
@@ -243,9 +243,9 @@ def train(args: Args) -> Path:
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive, once all networks are pruned, so that all methods draw the same random masks: R pruned
-                # connections come back with their weights, at random in the layers whose topology needs them; R is 0
-                # for methods that revive nothing
+                # revive, after all prunings, so that all methods draw the same random masks: R pruned connections come
+                # back with their weights, at random in the layers whose topology needs them; R is 0 for methods that
+                # revive nothing
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
@@ -254,13 +254,14 @@ def train(args: Args) -> Path:
                 schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
             run.log_topology(global_step)
 
-        run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], 2 * nets["actor"].active)
+        action_flops, _, _ = count_flops(nets, args.batch_size)
+        run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], action_flops)
         if global_step == args.total_timesteps:
             break
 
         # BASELINES: rewiring (set, rigl, cht, chts), learning rates of --lr-cycles, temperature of dynadiag
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
-        action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)
+        action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)  # anew: rewiring may change them
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts and args.load is None:

@@ -286,10 +286,10 @@ def fingerprint(
             value = [value.mean, value.var, value.count]
         if isinstance(value, dict) and not {"params", "lr"} <= value.keys():
             value = [*value.items()]
-        if isinstance(value, (set, frozenset)):
-            value = sorted(map(repr, value))
-        parts = [content(part, above) for part in value] if isinstance(value, (list, tuple, deque)) else [None]
-        return None if None in parts else b" ".join(parts)
+        known = isinstance(value, (list, tuple, deque, set, frozenset))
+        parts = [content(part, above) for part in value] if known else [None]
+        ordered = sorted if isinstance(value, (set, frozenset)) else list
+        return None if None in parts else b" ".join(ordered(parts))
 
     named = [pair for variable in variables.items() for pair in inside(*variable)]
     for layer in layers(env):

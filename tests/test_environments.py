@@ -377,6 +377,7 @@ class Hidden(Plain):
         self.episodes, self.visits, self.name = 0, [0, 0], "hidden"
         self.seen, self.task, self.solver, self.loop = set(), {"params": [0]}, None, []
         self.loop.append(self.loop)
+        self.pool = {object()}  # of which nothing can be compared
 
     def begin(self):
         self.episodes += 1

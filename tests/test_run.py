@@ -194,7 +194,7 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
         "reserve": None, "alpha": None, "load": str(tmp_path / "agent.pt"),
     }  # fmt: skip
     kept = {"total_timesteps", "checkpoint_frequency", "capture_video", "torch_threads", "device", "compute", "resume"}
-    names, kept = {plain}, kept | {"save_buffer", "runs_dir", "evaluate"}
+    names, kept = {plain}, kept | {"runs_dir", "evaluate"}
     for flag in (flag for flag in dataclasses.fields(script.Args) if flag.name not in kept):
         default = at_work.get(flag.name, flag.default)
         other = others.get(flag.name, not default if isinstance(default, bool) else (default or 1) * 2)

@@ -409,7 +409,7 @@ def known_times(net: Net, batch_size: int) -> Times:
     file = load_kernels().times / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
     def read() -> Times | None:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or one that a dying machine left damaged
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no such file, or a damaged one
             return tuple(json.loads(file.read_text())["milliseconds"])
 
     times = read()
