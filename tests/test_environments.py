@@ -377,11 +377,12 @@ class Hidden(Plain):
         self.episodes, self.visits, self.name = 0, [0, 0], "hidden"
         self.seen, self.task, self.solver, self.loop = set(), {"params": [0]}, None, []
         self.loop.append(self.loop)
-        self.pool = {object()}  # of which nothing can be compared
+        self.pool = set()  # of objects, of which nothing can be compared
 
     def begin(self):
         self.episodes += 1
         self.seen.add(str(self.episodes))
+        self.pool.add(object())
         self.task["params"][0] = self.episodes
         self.visits[self.episodes % 2] += 1
         return 0.0
