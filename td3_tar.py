@@ -230,14 +230,13 @@ def train(args: Args) -> Path:
                 schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
             run.log_topology(global_step)
 
-        action_flops, _, _ = count_flops(nets, args.batch_size)
-        run.evaluate(global_step, actor, progress["training_flops"], action_flops)
+        run.evaluate(global_step, actor, progress["training_flops"], count_flops(nets, 1)[0])
         if global_step == args.total_timesteps:
             break
 
         # BASELINES: rewiring (set, rigl, cht, chts), learning rates of --lr-cycles, temperature of dynadiag
         progress["training_flops"] += schedule.step(global_step, own_losses, run)
-        action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)  # anew: rewiring may change them
+        action_flops, critic_flops, actor_flops = count_flops(nets, args.batch_size)
 
         # ALGO LOGIC: put action logic here
         if global_step < args.learning_starts and args.load is None:
