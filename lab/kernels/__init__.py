@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import shlex
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -133,7 +135,10 @@ def not_here(*_: object) -> None:
 
 
 def too_late(_: object) -> None:
-    raise RuntimeError("a loss cannot be differentiated once layers have left the kernels, as in `in_torch`")
+    raise RuntimeError(
+        "a loss cannot be differentiated once layers have entered or left the kernels, as by `in_torch`; "
+        "compute it on one side, or train with --compute masked"
+    )
 
 
 class InChain:
@@ -191,7 +196,7 @@ class SparseMLP(nn.Module):
         self.widest_dense_input = max((layer.n_in for layer in self.layers if layer.dense), default=0)
 
     def __getstate__(self) -> dict:
-        """For copy.deepcopy and torch.save: pointers are made anew by the copy."""
+        """For copy.deepcopy: pointers are made anew by the copy."""
         return {name: value for name, value in self.__dict__.items() if name not in ("kernels", "indices", "layers")}
 
     def __setstate__(self, state: dict) -> None:
@@ -273,7 +278,7 @@ def trace(network: nn.Module) -> tuple[list | None, set[str]]:
     """The operations of a network's forward in order, and the names of the parameters that forward itself reads, as far
     as torch.fx can follow. The operations are None if torch.fx cannot follow forward, for example through an `if` on a
     value, or if forward stores in the network a tensor that it computed."""
-    tracer, followed = torch.fx.Tracer(), True
+    tracer, followed, generators = torch.fx.Tracer(), True, (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng(devices=[]):
             tracer.trace(traced := copy.deepcopy(network))  # a copy, since forward may leave something there
@@ -281,6 +286,8 @@ def trace(network: nn.Module) -> tuple[list | None, set[str]]:
         followed = "Proxy(" not in repr(left)  # torch.fx runs forward with Proxy objects as tensors
     except Exception:  # of any kind, since the Proxy objects are not tensors
         followed = False
+    random.setstate(generators[0])
+    np.random.set_state(generators[1])
     nodes = {node: i for i, node in enumerate(tracer.graph.nodes)} if hasattr(tracer, "graph") else {}
     steps = [(str(n.target).split(".")[-1], torch.fx.map_arg((n.args, n.kwargs), nodes.get)) for n in nodes]
     return steps if followed else None, {node.target for node in nodes if node.op == "get_attr"}
@@ -447,13 +454,17 @@ def choose(
             if compute == "sparse":
                 raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
             return in_torch, why_not
-        in_kernels = "sparse" if is_chain(net) else "sparse layer by layer"
+        in_kernels = "sparse" if is_chain(net) else f"sparse in layers with up to {MOST_BY_LAYER:.0%} of connections"
         if compute == "sparse":
             return in_kernels, "--compute sparse asks for it"
         if kept is not None:
             return in_kernels if name in kept else in_torch, "the run was begun so"
         if net.budget > MOST_BY_LAYER * net.size and not is_chain(net):
             return in_torch, "single layers with so many connections take less time in torch"
+        try:
+            copy.deepcopy(net.network)
+        except Exception as error:  # of any kind, since it may hold an open file or the like
+            return in_torch, f"it cannot be copied to be timed: {next(iter(str(error).splitlines()), '')}"
         times[name] = by_torch, by_kernels = known_times(net, batch_size)
         comparison = f"{by_kernels / by_torch:.2f} of torch's time ({by_kernels:.2f} of {by_torch:.2f} ms a pass)"
         if by_kernels < by_torch:
@@ -506,7 +517,7 @@ def expand(nets: dict[str, Net]) -> None:
 def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     """Inside the block all networks are ordinary torch modules, whose masks, weights and optimizers may be read and
     changed; afterwards each trains within its masks, also where these are new, and networks that are `in_kernels` are
-    compact again."""
+    compact again. No such block stands within another."""
     expand(nets)
     yield
     sparse_utils.fix_masks({name: net for name, net in nets.items() if net.masks})
@@ -516,24 +527,26 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
 @contextlib.contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Inside the block no parameter of the network gets a gradient, which saves the time of computing it."""
-    trained = [param for param in network.parameters() if param.requires_grad]
-    for param in trained:
+    params = dict(network.named_parameters())
+    fixed = {name for name, param in params.items() if not param.requires_grad}
+    for param in params.values():
         param.requires_grad_(False)
     yield
-    for param in trained:
-        param.requires_grad_(True)
+    for name, param in network.named_parameters():  # which `in_torch` may have put in the place of others
+        param.requires_grad_(name not in fixed)
 
 
 def compact_part(
     network: nn.Module, names: list[str], masks: Masks, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """`compact` for the modules of these names. Their parameters stay in the optimizer, so that `expand` leaves its
-    groups in the original order. Without gradients they are not updated."""
+    groups in the original order. They get no gradients: one of a loss from before ends in a RuntimeError."""
     replaced = {name: network.get_submodule(name) for name in names}
     linears = {name: replaced[name] for name in names if name in masks}
     mlp = SparseMLP(linears, masks)
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
+    mlp.guards = [param.register_hook(too_late) for param in dense if param.requires_grad]
     mlp.flat.requires_grad_(dense[0].requires_grad)
     if all(param.grad is not None for param in dense):
         mlp.flat.grad = mlp.compress({name: (m.weight.grad, m.bias.grad) for name, m in linears.items()})
@@ -562,6 +575,8 @@ def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optim
     """`expand` for the modules that `compact_part` has replaced."""
     if mlp.flat.requires_grad:
         mlp.flat.register_hook(too_late)
+    for guard in mlp.guards:
+        guard.remove()
     if len(mlp.replaced) > 1:
         del network.sparse
     for name, module in mlp.replaced.items():

@@ -177,7 +177,7 @@ static void forward(const Layer *layers, int count, const float *params, int64_t
 
 // `tiles` is what forward kept; each layer's gradient of its input takes the place of the input. Writes the parameters'
 // gradients to `grad_params` and the input's to `grad_x`, if they are given. `scratch` has room for the values of a sparse
-// layer and for the transposed inputs of a dense one, ceil(batch / T) * ceil(n_in / T) squares of T * T.
+// layer or, in turn, the transposed inputs of a dense one, ceil(batch / T) * ceil(n_in / T) squares of T * T.
 template <typename vec, int V>
 static void backward(const Layer *layers, int count, const float *params, int64_t batch, const float *grad_y,
                      float *grad_x, float *grad_params, float *tiles, float *scratch, int threads) {
