@@ -91,7 +91,7 @@ class Layer(NamedTuple):
     """What a rule of rewiring is given of one layer, each tensor of shape (n_out, n_in)."""
 
     weight: Tensor
-    gradient: Tensor | None  # of the network's own loss; None unless the rule says `uses_loss`
+    gradient: Tensor | None  # of the network's own loss; None unless growth or drop says `uses_loss`
     mask: Tensor  # growth: what the drop has left
     generator: torch.Generator  # on the CPU
     done: float  # fraction of all rewirings, this one included; 1 at the last
@@ -262,8 +262,9 @@ def check(args: object) -> None:
     within = args.lr_cycles is None or 1 <= args.lr_cycles <= steps
     rules["lr_cycles"] = (within, f"from 1 to the {steps} steps after --learning-starts")
     rules["density_start"] = (start is None or 0 < start < 1, "above 0 and below 1")
-    within = final is None or args.prune_at < final < args.total_timesteps
-    rules["final_prune_at"] = (within, f"after --prune-at {args.prune_at} and before the end")
+    first = max(args.prune_at, args.learning_starts)
+    within = final is None or first < final < args.total_timesteps
+    rules["final_prune_at"] = (within, f"after --prune-at and --learning-starts, so {first}, and before the end")
     require(args, rules | within_training(args, "n_step_from"))
     methods = {args.method, args.critic_method} - sparse_utils.UNPRUNED.keys()
     stay, rewired = sorted(methods - GROWTHS.keys()), sorted(methods & GROWTHS.keys())
@@ -363,9 +364,10 @@ def rewire_layers(
 ) -> None:
     """Change the masks of these layers in place: drop the connections that a layer has above its count, and a fraction
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
-    that were inactive before. Of equal ones the lower index is dropped, or grows, first. A layer where cht or chts has
-    settled joins `stopped`. A layer that is to be full drops nothing: it would regrow all of it, but neurons that it
-    had cut off meanwhile would have lost their connections in other layers."""
+    that were inactive before. Of equal ones the lower index is dropped, or grows, first. With cht and chts
+    `remove_chains` drops more in between, and a layer that has settled joins `stopped`. A layer that is to be full
+    drops nothing: it would regrow all of it, but neurons that it had cut off meanwhile would have lost their
+    connections in other layers."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()
@@ -389,12 +391,15 @@ def rewire(net: Net, rules: Rules, loss: Tensor | None, stopped: list[str], frac
     """Rewire a network between its active neurons, its masks in place. If net.budget is less than its connections, a
     layer keeps as many as pruning by magnitude with the rules' distribution would leave there. `loss` is the network's
     own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's moments and
-    in the target; a connection that was inactive before starts at zero."""
+    in the target; a connection that was inactive before starts at zero. Raises ValueError if a rule needs a loss and
+    there is none."""
     left = sparse_utils.static_prune(net, net.budget, "magnitude", rules.distribution, rules.generator)
     counts = {name: int(mask.sum()) for name, mask in left.items()}
     weights, masks = active_part(net.weights, net.width), active_part(net.masks, net.width)
     gradients = dict.fromkeys(weights)
     if rules.growth.uses_loss or rules.drop.uses_loss:
+        if loss is None:
+            raise ValueError("a rule of rewiring uses the loss of every network; let own_losses of the script give it")
         dense = torch.autograd.grad(loss, list(net.weights.values()))
         gradients = active_part(dict(zip(net.weights, dense, strict=True)), net.width)
     layers = {n: Layer(weights[n].detach(), gradients[n], mask, rules.generator, done) for n, mask in masks.items()}
@@ -503,7 +508,7 @@ def decayed(start: int, end: int, done: float) -> int:
 def first_budget(net: Net, density: float | None) -> tuple[int, int]:
     """K and R of the first pruning: those of the network, or with --density-start that fraction of its weights and no
     revival. Raises ValueError unless that is more than K and less than the active neurons can hold."""
-    if density is None or net.method in sparse_utils.UNPRUNED:
+    if density is None or net.budget == net.size:
         return net.budget, net.reserve
     start, most = round(density * net.size), sum(w.numel() for w in active_part(net.weights, net.width).values())
     if not net.budget < start < most:
@@ -569,7 +574,8 @@ class Schedule:
                 self.diagonals.pop(name).end()
 
     def begin_pruning(self, global_step: int) -> str:
-        """Set K and R of every network for the pruning at this step. Returns the criterion."""
+        """Set K and R of every network for the pruning at this step. Returns the criterion. DynaDiag ends, and its
+        networks get their values without gates."""
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()
@@ -580,7 +586,7 @@ class Schedule:
         return self.args.criterion if global_step == self.args.prune_at else "magnitude"
 
     def after_pruning(self, global_step: int) -> None:
-        """Keep the masks that rewiring starts from; with --init sparse, rescale the weights that are left."""
+        """Keep the masks that rewiring starts from; at --prune-at, with --init sparse, rescale the weights left."""
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():

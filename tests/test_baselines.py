@@ -199,6 +199,15 @@ def test_a_layer_that_stays_full_takes_no_chains_with_it(method):
     assert 0 < int((before["fc1"] & ~masks["fc1"]).sum()) <= of["fc1"] // 2 and masks["fc1"].any(1).all()
 
 
+def test_a_rewiring_of_cht_takes_what_leads_nowhere_in_any_layer():
+    """A neuron that no later layer reads gives its connections to the others, though none is dropped for its weight."""
+    masks = {"fc1": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]).bool()}
+    masks["fc2"] = torch.tensor([[True, True, False]])
+    net = row({name: mask.float() for name, mask in masks.items()}, "cht", budget=8, masks=masks)
+    baselines.rewire(net, rules_of("cht"), None, [], 0.0, 0.5)
+    assert net.masks["fc1"].tolist() == [[True, True, True, False], [True, True, True, False], [False] * 4]
+
+
 @pytest.mark.parametrize("active, back, settled", [(20, 9, False), (20, 10, True), (66, 33, True), (68, 34, False)])
 def test_a_layer_stops_when_more_than_nine_tenths_grow_back_although_there_is_room_elsewhere(active, back, settled):
     """Of 100 places; half of the active ones is dropped, the first ones. A layer that has stopped is left as it is."""
@@ -228,7 +237,8 @@ REWIRINGS = [
 def test_counts_steps_and_fractions_of_rewirings_in_a_run(train, script, watch, flags, steps):
     flags = {"sparsity": 0.8, "rewire_every": 40, "rewire_fraction": 0.8, "rewire_stop": 0.9} | flags
     order, done, method = [], [], flags.get("critic_method", flags["method"])
-    watch(baselines, lambda *args: (yield order.append("rewire") or done.append(args[-1])), "rewire")
+    watch(baselines, lambda *_: (yield order.append("rewire")), "rewire")
+    watch(baselines, lambda layers, *_: (yield done.extend(of.done for of in layers.values())), "rewire_layers")
     watch(lab.run, lambda *_: (yield order.append("play")), "play")
     seen = train(total_timesteps=171, eval_frequency=40, policy_frequency=1, **flags)
     rewired = [name for name, net in seen.nets.items() if net.method == method]
@@ -299,15 +309,17 @@ DECAYS = [
     {"method": "rigl", "distribution": "global", "criterion": "magnitude"},
     {"method": "chts", "active_width": 20, "density_start": 0.4, "compute": "sparse"},
     {"method": "dense", "critic_method": "set", "regrow": False, "distribution": "uniform"},
+    {"method": "set", "critic_sparsity": 0.0},  # a network that keeps all has no density to fall
 ]
 
 
 @pytest.mark.parametrize("flags", DECAYS, ids=str)
-def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(train, script, flags):
-    flags = {"density_start": 0.5, "sparsity": 0.85, "rewire_every": 20, "rewire_stop": 0.9} | flags
+def test_the_count_is_that_of_the_schedule_at_every_rewiring_and_k_at_the_last(train, script, watch, flags):
+    flags, used = {"density_start": 0.5, "sparsity": 0.85, "rewire_every": 20, "rewire_stop": 0.9} | flags, set()
+    watch(baselines, lambda net, rules, *_: (yield used.add(rules.distribution)), "rewire")
     seen = train(total_timesteps=165, **flags)
-    assert list(seen.rewirings) == [80, 100, 120, 140]
-    for name in (name for name, net in seen.nets.items() if net.method != "dense"):
+    assert list(seen.rewirings) == [80, 100, 120, 140] and used == {flags.get("distribution", "er")}
+    for name in (name for name, net in seen.nets.items() if net.budget < net.size):
         size = seen.nets[name].size
         start, end = round(flags["density_start"] * size), round(0.15 * size)
         assert sum(counts(seen.prunings[60].masks[name])) == start and sum(counts(seen.masks[name])) == end
@@ -392,7 +404,10 @@ def test_all_rates_follow_the_cycles_and_adam_starts_anew_in_each(train, watch, 
         seen.setdefault(id(optimizer), []).append(([group["lr"] for group in optimizer.param_groups], state))
 
     watch(kernels.Adam, step)
-    nets = train(total_timesteps=160, lr_cycles=8, policy_frequency=1, **rates, **flags).nets
+    made = train(total_timesteps=160, lr_cycles=8, policy_frequency=1, **rates, **flags)
+    nets, logged, factor = made.nets, scalars(made.folder), baselines.lr_factor(100, 60, 160, 8)
+    for tag, rate in zip(("charts/actor_lr", "charts/critic_lr"), [*rates.values()] * 2):
+        assert logged[tag] == [(100, pytest.approx(factor * rate))]
     for name, base in {"qf1": [[*rates.values()][-1]], "actor": [*rates.values()]}.items():
         for now, (found, updates) in zip(range(61, 160), seen[id(nets[name].optimizer)], strict=True):
             assert found == [baselines.lr_factor(now, 60, 160, 8) * rate for rate in base]
@@ -611,13 +626,15 @@ REFUSED = [
     ({"recent_fraction": 1.0}, "--recent-fraction must be at least 0 and below 1"),
     ({"recent_fraction": 0.01}, "of --batch-size 32 is no transition; raise one"),
     ({"recent_fraction": 0.5, "recent_size": 160}, "is all that the buffer ever holds; choose a smaller one"),
+    ({"recent_fraction": 0.5, "recent_size": 64, "buffer_size": 64}, "--recent-size 64 is all that the buffer ever"),
     ({"lr_cycles": 101}, "--lr-cycles must be from 1 to the 100 steps after --learning-starts, got 101"),
     ({"final_prune_at": 100}, "--final-prune-at is the end of a --density-start; set both or neither"),
     ({"method": "rigl", "density_start": 1.0}, "must be above 0 and below 1, got 1.0"),
     ({"method": "rigl", **DECAY, "density_start": 0.1}, "choose one above the"),
     ({"method": "rigl", **DECAY, "density_start": 0.9, "active_width": 12}, "that its active neurons can have"),
     ({"method": "static", "density_start": 0.5}, "needs --final-prune-at where masks stay, as with --method static"),
-    ({"method": "tar", **TWICE, "final_prune_at": 60}, "must be after --prune-at 60 and before the end, got 60"),
+    ({"method": "tar", **TWICE, "final_prune_at": 60}, "after --prune-at and --learning-starts, so 60, and before"),
+    ({"method": "tar", **TWICE, "prune_at": 20, "final_prune_at": 50}, "--learning-starts, so 60, and before"),
     ({"method": "rigl", **TWICE}, "is for masks that stay"),
     ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
     ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),

@@ -301,10 +301,19 @@ def test_a_bad_revival_rule_is_refused_with_a_sentence_that_names_it(run, monkey
 
 
 def test_a_loss_is_each_networks_own_on_ten_batches_of_replay_data(train, script, watch):
-    """The loss that scores connections; and the one by whose gradient they grow, on one batch."""
-    made, used, names = {}, [], ("actor", "qf1", "qf2")
+    """The loss that scores connections; and the one by whose gradient they grow, on one batch. It is of the same
+    networks as the loss that trains; SAC's alpha is 1 until it is learned."""
+    made, used, names, of = {}, [], ("actor", "qf1", "qf2"), {"critic_losses": [], "policy_loss": []}
 
-    def policy_loss(*_):
+    def note(name, given):
+        of[name].append(([id(part) for part in given if isinstance(part, nn.Module)], given[-2]))
+
+    def critic_losses(*given):
+        note("critic_losses", given)
+        made.update(zip(names[1:], (yield)))
+
+    def policy_loss(*given):
+        note("policy_loss", given)
         result = yield
         made["actor"] = result[0] if isinstance(result, tuple) else result
 
@@ -313,13 +322,16 @@ def test_a_loss_is_each_networks_own_on_ten_batches_of_replay_data(train, script
             used.append((made["batch"], of))
         yield
 
-    watch(script, lambda *_: made.update(zip(names[1:], (yield))), "critic_losses")
+    watch(script, critic_losses)
     watch(script, policy_loss)
     watch(ReplayBuffer, lambda buffer, *of: (yield made.update(batch=of)), "sample")
     watch(su, use, "static_prune")
     watch(baselines, use, "rewire")
     train(method="rigl", criterion="snip", rewire_every=70, total_timesteps=100)
     assert used == [(batch, [name]) for batch in ((320, 0.99, 60), (32, 0.99, 70)) for name in names]
+    for calls in of.values():
+        assert len({tuple(networks) for networks, _ in calls}) == 1 < len(calls)
+        assert script is td3_tar or calls[0][1] == 1  # alpha
 
 
 # BUDGETS
