@@ -95,7 +95,7 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd
         fail(f"{folder} holds no finished run; it needs run folders with config.json and final.pt, or a runs.json")
     runs = pd.DataFrame(rows).sort_values("began", ignore_index=True)
     # scripts are of one algorithm if all flags of one are among the other's, as in an edited copy
-    flags = {script: set(rows.args.iloc[-1]) for script, rows in runs.groupby("script")}
+    flags = {script: set(record.identity(rows.args.iloc[-1])) for script, rows in runs.groupby("script")}
     by_size = sorted(flags, key=lambda script: (len(flags[script]), script))
     first = {script: next(other for other in by_size if flags[other] <= flags[script]) for script in flags}
     alike = runs.script.groupby(runs.script.map(first))
@@ -225,7 +225,8 @@ def returns_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
 
 
 def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
-    """Over several environments, for arms with runs in all: IQM in % of dense, and P(better). Empty without either."""
+    """Over several environments, for arms with runs in all: P(better) and, where each environment has as many seeds and
+    so the same weight, IQM in % of dense. Empty without either."""
     env_ids, finals, rows = sorted(set(runs.env_id)), finals_of(runs), []
     arms = [arm for arm in arms_of(runs) if all((env_id, arm) in finals for env_id in env_ids)]
     dense = [arm for arm in arms if runs.dense[runs.arm == arm].all()]
@@ -233,7 +234,7 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     for arm in arms if len(env_ids) > 1 else ():
         own = [finals[env_id, arm].to_numpy() for env_id in env_ids]
         row = {"arm": arm, "environments": len(env_ids), "n": sum(map(len, own))}
-        if len(dense) == 1 and min(scale) > 0:
+        if len(dense) == 1 and min(scale) > 0 and len({*map(len, own)}) == 1:
             percent = [100 * sample / mean for sample, mean in zip(own, scale)]
             row |= with_interval("IQM, % of dense", bootstrapped(iqm, percent))
         other = chosen.get(arm) if chosen.get(arm) in arms else None
@@ -311,8 +312,8 @@ that under `against` (Agarwal et al. 2021), has no interval below five seeds, no
 only seeds that were run. Lines are means; in panels of up to six arms thin lines are seeds (from six seeds on: a
 shade, their 95% t interval); light grey lines are other methods."""),
     "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
-in % of dense, if one dense arm is among them, with a 95% stratified bootstrap interval, too narrow at few seeds and
-since the mean of dense is fixed; and the mean of P(better)."""),
+in % of dense, if one dense arm is among them and all environments have as many seeds, with a 95% stratified bootstrap
+interval, too narrow at few seeds and since the mean of dense is fixed; and the mean of P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
 counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
@@ -424,7 +425,7 @@ def main(args: Args) -> None:
             group = of_algo[own & ~of_algo.env_id.isin(elsewhere)].sort_values(["env_id", "base", "arm", "seed"])
             write_page(group, notes, args, against, styles, out / f"{algo}_s{sparsity}")
             gains.append(gains_of(group, references(group, None)))
-        if sparse.base.nunique() > 1 and len(gained := pd.concat(gains)):
+        if sparse.base[sparse.base != ""].nunique() > 1 and len(gained := pd.concat(gains)):
             figures.draw_gains(gained, out / f"{algo}_gains.png")
     for network, layers in masks.items():
         figures.draw_masks(network, layers, drawn, out / f"masks_{network}.png")

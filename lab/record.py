@@ -211,8 +211,9 @@ def sources(script: Path, env_id: str = "") -> list[Path]:
     import, directly or not, from the folders that `folders_of` gives, with kernels.cpp. See NOT_OF_THE_CODE."""
     script, folders = script.resolve(), folders_of(script)
     found = {script: ""}  # the name under which each was imported, by which they are sorted
-    waiting = [*modules_in(script, folders)]
-    waiting += [(env_id.partition(":")[0].replace(".", "/"), folders)] if ":" in env_id else []
+    parts = env_id.partition(":")[0].split(".") if ":" in env_id else []
+    waiting = [("/".join(parts[:n]), folders) for n in range(1, len(parts) + 1)]
+    waiting += modules_in(script, folders)
     for name, roots in waiting:  # which grows on the way
         if name in NOT_OF_THE_CODE:
             continue

@@ -42,7 +42,10 @@ def results_in(folder: Path, unfinished: list[str]) -> Iterator[dict]:
 
 
 def read_evaluations(grid: Path) -> pd.DataFrame:
-    table = pd.read_csv(grid / "evaluations.csv", dtype=dict.fromkeys(TAGS, np.float32))
+    file = grid / "evaluations.csv"
+    if not file.exists():
+        fail(f"{grid} has runs.json and no evaluations.csv; bring both from one grid")
+    table = pd.read_csv(file, dtype=dict.fromkeys(TAGS, np.float32) | {"run": str})
     return table.astype(dict.fromkeys(TAGS, float))
 
 

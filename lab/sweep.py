@@ -56,7 +56,8 @@ class Args:
     first_seed: int = 1  # The first seed. A higher one leaves out seeds on which something was chosen.
     total_timesteps: int = 1_000_000  # Environment steps of each run.
     runs_dir: str = "runs"  # The folder of the run folders. What the runs print goes to sweep_logs in it.
-    like: str | None = None  # Run all runs of this folder again, with the flags that they record, in place of a grid.
+    # Run all runs of this folder again, with the flags that they record but one thread each, in place of a grid.
+    like: str | None = None
     published: str | None = None  # A folder, such as runs/published, whose finished runs need not be run again.
     any_code: bool = False  # Count and resume runs of other code too, not only those of the scripts as they are now.
     ray_address: str | None = None  # A running Ray cluster, auto or host:port. The default is this machine's cores.

@@ -44,8 +44,7 @@ def topology_report(nets: dict[str, Net]) -> dict:
                 "dead_units": [int((~m.any(1)).sum()) for m in (static_part[name], part)],
             }
         found = tuple(sum(layer[key] for layer in layers.values()) for key in ("active", "revived"))
-        if found != (net.budget, net.reserve):
-            row = (net.budget, net.reserve)
+        if found != (row := (net.budget, net.reserve)):
             raise ValueError(f"{network} has (active, revived) {found} in place of {row}; {advice}")
         report[network] = {"budget": net.budget, "reserve": net.reserve, "active_width": net.width, "layers": layers}
     return report
@@ -123,7 +122,8 @@ def mask_image(net: Net, layer: str, rewired: bool = False) -> np.ndarray:
 def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], *sizes: int) -> dict:
     """Log what pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and in
     TensorBoard alone a picture and the density of each layer. `sizes` are those of an observation and of an action.
-    Returns the report."""
+    Returns the report. A network without an nn.Linear is in none of them."""
+    nets = {name: net for name, net in nets.items() if net.masks}
     report = topology_report(nets)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")

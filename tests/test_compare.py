@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -106,7 +108,8 @@ def comparison(tmp_path, monkeypatch, request):
 @pytest.fixture
 def arms(comparison):
     """Each arm and its final return, or another column."""
-    return lambda name="final return", **args: comparison(**args)["returns"].set_index("arm")[name].to_dict()
+    column = lambda name, table: table["returns"].set_index("arm")[name].to_dict()  # noqa: E731
+    return lambda name="final return", *folder, **args: column(name, comparison(*folder, **args))
 
 
 RETURNS = {  # of seeds 1, 2, 3 and, for some, more
@@ -153,20 +156,32 @@ def test_means_paired_differences_and_probabilities(grid, comparison):
     assert (row[4], row[-1]) == ("690.0 [473.2, 906.8]", "0.78 [0.40, 1.00]")
 
 
-def test_means_across_environments(grid, comparison):
-    """The bootstrap, done here anew, draws seeds within each environment."""
+def test_means_across_environments(grid, make, comparison, tmp_path):
+    """The bootstrap, done here anew, draws seeds within each environment. Where one environment has more seeds, and so
+    more weight in an IQM, there is none; P(better) is a mean of that in each environment."""
     rng, table = np.random.default_rng(1), comparison()["aggregate"].set_index("arm")
+    assert "IQM, % of dense" not in table and list(table.n) == [8, 8, 8] and list(table.environments) == [2, 2, 2]
+    for method in ("dense", "tar"):
+        wins = [beats(RETURNS[env, method], RETURNS[env, "static"]) for env in ("A-v1", "B-v1")]
+        row = table.loc[method if method == "dense" else f"{method} random+er"]
+        assert row["P(better)"] == pytest.approx(np.mean(wins)) and np.isnan(row["P(better) low"])
+    for path in (tmp_path / "runs").glob("A-v1__*__[45]__*"):
+        (path / "final.pt").unlink()
+    table = comparison()["aggregate"].set_index("arm")
     for method in ("dense", "static", "tar"):
         row = table.loc[method if method == "dense" else f"{method} random+er"]
-        percent = [100 * np.array(RETURNS[env, method]) / np.mean(RETURNS[env, "dense"]) for env in ("A-v1", "B-v1")]
-        drawn = np.concatenate([one[rng.integers(len(one), size=(20_000, len(one)))] for one in percent], 1)
-        assert row["IQM, % of dense"] == pytest.approx(np.sort(np.concatenate(percent))[2:-2].mean())  # 8 // 4 off
-        ends = np.percentile(np.sort(drawn)[:, 2:-2].mean(1), [2.5, 97.5])
+        returns = [np.array(RETURNS[env, method][:3]) for env in ("A-v1", "B-v1")]
+        percent = [100 * own / np.mean(RETURNS[env, "dense"][:3]) for own, env in zip(returns, ("A-v1", "B-v1"))]
+        drawn = np.concatenate([one[rng.integers(3, size=(20_000, 3))] for one in percent], 1)
+        assert row["IQM, % of dense"] == pytest.approx(np.sort(np.concatenate(percent))[1:-1].mean())  # 6 // 4 off
+        ends = np.percentile(np.sort(drawn)[:, 1:-1].mean(1), [2.5, 97.5])
         assert [row["IQM, % of dense low"], row["IQM, % of dense high"]] == pytest.approx(ends, rel=0.03)
-        if method != "static":
-            wins = [beats(RETURNS[env, method], RETURNS[env, "static"]) for env in ("A-v1", "B-v1")]
-            assert row["P(better)"] == pytest.approx(np.mean(wins)) and np.isnan(row["P(better) low"])
-    assert list(table.n) == [8, 8, 8] and list(table.environments) == [2, 2, 2]
+    make(-900, "B-v1", "dense", 3)  # a mean below 0 is no scale
+    assert "IQM, % of dense" not in comparison()["aggregate"]
+    for env_id, seed in itertools.product(("A-v1", "B-v1"), (1, 2, 3)):
+        make(50 + seed, env_id, "dense", seed, hidden_size=12)  # nor are two
+        make(50, env_id, "dense", seed)
+    assert "IQM, % of dense" not in comparison()["aggregate"]
 
 
 def test_each_arm_against_each_other_where_both_have_runs(grid, make, comparison):
@@ -200,6 +215,27 @@ def test_return_at_equal_time_and_flops(make, comparison):
     assert flops["return then"]["tar random+er"] == pytest.approx((50 + 50 + 300) / 3)
 
 
+def test_a_page_has_its_figures_and_a_curve_ends_where_its_shortest_run_does(make, tmp_path, monkeypatch):
+    lines, finish = {}, figures.finish
+
+    def noted(figure, path, names):
+        curves = [line.get_xdata() for line in figure.axes[0].lines if len(line.get_xdata()) > 2]
+        lines[Path(path).name] = {round(points[-1], 3) for points in curves}
+        finish(figure, path, names)
+
+    monkeypatch.setattr(figures, "finish", noted)
+    for seed, method in itertools.product((1, 2), ("static", "tar")):
+        make(40 * seed, method=method, seed=seed, pace=0.3 * seed)
+    compare.main(compare.Args(tmp_path / "runs"))
+    page = tmp_path / "runs" / "comparison" / "td3_tar_s0.9.md"
+    names = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+    assert names == [f"td3_tar_s0.9_{kind}.png" for kind in ("curves", "time", "flops")]
+    for name in names:
+        with Image.open(page.parent / name) as image:
+            assert image.size > (500, 300)
+    assert lines["td3_tar_s0.9_time.png"] == {5}  # minutes
+
+
 def test_only_the_costs_that_are_asked_for_are_compared_and_files_of_others_are_named(make, comparison, capsys):
     for method in ("static", "tar"):
         make(5, method=method)
@@ -220,6 +256,8 @@ def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_co
     assert list(time.n) == [2, 1] and list(time["a whole run, minutes"]) == pytest.approx([1000 / 60] * 2)
     assert "another processor than that of most runs made them: 1 on A-v1 of tar random+er." in page
     assert "Left out by 1e12 FLOPs, since they have no 1e12 FLOPs: 1 on A-v1 of tar random+er." in page
+    make(5, "B-v1", segments=[{"processor": "another"}])
+    assert list(comparison()["time"].n) == [2, 1, 1]
     # three intervals in turn, or all after a change of the machine's load, are time; one or two are not
     for intervals, expected in (
         ([1, 1, 1, 9, 9, 9, 1], 31), ([1, 1, 9, 9, 9], 29), ([1, 1, 90, 1, 1], 5), ([90, 1, 1, 1], 4), ([1, 1, 90], 3),
@@ -275,7 +313,7 @@ def test_a_method_that_began_from_a_file_beside_one_that_did_not_is_a_caveat(mak
     assert "- Not the same load: @0123456789ab in 1 of 2 runs; none in 1 of 2 runs.\n" in comparison()["page"]
 
 
-def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_flags_are_another(make, arms):
+def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_flags_are_another(make, arms, tmp_path):
     make(5)
     make(3, method="static")
     make(8, script="my_td3", my_coefficient=1)
@@ -284,6 +322,11 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     copy = arms(algo="my_td3+td3_tar")
     assert copy == {"static random+er td3_tar": 3, "tar random+er my_td3": 8, "tar random+er td3_tar": 5}
     assert arms(algo="sac_tar") == {"tar random+er": 7}
+    grid = tmp_path / "grid"  # of run folders and published runs, which record fewer flags
+    for run in (tmp_path / "runs").glob("*_td3*"):
+        shutil.copytree(run, (tmp_path / "other" if "my_td3" in run.name else grid) / run.name)
+    results.publish(results.results_in(tmp_path / "other", []), grid)
+    assert arms("final return", grid, algo="my_td3+td3_tar") == copy
     make(3, method="static", script="my_td3")  # each script's own control
     for script, method in itertools.product(("my_td3", "td3_tar"), ("dense", "tiny")):
         make(2, method=method, script=script)
@@ -339,6 +382,8 @@ def test_what_other_code_ran_again_later_is_said(make, comparison):
     make(2, segments=[{"code": 12 * "b"}])
     sentence = "Left out, since run again later by other code (with --separate-code each code has an arm): "
     assert f"- {sentence}{first.name}.\n" in comparison()["page"]
+    first.rename(first.with_name(first.name.replace("__1__", "__z__1__")))  # in whose name more flags are
+    assert f"- {sentence}{first.name.replace('__1__', '__z__1__')}.\n" in comparison()["page"]
 
 
 def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, comparison, capsys, tmp_path):
@@ -410,6 +455,7 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     for seed, value in enumerate([100 / 3, 1e-7, 123456.79, 0.1]):
         make(value, method="static", seed=seed, segments=[{"code": None}] if seed == 1 else [{}, {"from_step": 500}])
     run, published = make(5, steps=[0, 500, 1000]), tmp_path / "published"
+    (tmp_path / "numbered").mkdir()
     later = [("eval/episodic_return", 1000, 7.0), ("eval/episodic_length", 1000, 7.0), ("flops/training", 1000, 9e11)]
     resumed = run / "events.out.tfevents.1700050000.somehost.1.0"
     write_events(resumed, 1_700_050_000, later, {1000: 1_700_041_000.0})
@@ -450,6 +496,13 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
         assert (published / "runs.json").read_text() == runs
         assert ((published / "evaluations.csv").read_text() == evaluations) == (n == 0)
     comparison(published)  # evaluations without a run do not count
+    run.rename(numbered := tmp_path / "numbered" / "7")
+    (numbered / "final.pt").touch()
+    for _ in range(2):  # again it takes the place of itself
+        assert list(comparison(numbered.parent, publish=tmp_path / "of 7")["returns"].n) == [1]
+    assert len((tmp_path / "of 7" / "evaluations.csv").read_text().splitlines()) == 5
+    (tmp_path / "of 7" / "evaluations.csv").unlink()
+    assert "has runs.json and no evaluations.csv; bring both" in refused(capsys, comparison, tmp_path / "of 7")
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
     (published / "evaluations.csv").write_text(table)
     message = refused(capsys, comparison, published)
@@ -554,6 +607,10 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     assert points == {"random+er at 0.9": [[0, 1000], [10, 1000]], "random+global at 0.9": [[50, 1000]]}
     assert [y for line in uniform.lines[1:] for y in line.get_ydata()] == [1, 2, 1]
     assert (tar.get_title(), uniform.get_title()) == ("A-v1\ntar", "A-v1\nuniform")
+    drawn.clear()
+    make(1000, method="tiny")
+    comparison(arm=("random+er", "tiny"))  # on one base mask there is nothing to compare
+    assert "td3_tar_gains.png" not in drawn
 
 
 def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):

@@ -108,6 +108,24 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch)
     assert blind > read and f"| {blind} -> {read} |" in re.sub(" +", " ", table)
 
 
+class NoLinear(td3_tar.Actor):
+    def __init__(self, env, hidden_size):
+        super().__init__(env, hidden_size)
+        for name in [name for name, _ in self.named_children()]:
+            delattr(self, name)
+        self.weight = torch.nn.Parameter(torch.zeros(env.observation_space.shape[0], 1))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.weight) * self.action_scale + self.action_bias
+
+
+@pytest.mark.parametrize("script", ["td3"], indirect=True)
+def test_a_network_without_a_linear_layer_trains_beside_sparse_ones(run, script, monkeypatch):
+    monkeypatch.setattr(script, "Actor", NoLinear)
+    folder = run(method="dense", critic_method="tar", critic_sparsity=0.8)
+    assert json.loads((folder / "topology.json").read_text()).keys() == {"qf1", "qf2"}
+
+
 def test_an_emptied_layer_is_a_warning_on_the_console_and_in_the_log(run, capsys):
     run_dir = run(method="static", criterion="magnitude", distribution="global", sparsity=0.97, prune_at=70)
     sentence, out = "qf1.fc3 keeps no connection after static pruning and has 0 after revival.", capsys.readouterr().out
@@ -274,6 +292,17 @@ def test_what_the_environment_and_the_files_beside_a_script_import_is_code_too(t
     with (tmp_path / "project" / "sparse_utils.py").open("a") as file:
         file.write("edited = 1\n")
     assert record.code_hash(script, "my_envs:Mine-v0") not in seen
+
+
+def test_the_packages_that_the_module_of_an_environment_is_in_are_code(tmp_path):
+    (tmp_path / "my_envs" / "small").mkdir(parents=True)
+    (tmp_path / "my_sac.py").write_text("")
+    seen = []
+    files = {"small/point.py": "from .. import g", "small/__init__.py": "g = 9.81", "__init__.py": "g = 1.62"}
+    for name, text in files.items():
+        (tmp_path / "my_envs" / name).write_text(text)
+        seen.append(record.code_hash(tmp_path / "my_sac.py", "my_envs.small.point:Point-v0"))
+    assert len({*seen}) == 3
 
 
 def test_modules_on_the_path_that_are_not_installed_are_code(tmp_path, monkeypatch):
