@@ -49,8 +49,8 @@ class Args(baselines.Flags, RunFlags):
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: the most
-    # for which the active connections are 4 times the topology need of all layers (README.md), or the fewest that fit.
+    # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: as many as
+    # keep the active connections at 4 times the topology need of all layers (README.md), or the fewest that fit.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's

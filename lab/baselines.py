@@ -276,6 +276,8 @@ def check(args: object) -> None:
         fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
     if start is not None and rewired and final is not None:
         fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
+    if start is not None and methods and not max(args.sparsity, args.critic_sparsity):
+        fail("--density-start needs a network that is pruned; raise --sparsity")
     if start is not None and rewired and not args.save_buffer:
         fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
     if rewired and args.drop_criterion is None:
@@ -506,8 +508,9 @@ def decayed(start: int, end: int, done: float) -> int:
 
 
 def first_budget(net: Net, density: float | None) -> tuple[int, int]:
-    """K and R of the first pruning: those of the network, or with --density-start that fraction of its weights and no
-    revival. Raises ValueError unless that is more than K and less than the active neurons can hold."""
+    """K and R of the first pruning: those of the network, or with --density-start, if K is not all weights, that
+    fraction of them and no revival. Raises ValueError unless that is more than K and less than the active neurons can
+    hold."""
     if density is None or net.budget == net.size:
         return net.budget, net.reserve
     start, most = round(density * net.size), sum(w.numel() for w in active_part(net.weights, net.width).values())

@@ -239,7 +239,7 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
             row |= with_interval("IQM, % of dense", bootstrapped(iqm, percent))
         other = chosen.get(arm) if chosen.get(arm) in arms else None
         rows.append(row | {"against": other or "none"} | better(finals, arm, other, env_ids))
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=max(rows, key=len, default=None))
     return table if len(table.filter(regex="^IQM|^P").dropna(how="all")) else pd.DataFrame()
 
 

@@ -121,6 +121,7 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     masks = {
         network: {layer: (kinds["static"][layer].numpy(), mask.numpy()) for layer, mask in kinds["masks"].items()}
         for network, kinds in saved.items()
+        if kinds["masks"]
     }
     revived = any((after & ~before).any() for layers in masks.values() for before, after in layers.values())
     return masks if revived else {}

@@ -123,7 +123,7 @@ def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], *
     """Log what pruning and revival did to each network: a table and warnings on the console and in TensorBoard, and in
     TensorBoard alone a picture and the density of each layer. `sizes` are those of an observation and of an action.
     Returns the report. A network without an nn.Linear is in none of them."""
-    nets = {name: net for name, net in nets.items() if net.masks}
+    nets = {name: net for name, net in nets.items() if net.size}
     report = topology_report(nets)
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")

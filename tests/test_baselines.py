@@ -341,6 +341,8 @@ def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
     for net.budget, left in ((12, [9, 3]), (9, [6, 3]), (6, [4, 2]), (5, [4, 1])):
         baselines.rewire(net, rules_of("set", distribution="global"), None, [], 0.0, 0.5)
         assert counts(net.masks) == left and net.active == net.budget
+    with pytest.raises(ValueError, match="uses the loss of every network; let own_losses"):
+        baselines.rewire(net, rules_of("rigl"), None, [], 0.5, 0.5)
     net.budget = 3
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er gives "):
         patch.setitem(su.DISTRIBUTIONS, "er", lambda scores, keep: [0, keep])
@@ -638,6 +640,7 @@ REFUSED = [
     ({"method": "rigl", **TWICE}, "is for masks that stay"),
     ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
     ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),
+    ({"method": "set", **DECAY, "sparsity": 0.0}, "--density-start needs a network that is pruned; raise --sparsity"),
     ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
     ({"method": "rigl", "critic_method": "chts", "rewire_every": 20}, "rigl by magnitude and chts by soft; choose one"),
     ({"method": "cht", "regrow": False}, "--method cht stops in a layer where dropped connections grow again"),

@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -626,6 +627,21 @@ def test_what_is_pruned_after_dense_training_stays_at_zero(kind):
         for tensor in (*stored(net, name), gradients[name]):
             assert not tensor[~mask].any() and tensor[mask].any()
         assert (net.weights[name] != before[f"{name}.weight"])[mask].any() and len(stored(net, name)) > 2
+
+
+def test_a_row_that_does_not_say_what_was_done_has_no_report():
+    """As where an edit prunes one network and leaves another as it was."""
+    masks = {"fc1": torch.tensor([[True, False], [True, False]]), "fc2": torch.tensor([[True, False]])}
+    net = row({name: torch.ones(mask.shape) for name, mask in masks.items()}, budget=3, static=masks, masks=masks)
+    assert topology.topology_report({"qf1": net})["qf1"]["layers"]["fc1"]["active"] == 2
+    for fields, sentence in (
+        ({"budget": 4}, r"qf1 has \(active, revived\) \(3, 0\) in place of \(4, 0\); set the row's budget"),
+        ({"reserve": 1}, r"qf1 has \(active, revived\) \(3, 0\) in place of \(3, 1\)"),
+        ({"static": {}, "masks": {}}, r"qf1 has \(active, revived\) \(0, 0\) in place of \(3, 0\)"),
+        ({"static": {}}, "qf1 has masks of other layers before revival"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            topology.topology_report({"qf1": dataclasses.replace(net, **fields)})
 
 
 def test_the_warnings_on_what_pruning_cuts():

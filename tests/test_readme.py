@@ -265,7 +265,8 @@ DIFFS["third layer"] = """--- sac_tar.py
 +        fc4=nn.Linear(hidden_size, output_size),
 """
 SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --prune-at 70"
-SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.9 --seed 3 --compute sparse"
+SMALL += " --eval-frequency 100 --eval-episodes 2 --sparsity 0.8 --seed 3 --compute sparse"
+SMALL += " --criterion random --distribution er"  # or networks this small would lose whole layers
 
 
 def changes_of(block):

@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 import sparse_utils
@@ -141,6 +142,14 @@ def too_late(_: object) -> None:
     )
 
 
+def guard(param: nn.Parameter) -> RemovableHandle:
+    """Refuse a gradient of this parameter, which no longer trains, also one of a loss that was computed before."""
+    trained, param.requires_grad = param.requires_grad, True  # or a frozen one would take no hook
+    handle = param.register_hook(too_late)
+    param.requires_grad = trained
+    return handle
+
+
 class InChain:
     """Stands under the name of one of the layers that a `SparseMLP` has replaced, and refuses every use of it."""
 
@@ -196,7 +205,7 @@ class SparseMLP(nn.Module):
         self.widest_dense_input = max((layer.n_in for layer in self.layers if layer.dense), default=0)
 
     def __getstate__(self) -> dict:
-        """For copy.deepcopy: pointers are made anew by the copy."""
+        """For copy.deepcopy and torch.save: pointers are made anew by the copy."""
         return {name: value for name, value in self.__dict__.items() if name not in ("kernels", "indices", "layers")}
 
     def __setstate__(self, state: dict) -> None:
@@ -546,7 +555,7 @@ def compact_part(
     mlp = SparseMLP(linears, masks)
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
-    mlp.guards = [param.register_hook(too_late) for param in dense if param.requires_grad]
+    mlp.guards = [guard(param) for param in dense]
     mlp.flat.requires_grad_(dense[0].requires_grad)
     if all(param.grad is not None for param in dense):
         mlp.flat.grad = mlp.compress({name: (m.weight.grad, m.bias.grad) for name, m in linears.items()})
@@ -573,10 +582,9 @@ def compact_part(
 @torch.no_grad()
 def expand_part(network: nn.Module, mlp: SparseMLP, optimizer: torch.optim.Optimizer | None = None) -> None:
     """`expand` for the modules that `compact_part` has replaced."""
-    if mlp.flat.requires_grad:
-        mlp.flat.register_hook(too_late)
-    for guard in mlp.guards:
-        guard.remove()
+    guard(mlp.flat)
+    for handle in mlp.guards:
+        handle.remove()
     if len(mlp.replaced) > 1:
         del network.sparse
     for name, module in mlp.replaced.items():
