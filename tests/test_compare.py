@@ -176,6 +176,9 @@ def test_means_across_environments(grid, make, comparison, tmp_path):
         assert row["IQM, % of dense"] == pytest.approx(np.sort(np.concatenate(percent))[1:-1].mean())  # 6 // 4 off
         ends = np.percentile(np.sort(drawn)[:, 1:-1].mean(1), [2.5, 97.5])
         assert [row["IQM, % of dense low"], row["IQM, % of dense high"]] == pytest.approx(ends, rel=0.03)
+    make(1000, "A-v1", "dense", 4)
+    table = comparison()["aggregate"]
+    assert table["IQM, % of dense"].isna().tolist() == [True, False, False] and table.columns[3] == "IQM, % of dense"
     make(-900, "B-v1", "dense", 3)  # a mean below 0 is no scale
     assert "IQM, % of dense" not in comparison()["aggregate"]
     for env_id, seed in itertools.product(("A-v1", "B-v1"), (1, 2, 3)):
