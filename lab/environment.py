@@ -98,20 +98,22 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
 
 
 def make_eval_env(env_id: str, video: bool) -> gym.Env:
-    """An environment for evaluations. Ends the program with one sentence if its first reset or frame shows that it does
-    not work here."""
+    """An environment for evaluations. Ends the program with one sentence if its first frame cannot be drawn. Warns if
+    two first episodes are not alike."""
     if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     env = make_env(env_id, video)
     for layer in layers(env):
         if hasattr(layer, "update_running_mean"):
             layer.update_running_mean = False  # the statistics are those of training
-    env.reset(seed=1)
-    advice = "let its reset(seed) call super().reset(seed=seed)"
-    if getattr(env.unwrapped, "_np_random_seed", None) not in (None, 1, -1):  # -1: a generator of its own
-        tqdm.write(f"warning: --seed does not seed the random numbers of {env_id}; {advice}")
-    if not isinstance(env.unwrapped.np_random, np.random.Generator):
-        fail(f"{env_id} has a np_random that is no numpy.random.Generator; {advice}")
+    begun, before = [], statistics(env)
+    for _ in range(2):
+        with apart(env, 1, torch.device("cpu")):
+            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0]]))
+        set_statistics(env, before)
+    if not np.array_equal(*begun):
+        advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
+        tqdm.write(f"warning: episodes of {env_id} do not repeat at the same --seed, so runs do not; {advice}")
     if video:
         try:
             import moviepy  # noqa: F401 - or the first evaluation would fail
@@ -125,15 +127,17 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 
 @contextlib.contextmanager
 def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
-    """Inside the block the global random generators and that of the environment's observation space, which training may
-    share, begin at a seed; afterwards they go on as if nothing had been drawn."""
-    space, python, numpy = env.unwrapped.observation_space, random.getstate(), np.random.get_state()
-    held = copy.deepcopy(vars(space))  # a composite space has several generators
+    """Inside the block the global random generators and those of the environment's spaces, which training may share,
+    begin at a seed; afterwards they go on as if nothing had been drawn."""
+    spaces = {id(part): part for part in attributes(env).values() if isinstance(part, gym.Space)}.values()
+    python, numpy = random.getstate(), np.random.get_state()
+    held = [copy.deepcopy(vars(space)) for space in spaces]  # a composite space has several generators
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for seeded in (random.seed, np.random.seed, space.seed, torch.manual_seed):
+        for seeded in (random.seed, np.random.seed, torch.manual_seed, *(space.seed for space in spaces)):
             seeded(seed)
         yield
-    vars(space).update(held)
+    for space, before in zip(spaces, held):
+        vars(space).update(before)
     random.setstate(python)
     np.random.set_state(numpy)
 
@@ -196,16 +200,13 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
 
 
 def random_state(generator: object) -> object:
-    if hasattr(generator, "getstate"):  # Python's
-        return generator.getstate()
-    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
+    get = getattr(generator, "getstate", None) or getattr(generator, "get_state", None)  # Python's; others
+    return get() if get else generator.bit_generator.state
 
 
 def set_random_state(generator: object, state: object) -> None:
-    if hasattr(generator, "setstate"):
-        generator.setstate(state)
-    elif hasattr(generator, "set_state"):
-        generator.set_state(state)
+    if put := getattr(generator, "setstate", None) or getattr(generator, "set_state", None):
+        put(state)
     else:
         generator.bit_generator.state = state
 
@@ -223,7 +224,7 @@ def statistics(env: gym.Env) -> dict[str, dict]:
 def set_statistics(env: gym.Env, saved: dict[str, dict]) -> None:
     parts = attributes(env)
     for name in saved.keys() & parts.keys():
-        vars(parts[name]).update(saved[name])
+        vars(parts[name]).update(copy.deepcopy(saved[name]))  # since a layer may change arrays in place
 
 
 def state_of(env: gym.Env, eval_env: gym.Env) -> dict[str, dict]:

@@ -175,12 +175,21 @@ def pack(part: object) -> object:
     if isinstance(part, Tensor):
         return part.detach().cpu()
     if isinstance(part, dict):
-        return {name: pack(value) for name, value in part.items()}
+        return {plain(name): pack(value) for name, value in part.items()}
     if type(part) in (list, tuple):
         return type(part)(map(pack, part))
-    if not isinstance(part, SIMPLE):
+    if type(part) is set:
+        return set(map(plain, part))
+    if type(part) not in SIMPLE:  # torch.load takes no class of one's own, such as an IntEnum
         fail(f"no checkpoint can keep a {type(part).__name__}; give it state_dict() or hold its content in a list")
     return part
+
+
+def plain(key: object) -> object:
+    """`pack` for a key or a member of a set: a number of NumPy becomes one of Python, to which it is equal."""
+    if type(key) is tuple:
+        return tuple(map(plain, key))
+    return key.item() if isinstance(key, np.generic) else pack(key)
 
 
 def unpacked(packed: object) -> object:
@@ -192,7 +201,7 @@ def unpacked(packed: object) -> object:
 
 
 def put_back(part: object, saved: object) -> object:
-    """Put what a checkpoint holds of a part back, in place where it can be. Returns the part."""
+    """Put what a checkpoint holds of a part back, in place where it can be. Returns the part, or what replaces it."""
     if isinstance(part, torch.optim.Optimizer):
         groups = part.param_groups
         part.load_state_dict(saved)  # which makes new groups, though train may hold the old ones
@@ -203,9 +212,9 @@ def put_back(part: object, saved: object) -> object:
         part.load_state_dict(saved)
     elif isinstance(part, GENERATORS):
         environment.set_random_state(part, saved)
+    elif isinstance(part, (Tensor, np.ndarray)) and getattr(saved, "shape", None) != part.shape:
+        return saved  # it has grown, and copying might broadcast it
     elif isinstance(part, Tensor):
-        if getattr(saved, "shape", None) != part.shape:  # which copy_ might broadcast
-            raise ValueError(f"a tensor has the shape {tuple(part.shape)}, and what is saved of it has not")
         part.data.copy_(saved)
     elif isinstance(part, np.ndarray):
         part[...] = saved
@@ -216,6 +225,15 @@ def put_back(part: object, saved: object) -> object:
     else:
         return saved
     return part
+
+
+def put_all_back(state: dict, saved: dict) -> None:
+    """Put all parts of `state` back in place, though one of its dictionaries may hold other tensors then. Raises
+    KeyError, RuntimeError or ValueError if a part is not in `saved` or has another shape there."""
+    for name, part in state.items():
+        state[name] = put_back(part, saved[name])
+        if isinstance(part, (Tensor, np.ndarray)) and state[name] is not part:
+            raise ValueError(f"{name} has the shape {tuple(part.shape)}, and what is saved of it has not")
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -266,7 +284,7 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
             saved = load_state(file_of(named), script)["args"] | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        lists = {flag.name for flag in fields(arguments) if flag.default_factory is not MISSING}
+        lists = {flag.name for flag in fields(arguments) if "list[" in str(flag.type).lower()}
         tuples = {n: tuple(v) for n, v in saved.items() if isinstance(v, list) and n not in lists}  # JSON has lists
         return arguments(**saved | tuples)
     except (OSError, KeyError) as error:
@@ -366,6 +384,7 @@ class Run:
             "git_commit": git_commit(script.resolve().parent),
             "processor": processor(),
             "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "torch_threads": args.torch_threads,
             "in_kernels": self.in_kernels(),
             "milliseconds": milliseconds,
             "optimizers": optimizers,
@@ -376,7 +395,7 @@ class Run:
             self.lock = claim(self.folder)
         else:
             self.rewind(self.checkpoint["log_sizes"])
-            for what in ("total_timesteps", "code", "processor", "device", "in_kernels", "versions"):
+            for what in ("total_timesteps", "code", "processor", "device", "torch_threads", "in_kernels", "versions"):
                 if past.get(what, now[what]) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     tqdm.write(f"warning: the run's {what} {was}")
@@ -460,8 +479,8 @@ class Run:
 
     def reset(self, global_step: int) -> np.ndarray:
         """Reset the environment and return the observation. Between episodes the environment should have no state but
-        random generators and statistics, so checkpoints are written here: once --checkpoint-frequency steps have
-        passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then ends the program.
+        random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
+        have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence if a
         name of `state` stands for another object in train."""
         variables = inspect.currentframe().f_back.f_locals
@@ -484,7 +503,9 @@ class Run:
         due = due or bool(STOP_SIGNALS)
         if saved or due:  # a checksum of everything is too slow for every short episode
             variables = {n: v for n, v in variables.items() if v is not self.state and v is not self.rb}
-            begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
+            with kernels.in_torch(self.nets):  # as `variables` may hold layers of theirs
+                self.check_weights(global_step)  # before a checkpoint takes the place of the last one
+                begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
@@ -501,10 +522,9 @@ class Run:
         return obs
 
     def save(self, global_step: int, begun: dict) -> None:
-        """Write a checkpoint as a whole, unless `check_weights` ends the program: then the last one is kept."""
+        """Write a checkpoint as a whole."""
         self.writer.flush()
         with kernels.in_torch(self.nets):
-            self.check_weights(global_step)
             checkpoint = {name: pack(part) for name, part in self.state.items()}
         checkpoint |= self.about(global_step) | begun | {"returns": self.returns, "added": self.rb.added}
         checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
@@ -589,13 +609,14 @@ class Run:
             fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
         if lost := sorted({*self.state, "random", "fingerprint", "added", "log_sizes"} - checkpoint.keys()):
             fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
-        if self.has_buffer(self.start_step):
-            put_back(vars(self.rb), checkpoint.get("replay", {}))
-            read_replay(self.folder, self.rb, checkpoint["added"])
-        else:  # collect anew before learning goes on
-            self.learn_from += self.start_step
         try:
-            put_back(self.state, {name: checkpoint[name] for name in self.state})
+            environment.set_statistics(self.env, checkpoint["statistics"])  # for an evaluation before the first reset
+            put_all_back(self.state, checkpoint)
+            if self.has_buffer(self.start_step):
+                put_back(vars(self.rb), checkpoint["replay"])
+                read_replay(self.folder, self.rb, checkpoint["added"])
+            else:  # collect anew before learning goes on
+                self.learn_from += self.start_step
         except (KeyError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
@@ -612,7 +633,7 @@ class Run:
         buffers = self.state["actor"].named_buffers()
         bounds = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in of_bounds}
         try:
-            put_back(mine, {name: saved[name] for name in mine})
+            put_all_back(mine, saved)
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
@@ -636,6 +657,7 @@ class Run:
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
+        environment.set_statistics(self.env, self.statistics)  # for an evaluation before the first reset
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
         return saved
 

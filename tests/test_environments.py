@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from gymnasium.envs.box2d import BipedalWalker
 from gymnasium.envs.registration import WrapperSpec
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
-from test_resume import again, assert_same_run, child, dies, rows_of
+from test_resume import again, assert_same_run, child, dies, edited, rows_of
 from test_run import load, main, refused, scalars
 
 import lab.environment
@@ -137,11 +138,6 @@ def test_actions_are_inside_the_space_and_stored_as_they_were_chosen(run, script
 LARGEST, WRONG = np.finfo(F).max, np.zeros((2, 1), F)
 
 
-def with_old_generator(env, seed=None, options=None):
-    env.np_random, env.x, env.t = np.random.RandomState(seed), 0.0, 0
-    return env.observe(), {}
-
-
 @pytest.mark.parametrize(
     "attributes, sentence, code",
     [
@@ -151,7 +147,6 @@ def with_old_generator(env, seed=None, options=None):
         ({"action_space": box([-LARGEST], [LARGEST])}, "whose ranges are positive and finite", 2),
         ({"action_space": box([-1, 0], [1, 0])}, "[1. 0.], (2,), float32); this script needs one whose ranges", 2),
         ({"observation_space": box(0, 1, (2, 2, 3))}, "(2, 2, 3), float32); this script needs a 1-D Box", 2),
-        ({"reset": with_old_generator}, "a np_random that is no numpy.random.Generator; let its reset(seed) call", 2),
         ({"observe": lambda env: WRONG}, "the observation at step 0 has shape (2, 1) and its space (2,)", 1),
     ],
 )  # fmt: skip
@@ -302,18 +297,24 @@ class Normalizer(gym.Wrapper):
         self.running = type("Running", (), {})()
         self.running.mean, self.running.var, self.running.count = np.zeros(2), np.ones(2), 0.0
 
+    def reset(self, **options):
+        return self.normal(*self.env.reset(**options))
+
     def step(self, action):
-        obs, *rest = self.env.step(action)
+        return self.normal(*self.env.step(action))
+
+    def normal(self, obs, *rest):
         self.running.count += 1
         self.running.mean += (obs - self.running.mean) / self.running.count
-        return (obs - self.running.mean).astype(F), *rest
+        return (obs - 0.5 * self.running.mean).astype(F), *rest
 
 
 class Sloppy(Plain):
     """Begins anywhere, by generators that `reset` does not seed."""
 
     def begin(self):
-        return float(np.random.normal() + random.gauss(0, 1) + np.tanh(self.observation_space.sample()[0]))
+        drawn = np.tanh(self.observation_space.sample()[0]) + self.action_space.sample()[0]
+        return float(np.random.normal() + random.gauss(0, 1) + drawn)
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -336,12 +337,29 @@ class Unseeded(Plain):
         return super().reset(options=options)
 
 
+class Anew(Plain):
+    """Has a generator of an old kind, and after the first episode another one each time."""
+
+    def reset(self, *, seed=None, options=None):
+        self.np_random = np.random.RandomState(seed)
+        self.x, self.t = self.begin(), 0
+        return self.observe(), {}
+
+
+class Once(Anew):
+    def reset(self, *, seed=None, options=None):
+        if seed is None:
+            return Plain.reset(self)
+        return super().reset(seed=seed)
+
+
 @pytest.mark.parametrize("script", [sac_tar])
-def test_an_environment_that_takes_no_seed_is_named(run, register, capsys):
-    for kind, said in ((Unseeded, 1), (Plain, 0)):
-        run(env_id=register(kind), total_timesteps=62)
-        line = f"warning: --seed does not seed the random numbers of {kind.__name__}-v0; let its reset(seed) call"
-        assert capsys.readouterr().out.count(line) == said
+def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, capsys):
+    wrappers = {Plain: (NormalizeObservation,), Once: (Normalizer,)}
+    for kind, said in ((Unseeded, 1), (Anew, 1), (Hidden, 0), (Plain, 0), (Sloppy, 0), (Once, 0)):
+        run(env_id=register(kind, *wrappers.get(kind, ())), total_timesteps=62)
+        line = f"warning: episodes of {kind.__name__}-v0 do not repeat at the same --seed, so runs do not; let its"
+        assert capsys.readouterr().out.count(line) == said, kind
 
 
 @pytest.mark.parametrize(
@@ -350,6 +368,7 @@ def test_an_environment_that_takes_no_seed_is_named(run, register, capsys):
         (Noisy, [NormalizeObservation, NormalizeReward], {}),
         (Noisy, [Normalizer], {}),
         (OtherGenerator, [], {"kind": np.random.Philox}),
+        (Once, [], {}),
     ],
 )
 @pytest.mark.parametrize("script", [sac_tar])
@@ -462,7 +481,7 @@ def test_a_count_in_a_wrapper_is_seen_wherever_the_wrapper_is_defined(register):
     assert "Counts.begun" in fingerprint(Counts(make_env(register(Plain))), {})
 
 
-def test_evaluations_normalize_with_the_statistics_of_training(run, script, register, monkeypatch, capsys):
+def test_evaluations_normalize_with_the_statistics_of_training(run, script, register, monkeypatch, capsys, tmp_path):
     run_dir = run(env_id=register(Plain, NormalizeObservation, NormalizeReward), eval_episodes=3)
     logged, final = scalars(run_dir)["eval/episodic_return"], load(run_dir)
     assert "returns of evaluations are of rewards that NormalizeReward changed" in capsys.readouterr().out
@@ -481,6 +500,19 @@ def test_evaluations_normalize_with_the_statistics_of_training(run, script, regi
     env = make_eval_env("Plain-v0", False)
     env.step(np.ones(1))
     assert [part["count"] for part in statistics(env).values() if "count" in part] == [1e-4, 1e-4]
+    # an edit may evaluate before the reset, in which a resumed run puts the statistics back
+    line = next(line for line in Path(script.__file__).read_text().splitlines() if "        run.evaluate(" in line)
+    moved = (line, ""), (reset := "        if done:\n            obs", f"{line}\n{reset}")
+    mine = edited(tmp_path, *moved, script=script)
+    flags = {"eval_frequency": 20, "checkpoint_frequency": 20, "env_id": register(Plain, NormalizeObservation)}
+    run_dir = run(mine, total_timesteps=145, **flags)
+    capsys.readouterr()
+    main(mine, monkeypatch, "--evaluate", run_dir)
+    mean, logged = capsys.readouterr().out.split("mean ")[1], scalars(run_dir)["eval/episodic_return"]
+    assert float(mean.split(",")[0]) == pytest.approx(logged[-1][1], abs=0.051)
+    again(mine, run_dir, total_timesteps=170)
+    assert [step for step, _ in scalars(run_dir)["eval/episodic_return"]].count(140) == 2
+    assert {pair for pair in scalars(run_dir)["eval/episodic_return"] if pair[0] <= 140} == {*logged[:-1]}
     often, never = (load(run(env_id=register(Plain, Normalizer), eval_frequency=n)) for n in (10, 1000))
     assert torch.equal(often["actor"]["fc3.bias"], never["actor"]["fc3.bias"])  # evaluations leave those of training
 

@@ -50,6 +50,8 @@ def assert_same_run(run_dir, undisturbed):
     assert args[0] | {"runs_dir": ""} == args[1] | {"runs_dir": ""} and args[0]["resume"] is None
     assert not list(run_dir.rglob("*.tmp"))
     if final["args"]["save_buffer"]:
+        stops = [stop for _, stop in lab.run.replay_files(run_dir).values()]  # what is overwritten is deleted
+        assert min(stops) > max(stops) - final["args"]["buffer_size"]
         (rows, stop), (others, other_stop) = rows_of(run_dir), rows_of(undisturbed)
         both, kept = min(stop, other_stop), min(len(rows), len(others)) - abs(stop - other_stop)
         rows, others = (r[: len(r) - (end - both)][-kept:] for r, end in ((rows, stop), (others, other_stop)))
@@ -149,11 +151,13 @@ def test_training_may_grow_after_its_end_and_after_a_death(run, script, tmp_path
     (run_dir,) = (tmp_path / "b").iterdir()
     assert (run_dir / "final.pt").exists()
     assert record.read_config(run_dir)["segments"][0]["total_timesteps"] == 175
+    seconds = load(run_dir / "checkpoint.pt")["sps_seconds"]
     work = functools.partial(again, script, run_dir, total_timesteps=250)
     assert child(functools.partial(dies, ReplayBuffer, "add", 65, work)) == -9
     assert not (run_dir / "final.pt").exists()  # until it is finished, for the longer time too, which it now has
     again(script, run_dir)
     assert_same_run(run_dir, undisturbed)
+    assert load(run_dir / "checkpoint.pt")["sps_seconds"] > seconds  # of all processes
     final, logged = load(run_dir), scalars(run_dir)
     again(script, run_dir)  # to resume a finished run changes nothing
     assert same(load(run_dir), final) and scalars(run_dir) == logged
@@ -206,9 +210,12 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
     os.truncate(log, 100)
     monkeypatch.setattr(lab.run.mujoco, "__version__", "9.9")
     monkeypatch.setattr(lab.run, "code_hash", lambda *_: "0" * 12)
-    again(script, run_dir)
+    monkeypatch.setattr(lab.run, "processor", lambda: "an abacus")
+    again(script, run_dir, torch_threads=2)
+    torch.set_num_threads(1)
     out = capsys.readouterr().out
     assert f"warning: {log.name} has lost some of what was logged" in out
+    assert "warning: the run's torch_threads was 1 and is 2 from" in out and "and is an abacus from step" in out
     assert "warning: the run's code was" in out and "'mujoco': '9.9'" in out and "from step 160 on" in out
     parts = record.read_config(run_dir)["segments"]
     assert [part["from_step"] for part in parts] == [0, 160] and parts[1]["versions"]["mujoco"] == "9.9"
@@ -475,7 +482,7 @@ ADDED = [
     ("class QNetwork", MEAN + "class QNetwork"),
     (
         RUN_BEGINS,
-        """    mean, seen = Mean(), {"steps": 0, "last": None}
+        """    mean, seen = Mean(), {"steps": 0, "last": None, "by": {}, "all": set(), "grown": np.zeros(0)}
     schedulers = {
         "cosine": torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90),
         "steps": torch.optim.lr_scheduler.MultiStepLR(actor_optimizer, [65, 80]),
@@ -496,6 +503,9 @@ ADDED = [
         STEP,
         """        mean.add(obs)
         seen["steps"], seen["last"] = seen["steps"] + 1, obs * seen["steps"]
+        seen["grown"], by = np.append(seen["grown"], global_step), np.argmax(obs)
+        seen["by"][by] = seen["by"].get(by, 0) + 1
+        seen["all"].add((by, *np.round(obs)))
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["counts"]["steps"] += 1
@@ -525,11 +535,8 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     mine = edited(tmp_path, *ADDED)
     work = functools.partial(run, mine, env_id="Short-v0", compute=compute, checkpoint_frequency=10, eval_frequency=10)
     whole = load(work(total_timesteps=90) / "checkpoint.pt")
-    assert (
-        whole["seen"]["steps"] == 90
-        and whole["counts"]["steps"] == 91
-        and 0 <= whole["q_optimizer"]["param_groups"][0]["lr"] < 1e-3
-    )
+    assert whole["seen"]["steps"] == 90 == sum(whole["seen"]["by"].values()) and len(whole["seen"]["all"]) > 5
+    assert whole["counts"]["steps"] == 91 and 0 <= whole["q_optimizer"]["param_groups"][0]["lr"] < 1e-3
     run_dir = work(total_timesteps=70)
     config = record.read_config(run_dir)
     kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
@@ -607,6 +614,7 @@ BROKEN = [
         "no checkpoint can keep a module; give",
         2,
     ),
+    (RUN_BEGINS, f"    progress['of'] = __import__('signal').SIGTERM\n{RUN_BEGINS}", "can keep a Signals; give it", 2),
     (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}", "of qf2.fc2 are not zero at step 80, since", 1),
     (
         STEP,
@@ -648,11 +656,16 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     new += "    pairs: tuple[tuple[int, int], ...] = ((1, 2),)\n    more: list[int] | None = None\n"
     flag = ("    tau: float", f"{new}    tau: float")
     used = [("import dataclass\n", "import dataclass, field\n")]
-    used += [(STEP, f"        args.betas + (1,), args.sizes + [1]\n{STEP}")]
+    used += [(STEP, f"        args.betas + (1,), args.sizes + [1], args.more + [1]\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
     assert "__more-[3]__" in run_dir.name and "sizes" not in run_dir.name
-    main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99)
+    main(mine, monkeypatch, "--resume", run_dir, "--betas", 0.9, 0.99, "--total-timesteps", 92)
+    larger = ("make_env(args.env_id)", "gym.wrappers.TimeAwareObservation(make_env(args.env_id))")
+    assert "the checkpoint is not one of this script (Error" in refused(
+        capsys, again, edited(tmp_path, flag, *used, larger), run_dir
+    )
+    mine = edited(tmp_path, flag, *used)
     newer = edited(tmp_path, (flag[0], f"    scale: float = 1.0\n{flag[1]}"), *used)
     assert "--scale 0.5 contradicts the run, which has 1.0" in refused(
         capsys, main, newer, monkeypatch, "--resume", run_dir, "--scale", 0.5
@@ -758,6 +771,7 @@ def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     run_dir = run(mine, total_timesteps=90, **small)
     assert "goes through" not in capsys.readouterr().out
     again(mine, run_dir, total_timesteps=100)
+    assert "warning: the episode" not in capsys.readouterr().out
     compiled = "    actor = torch.compile(actor, backend='eager')\n    done = True\n"
     compiled = edited(tmp_path, ("    done = True\n", compiled))
     assert run(compiled, total_timesteps=20, learning_starts=15, env_id="Short-v0").exists()
@@ -1006,6 +1020,15 @@ def test_a_run_that_began_from_a_saved_agent_is_resumed_without_it(run, script, 
     assert_same_run(run_dir, undisturbed)
 
 
+def test_the_file_from_which_a_run_began_may_be_given_again(run, script, tmp_path, monkeypatch, capsys):
+    dense = run(method="dense", env_id="Short-v0", total_timesteps=62, runs_dir=str(tmp_path / "dense"))
+    run_dir = run(method="dense", env_id="Short-v0", total_timesteps=64, load=str(dense))
+    main(script, monkeypatch, "--resume", run_dir, "--load", dense)
+    other = run(method="dense", env_id="Short-v0", total_timesteps=63, seed=2, runs_dir=str(tmp_path / "dense"))
+    message = refused(capsys, main, script, monkeypatch, "--resume", run_dir, "--load", other)
+    assert "contradicts the run, which has" in message
+
+
 def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tmp_path):
     saved, other = finished[sac_tar], finished[td3_tar]
     small = {"env_id": "Short-v0", "runs_dir": str(tmp_path / "runs"), "total_timesteps": 9, "learning_starts": 5}
@@ -1030,8 +1053,9 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     assert not (tmp_path / "runs").exists()
     known = sac_tar.Args(**small | {"load": f"{saved / 'final.pt'}@{digest}", "hidden_size": 16, "eval_episodes": 1})
     assert sac_tar.train(known).exists()
-    with pytest.raises(ValueError, match=r"has the shape \(6,\)"):  # a tensor in `state`, which must not be broadcast
-        lab.run.put_back(torch.ones(6), torch.ones(1))
+    for whole, one in ((torch.ones(6), torch.ones(1)), (np.ones(6), np.ones(1))):  # which must not be broadcast
+        with pytest.raises(ValueError, match=r"mine has the shape \(6,\)"):
+            lab.run.put_all_back({"mine": whole}, {"mine": one})
 
 
 # evaluate and watch

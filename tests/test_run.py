@@ -244,6 +244,18 @@ def test_the_code_is_the_same_in_every_version_of_python(tmp_path):
     assert record.essence(tmp_path / "a.py") == expected
 
 
+def test_the_commit_and_whether_files_differ_from_it_are_recorded(tmp_path):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", tmp_path]
+    assert lab.run.git_commit(tmp_path) is None
+    (tmp_path / "a.py").write_text("1")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.check_call([*git, *command])
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    assert lab.run.git_commit(tmp_path) == commit
+    (tmp_path / "a.py").write_text("2")
+    assert lab.run.git_commit(tmp_path) == f"{commit}-dirty"
+
+
 def copy_project(folder):
     shutil.copytree(PROJECT / "lab", folder / "lab")
     for path in PROJECT.glob("*.py"):
