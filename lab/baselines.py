@@ -276,7 +276,8 @@ def check(args: object) -> None:
         fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
     if start is not None and rewired and final is not None:
         fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
-    if start is not None and methods and not max(args.sparsity, args.critic_sparsity):
+    pruned = [(args.method, args.sparsity), (args.critic_method, args.critic_sparsity)]
+    if start is not None and methods and not any(sparsity for method, sparsity in pruned if method in methods):
         fail("--density-start needs a network that is pruned; raise --sparsity")
     if start is not None and rewired and not args.save_buffer:
         fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")

@@ -98,8 +98,8 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
 
 
 def make_eval_env(env_id: str, video: bool) -> gym.Env:
-    """An environment for evaluations. Ends the program with one sentence if its first frame cannot be drawn. Warns if
-    two first episodes are not alike."""
+    """An environment for evaluations. Ends the program with one sentence if its first observation or frame shows that
+    it does not work here. Warns if resets with one seed do not begin alike."""
     if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     env = make_env(env_id, video)
@@ -111,9 +111,12 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
         with apart(env, 1, torch.device("cpu")):
             begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0]]))
         set_statistics(env, before)
-    if not np.array_equal(*begun):
-        advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
-        tqdm.write(f"warning: episodes of {env_id} do not repeat at the same --seed, so runs do not; {advice}")
+    advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
+    if not isinstance(env.unwrapped.np_random, GENERATORS):
+        fail(f"{env_id} has a np_random that no checkpoint can keep; {advice}")
+    seeded = getattr(env.unwrapped, "_np_random_seed", None) in (None, 1, -1)  # -1: a generator of its own
+    if not seeded or not np.array_equal(*begun):
+        tqdm.write(f"warning: episodes of {env_id} differ at one --seed, so evaluations do, and runs may; {advice}")
     if video:
         try:
             import moviepy  # noqa: F401 - or the first evaluation would fail
@@ -264,7 +267,7 @@ def fingerprint(
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         held = value if isinstance(value, dict) else content_of(value, files)
-        named = {k: v for k, v in held.items() if isinstance(k, (str, int)) and not str(k).startswith("_")}
+        named = {k: v for k, v in held.items() if isinstance(k, (str, int, np.integer)) and not str(k).startswith("_")}
         named = named if depth < 2 and "params" not in held else {}  # as have groups of an optimizer
         yield f"`{name}` in train", [*named] if named and held is value else value
         for key, part in named.items():
@@ -272,6 +275,7 @@ def fingerprint(
                 yield from inside(f"{name}.{key}", part, depth + 1)
 
     def content(value: object, above: tuple[int, ...] = ()) -> bytes | None:
+        value = value.item() if isinstance(value, np.generic) else value  # as a checkpoint keeps keys
         if value is None or isinstance(value, (int, float, str, bytes)):
             return repr(value).encode()
         if id(value) in above:
@@ -281,7 +285,7 @@ def fingerprint(
             value = random_state(value)
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             return value.detach().cpu().double().numpy().tobytes()
-        if isinstance(value, (np.ndarray, np.generic)) and value.dtype != object:
+        if isinstance(value, np.ndarray) and value.dtype != object:
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():
             value = [value.mean, value.var, value.count]

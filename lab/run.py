@@ -62,7 +62,7 @@ FINITE_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 ARRAY = "an array of NumPy"  # marks one in a file
-SIMPLE = (type(None), bool, int, float, str, bytes, set, torch.Size, torch.dtype, torch.device)  # kept as they are
+SIMPLE = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)  # kept as they are
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -189,7 +189,7 @@ def plain(key: object) -> object:
     """`pack` for a key or a member of a set: a number of NumPy becomes one of Python, to which it is equal."""
     if type(key) is tuple:
         return tuple(map(plain, key))
-    return key.item() if isinstance(key, np.generic) else pack(key)
+    return pack(key.item() if isinstance(key, np.generic) else key)
 
 
 def unpacked(packed: object) -> object:
@@ -213,7 +213,9 @@ def put_back(part: object, saved: object) -> object:
     elif isinstance(part, GENERATORS):
         environment.set_random_state(part, saved)
     elif isinstance(part, (Tensor, np.ndarray)) and getattr(saved, "shape", None) != part.shape:
-        return saved  # it has grown, and copying might broadcast it
+        if getattr(part, "requires_grad", False):  # what has another shape has grown, but not so what is trained
+            raise ValueError(f"a trained tensor has the shape {tuple(part.shape)}, and what is saved of it has not")
+        return saved.to(part.device) if isinstance(part, Tensor) and isinstance(saved, Tensor) else saved
     elif isinstance(part, Tensor):
         part.data.copy_(saved)
     elif isinstance(part, np.ndarray):
@@ -284,7 +286,7 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
             saved = load_state(file_of(named), script)["args"] | {"evaluate": named}
         else:
             saved = read_config(Path(named))["args"] | {"resume": named}
-        lists = {flag.name for flag in fields(arguments) if "list[" in str(flag.type).lower()}
+        lists = {flag.name for flag in fields(arguments) if re.search("list|sequence", str(flag.type).lower())}
         tuples = {n: tuple(v) for n, v in saved.items() if isinstance(v, list) and n not in lists}  # JSON has lists
         return arguments(**saved | tuples)
     except (OSError, KeyError) as error:
@@ -481,8 +483,8 @@ class Run:
         """Reset the environment and return the observation. Between episodes the environment should have no state but
         random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
-        Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence if a
-        name of `state` stands for another object in train."""
+        Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, and
+        the last checkpoint kept, if a name of `state` stands for another object in train, or by `check_weights`."""
         variables = inspect.currentframe().f_back.f_locals
         for name, part in self.named.items():
             now = variables.get(name, part)

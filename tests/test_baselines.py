@@ -641,6 +641,7 @@ REFUSED = [
     ({"method": "set", "critic_method": "tar", **DECAY}, "that both rewire or whose masks both stay"),
     ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),
     ({"method": "set", **DECAY, "sparsity": 0.0}, "--density-start needs a network that is pruned; raise --sparsity"),
+    ({"method": "tiny", "critic_method": "set", **DECAY, "critic_sparsity": 0.0}, "needs a network that is pruned"),
     ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
     ({"method": "rigl", "critic_method": "chts", "rewire_every": 20}, "rigl by magnitude and chts by soft; choose one"),
     ({"method": "cht", "regrow": False}, "--method cht stops in a layer where dropped connections grow again"),

@@ -530,7 +530,7 @@ ADDED = [
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
 @pytest.mark.parametrize("script", [sac_tar])
-def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run, tmp_path, compute):
+def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run, tmp_path, capsys, compute):
     """Schedulers, a second optimizer, a normalizer of NumPy's arrays, counters: some read as soon as they are there."""
     mine = edited(tmp_path, *ADDED)
     work = functools.partial(run, mine, env_id="Short-v0", compute=compute, checkpoint_frequency=10, eval_frequency=10)
@@ -545,7 +545,9 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert {name: text.partition("(")[0] for name, text in recorded.items()} == kinds
     assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("initial_lr=") == 2
     assert "__my_sac_tar__tar__" in run_dir.name
+    capsys.readouterr()
     again(mine, run_dir, total_timesteps=90)
+    assert "warning: the episode" not in capsys.readouterr().out
     resumed = load(run_dir / "checkpoint.pt")
     of_the_process = {"sps_seconds", "log_sizes", "args", "fingerprint", "random"}  # unused spaces are seeded anew
     assert whole.keys() == resumed.keys() and whole.keys() > {"cosine", "steps", "falls", "mean", "array", "all"}
@@ -653,10 +655,11 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
 @pytest.mark.parametrize("script", [sac_tar])
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
     new = "    betas: tuple[float, float] = (0.9, 0.99)\n    sizes: list[int] = field(default_factory=lambda: [1])\n"
+    new += "    words: list = field(default_factory=list)\n"
     new += "    pairs: tuple[tuple[int, int], ...] = ((1, 2),)\n    more: list[int] | None = None\n"
     flag = ("    tau: float", f"{new}    tau: float")
     used = [("import dataclass\n", "import dataclass, field\n")]
-    used += [(STEP, f"        args.betas + (1,), args.sizes + [1], args.more + [1]\n{STEP}")]
+    used += [(STEP, f"        args.betas + (1,), args.sizes + [1], args.more + args.words\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
     assert "__more-[3]__" in run_dir.name and "sizes" not in run_dir.name
@@ -786,9 +789,9 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
     lines += "    actor.table = nn.Parameter(torch.ones(2, 2))\n"
     lines += "    env.reset()\n    env.step(env.action_space.sample())\n"
-    changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n        best = level\n"
-    changes += "        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n        cells['all']['steps'] += 1\n"
-    changes += "        mean.count += 1\n        actor.noise *= 0.9\n"
+    changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n"
+    changes += "        best = np.float32(level)\n        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n"
+    changes += "        cells['all']['steps'] += 1\n        mean.count += 1\n        actor.noise *= 0.9\n"
     changes += "        args.gamma *= 0.999\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n"
@@ -1056,6 +1059,8 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     for whole, one in ((torch.ones(6), torch.ones(1)), (np.ones(6), np.ones(1))):  # which must not be broadcast
         with pytest.raises(ValueError, match=r"mine has the shape \(6,\)"):
             lab.run.put_all_back({"mine": whole}, {"mine": one})
+    with pytest.raises(ValueError, match=r"a trained tensor has the shape \(6,\)"):
+        lab.run.put_all_back({"all": {"mine": nn.Parameter(torch.ones(6))}}, {"all": {"mine": torch.ones(1)}})
 
 
 # evaluate and watch
