@@ -98,8 +98,9 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     expected = [lengths[first:][: 4 * len(means)].reshape(-1, 4).mean(1).tolist() for first in range(3)]
     assert list(means.values()) in expected  # whichever episode is the first
     # the first episode of training and that of every evaluation have seeds, which differ
-    training, (_, *evaluation) = sorted((of for of in seeds.values() if len(of) > 2), key=len)  # _: a trial
-    assert training == [6] + [None] * (len(training) - 1) and evaluation == [6 + 2**31, None, None, None] * 14
+    training, evaluation = sorted((of for of in seeds.values() if len(of) > 2), key=len)
+    assert training == [6] + [None] * (len(training) - 1)
+    assert evaluation == [1, None] * 2 + [6 + 2**31, None, None, None] * 14  # after two trials
     assert found["eval/final_return"] == {250: (means[240] + means[250]) / 2}  # the last tenth of training
     ends = {step: length for step, length in zip(lengths.cumsum() - 1, lengths) if step < 250}
     assert found["charts/episodic_return"] == found["charts/episodic_length"] == ends
