@@ -276,9 +276,6 @@ def check(args: object) -> None:
         fail(f"--density-start needs --final-prune-at where masks stay, as with --method {stay[0]}")
     if start is not None and rewired and final is not None:
         fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
-    pruned = [(args.method, args.sparsity), (args.critic_method, args.critic_sparsity)]
-    if start is not None and methods and not any(sparsity for method, sparsity in pruned if method in methods):
-        fail("--density-start needs a network that is pruned; raise --sparsity")
     if start is not None and rewired and not args.save_buffer:
         fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
     if rewired and args.drop_criterion is None:
@@ -547,6 +544,8 @@ class Schedule:
         self.args, self.nets = args, nets
         self.final = {name: (net.budget, net.reserve) for name, net in nets.items()}
         self.first = {name: first_budget(net, args.density_start) for name, net in nets.items()}
+        if args.density_start is not None and self.first == self.final:
+            raise ValueError("--density-start needs a network that is pruned; raise --sparsity")
         self.prunings = {args.prune_at, args.final_prune_at} - {None}
         self.rewirings = rewiring_steps(args)
         self.dynamic = {name: net for name, net in nets.items() if net.method in GROWTHS}
