@@ -3,12 +3,10 @@
 import contextlib
 import errno
 import inspect
-import io
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -17,11 +15,9 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,23 +32,15 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import sparse_utils
-from lab import baselines, edits, environment, kernels, record, topology
-from lab.environment import EVALUATION_LIMIT, GENERATORS, STOP_SIGNALS, Guard, make_eval_env, play
+from lab import baselines, checkpoints, edits, environment, kernels, record, topology
+from lab.checkpoints import MAY_CHANGE, OF_TRAINING, is_of_the_policy, pack, put_back, write_json, write_tensors
+from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, Guard, make_eval_env, play
 from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 
 CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
-REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
-# flags that may change when a run is resumed, and that its folder is therefore not named after
-MAY_CHANGE = {
-    "resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video",
-}  # fmt: skip
-# flags that may differ between an evaluation and the run whose policy it evaluates
-OF_AN_EVALUATION = {"evaluate", "eval_episodes", "capture_video", "compute", "device", "torch_threads"}
-# parts of `state` that an agent begun by --load does not need, beside optimizers
-OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
 # keys of checkpoint.pt and final.pt that are not parts of `state`
 ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
@@ -61,56 +49,12 @@ ABOUT = {
 FINITE_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose numbers have to be finite
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
-ARRAY = "an array of NumPy"  # marks one in a file
-SIMPLE = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)  # kept as they are
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
 VERSIONED = (torch, gym, mujoco, np)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-# FILES
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: if the process or the machine dies, either the old file or the new one is whole."""
-    path.parent.mkdir(exist_ok=True)
-    part = Path(f"{path}.tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a failing write does not name its file
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_whole(path, f"{json.dumps(content, indent=2)}\n".encode())
-
-
-def write_tensors(path: Path, content: object) -> None:
-    file = io.BytesIO()  # torch hides what the system says of a file that it cannot write
-    torch.save(content, file)
-    write_whole(path, file.getvalue())
-
-
-def read_tensors(path: Path) -> object:
-    """What `write_tensors` has written, checked against the file's checksums, on the CPU. Runs no code from the file;
-    ends the program with one sentence if it is missing or damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"there is no {path}; check the path")
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
-    except pickle.UnpicklingError:
-        fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
+# THE FOLDER, AND WHAT MADE A RUN
 
 
 def claim(run_dir: Path) -> int:
@@ -127,9 +71,6 @@ def claim(run_dir: Path) -> int:
     except (ImportError, OSError):
         pass
     return lock
-
-
-# WHAT MADE A RUN
 
 
 def git_commit(folder: Path) -> str | None:
@@ -153,162 +94,6 @@ def keep_code(folder: Path, script: Path, env_id: str) -> None:
         copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-
-
-# CHECKPOINTS
-
-
-def is_of_the_policy(name: str, part: object) -> bool:
-    """Whether a part of `state` belongs to the agent itself, rather than to its training."""
-    return name not in OF_TRAINING and not isinstance(part, (*edits.OPTIMIZERS, ReplayBuffer))
-
-
-def pack(part: object) -> object:
-    """What a checkpoint keeps of a part of the agent, on the CPU, in types that torch.load takes as data. Ends the
-    program with one sentence if there is none."""
-    if hasattr(part, "state_dict"):
-        part = part.state_dict()
-    if isinstance(part, GENERATORS):
-        part = environment.random_state(part)
-    if isinstance(part, (np.ndarray, np.generic)):
-        return {ARRAY: torch.from_numpy(np.array(part))}
-    if isinstance(part, Tensor):
-        return part.detach().cpu()
-    if isinstance(part, dict):
-        return {plain(name): pack(value) for name, value in part.items()}
-    if type(part) in (list, tuple):
-        return type(part)(map(pack, part))
-    if type(part) is set:
-        return set(map(plain, part))
-    if type(part) not in SIMPLE:  # torch.load takes no class of one's own, such as an IntEnum
-        fail(f"no checkpoint can keep a {type(part).__name__}; give it state_dict() or hold its content in a list")
-    return part
-
-
-def plain(key: object) -> object:
-    """`pack` for a key or a member of a set: a number of NumPy becomes one of Python, to which it is equal."""
-    if type(key) is tuple:
-        return tuple(map(plain, key))
-    return pack(key.item() if isinstance(key, np.generic) else key)
-
-
-def unpacked(packed: object) -> object:
-    """The content of a file, with NumPy's arrays as arrays again."""
-    if isinstance(packed, dict):
-        array = packed.get(ARRAY)
-        return {name: unpacked(value) for name, value in packed.items()} if array is None else array.numpy()[()]
-    return type(packed)(map(unpacked, packed)) if type(packed) in (list, tuple) else packed
-
-
-def put_back(part: object, saved: object) -> object:
-    """Put what a checkpoint holds of a part back, in place where it can be. Returns the part, or what replaces it."""
-    if isinstance(part, torch.optim.Optimizer):
-        groups = part.param_groups
-        part.load_state_dict(saved)  # which makes new groups, though train may hold the old ones
-        for group, new in zip(groups, part.param_groups, strict=True):
-            group.update(new)
-        part.param_groups = groups
-    elif hasattr(part, "load_state_dict"):
-        part.load_state_dict(saved)
-    elif isinstance(part, GENERATORS):
-        environment.set_random_state(part, saved)
-    elif isinstance(part, (Tensor, np.ndarray)) and getattr(saved, "shape", None) != part.shape:
-        if getattr(part, "requires_grad", False):  # what has another shape has grown, but not so what is trained
-            raise ValueError(f"a trained tensor has the shape {tuple(part.shape)}, and what is saved of it has not")
-        return saved.to(part.device) if isinstance(part, Tensor) and isinstance(saved, Tensor) else saved
-    elif isinstance(part, Tensor):
-        part.data.copy_(saved)
-    elif isinstance(part, np.ndarray):
-        part[...] = saved
-    elif isinstance(part, dict):
-        dict.update(part, {name: put_back(part.get(name), value) for name, value in saved.items()})
-    elif type(part) in (list, tuple):
-        return type(part)(put_back(*pair) for pair in itertools.zip_longest(part[: len(saved)], saved))
-    else:
-        return saved
-    return part
-
-
-def put_all_back(state: dict, saved: dict) -> None:
-    """Put all parts of `state` back in place, though one of its dictionaries may hold other tensors then. Raises
-    KeyError, RuntimeError or ValueError if a part is not in `saved` or has another shape there."""
-    for name, part in state.items():
-        state[name] = put_back(part, saved[name])
-        if isinstance(part, (Tensor, np.ndarray)) and state[name] is not part:
-            raise ValueError(f"{name} has the shape {tuple(part.shape)}, and what is saved of it has not")
-
-
-def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
-    """The files replay/<start>-<stop>.pt with transitions start to stop, in order."""
-    ranges = {path: tuple(map(int, path.stem.split("-"))) for path in run_dir.glob("replay/[0-9]*-[0-9]*.pt")}
-    return dict(sorted(ranges.items(), key=lambda item: item[1]))
-
-
-def write_replay(run_dir: Path, rb: ReplayBuffer) -> None:
-    """Write the transitions that are new since the last checkpoint into files of their own."""
-    rows, added = rb.rows, rb.added
-    start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
-    while start < added:
-        first = start % len(rows)
-        stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
-        piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
-        write_tensors(run_dir / "replay" / f"{start}-{stop}.pt", piece)
-        start = stop
-
-
-def read_replay(run_dir: Path, rb: ReplayBuffer, added: int) -> None:
-    """Read the first `added` transitions of a run back, as far as the buffer holds them."""
-    read = max(0, added - len(rb.rows))
-    for path, (start, stop) in replay_files(run_dir).items():
-        if stop <= added and start <= read < stop:
-            rb.rows[torch.arange(start, stop) % len(rb.rows)] = read_tensors(path).to(rb.rows.device)
-            read = stop
-    if read < added:
-        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")
-    rb.added = added
-
-
-def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:
-    """The dictionary in a final.pt or checkpoint.pt. Ends the program with one sentence if it is not of this script."""
-    state = read_tensors(path)
-    if not isinstance(state, dict) or not {"script", "format", "args", "global_step", "actor"} <= state.keys():
-        fail(f"{path} is not a file of {script.name}; use one of its final.pt or checkpoint.pt")
-    if state["script"] != script.stem and not of_any_script:
-        fail(f"{path} is of {state['script']}.py; use that script instead of {script.name}")
-    return unpacked(state)
-
-
-def saved_args(arguments: type, args: object, script: Path) -> object:
-    """The arguments of the run that --evaluate or --resume names, of the script's dataclass."""
-    named = args.resume if args.evaluate is None else args.evaluate
-    try:
-        if args.evaluate is not None:
-            saved = load_state(file_of(named), script)["args"] | {"evaluate": named}
-        else:
-            saved = read_config(Path(named))["args"] | {"resume": named}
-        lists = {flag.name for flag in fields(arguments) if re.search("list|sequence", str(flag.type).lower())}
-        tuples = {n: tuple(v) for n, v in saved.items() if isinstance(v, list) and n not in lists}  # JSON has lists
-        return arguments(**saved | tuples)
-    except (OSError, KeyError) as error:
-        fail(f"cannot read the config.json of {named} ({error}); --resume takes a whole run folder")
-    except TypeError as error:
-        fail(f"the flags of {named} are not those of this {script.name} ({error}); use the one that began it")
-
-
-def check_saved_args(given: object, saved: dict) -> None:
-    """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
-    `saved`, its flags as a file holds them. A flag that is newer than the run had its default there."""
-    may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
-    newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
-    now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
-    for name, value in now.items():
-        if name not in may_change and json.dumps(value) != json.dumps(before[name]):  # JSON has no tuples
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} {value} contradicts the run, which has {before[name]}; leave it out or start a new run")
-    if given.total_timesteps < saved["total_timesteps"]:
-        fail(f"--total-timesteps may grow but not shrink; the run has {saved['total_timesteps']}")
-    if given.total_timesteps > saved["total_timesteps"] and isinstance(given, baselines.Flags):
-        baselines.check_longer(given)
 
 
 # THE RUN
@@ -371,7 +156,7 @@ class Run:
             saved, segments, past = self.restore(optimizers)
         elif args.load is not None:
             path = file_of(args.load)
-            loaded = load_state(path, script, of_any_script=True)
+            loaded = checkpoints.load_state(path, script, of_any_script=True)
             self.load_agent(path, loaded)
             environment.set_statistics(env, loaded.get("statistics", {}))  # in which its policy sees observations
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
@@ -532,14 +317,14 @@ class Run:
         checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
         if with_buffer := self.has_buffer(global_step):
-            write_replay(self.folder, self.rb)
+            checkpoints.write_replay(self.folder, self.rb)
         logs = list(self.folder.glob("*tfevents*"))
         for path in logs:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in logs}
         write_tensors(self.folder / "checkpoint.pt", checkpoint)
-        for path, (_, stop) in replay_files(self.folder).items():
+        for path, (_, stop) in checkpoints.replay_files(self.folder).items():
             if not with_buffer or stop <= self.rb.added - len(self.rb.rows):
                 path.unlink()
         self.saved_at = global_step
@@ -592,9 +377,9 @@ class Run:
         changed. Returns the checkpoint, the segments that began before it, and the last of these, or else of all."""
         self.folder = Path(self.args.resume)
         self.lock = claim(self.folder)
-        self.checkpoint = checkpoint = load_state(self.folder / "checkpoint.pt", self.script)
+        self.checkpoint = checkpoint = checkpoints.load_state(self.folder / "checkpoint.pt", self.script)
         config = read_config(self.folder)
-        check_saved_args(self.args, config["args"])
+        checkpoints.check_saved_args(self.args, config["args"])
         self.start_step = self.saved_at = checkpoint["global_step"]
         segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
         past = (segments or config["segments"])[-1]  # a checkpoint of step 0 has no segment before it
@@ -613,10 +398,10 @@ class Run:
             fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
         try:
             environment.set_statistics(self.env, checkpoint["statistics"])  # for an evaluation before the first reset
-            put_all_back(self.state, checkpoint)
+            checkpoints.put_all_back(self.state, checkpoint)
             if self.has_buffer(self.start_step):
                 put_back(vars(self.rb), checkpoint["replay"])
-                read_replay(self.folder, self.rb, checkpoint["added"])
+                checkpoints.read_replay(self.folder, self.rb, checkpoint["added"])
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
         except (KeyError, RuntimeError, ValueError) as error:
@@ -635,7 +420,7 @@ class Run:
         buffers = self.state["actor"].named_buffers()
         bounds = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in of_bounds}
         try:
-            put_all_back(mine, saved)
+            checkpoints.put_all_back(mine, saved)
         except (KeyError, RuntimeError, ValueError) as error:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
@@ -650,8 +435,8 @@ class Run:
         """Read agent, masks, statistics and, as the policy may use them, the numbers in state["progress"] from the file
         that --evaluate names. Returns the content of the file."""
         path = file_of(self.args.evaluate)
-        saved = load_state(path, self.script)
-        check_saved_args(self.args, saved["args"])
+        saved = checkpoints.load_state(path, self.script)
+        checkpoints.check_saved_args(self.args, saved["args"])
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
         if "progress" in self.state and "progress" in saved:
@@ -671,7 +456,7 @@ class Run:
                 print(f"warning: {name} has lost some of what was logged before the checkpoint")
             else:
                 os.truncate(logs[name], size)
-        late = [path for path, (_, stop) in replay_files(self.folder).items() if stop > self.rb.added]
+        late = [path for path, (_, stop) in checkpoints.replay_files(self.folder).items() if stop > self.rb.added]
         for path in (*(logs[name] for name in logs.keys() - log_sizes.keys()), *late, self.folder / "final.pt"):
             path.unlink(missing_ok=True)  # final.pt comes anew at the end
 
@@ -820,7 +605,7 @@ def main(arguments: type, train: Callable) -> None:
     arguments.__dataclass_fields__ = {flag.name: flag for flag in order}
     args = tyro.cli(arguments, description=(module.__doc__ or "").split("\n")[0])
     if args.evaluate is not None or args.resume is not None:
-        args = tyro.cli(arguments, default=saved_args(arguments, args, script))
+        args = tyro.cli(arguments, default=checkpoints.saved_args(arguments, args, script))
     else:
         settled = settle(args)
         for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # which dense sets to 0

@@ -22,6 +22,7 @@ import lab.environment
 import lab.run
 import sac_tar
 from lab import record
+from lab.checkpoints import pack, unpacked
 from lab.environment import STOP_SIGNALS, fingerprint, make_env, make_eval_env, restore, state_of, statistics
 from lab.replay import ReplayBuffer
 
@@ -472,7 +473,7 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     first, second, other = make_env(env_id), make_env(env_id), make_env("Pendulum-v1")
     for seed in (1, None):
         episode(first, first.reset(seed=seed)[0], np.random.default_rng(0), 2000)
-    saved, obs, begun = lab.run.unpacked(lab.run.pack(state_of(first, other))), first.reset()[0], fingerprint(first, {})
+    saved, obs, begun = unpacked(pack(state_of(first, other))), first.reset()[0], fingerprint(first, {})
     expected = episode(first, obs, np.random.default_rng(1))
     second.reset(seed=1)
     restore(second, other, saved)

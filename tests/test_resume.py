@@ -24,6 +24,7 @@ import torch.nn as nn
 from conftest import REPLACED, same
 from test_run import load, main, refused, scalars
 
+import lab.checkpoints
 import lab.run
 import sac_tar
 import sparse_utils
@@ -35,7 +36,7 @@ SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
 
 
 def rows_of(run_dir):
-    files = lab.run.replay_files(run_dir)
+    files = lab.checkpoints.replay_files(run_dir)
     return torch.cat([load(path) for path in files]), max(stop for _, stop in files.values())
 
 
@@ -50,7 +51,7 @@ def assert_same_run(run_dir, undisturbed):
     assert args[0] | {"runs_dir": ""} == args[1] | {"runs_dir": ""} and args[0]["resume"] is None
     assert not list(run_dir.rglob("*.tmp"))
     if final["args"]["save_buffer"]:
-        stops = [stop for _, stop in lab.run.replay_files(run_dir).values()]  # what is overwritten is deleted
+        stops = [stop for _, stop in lab.checkpoints.replay_files(run_dir).values()]  # what is overwritten is deleted
         assert min(stops) > max(stops) - final["args"]["buffer_size"]
         (rows, stop), (others, other_stop) = rows_of(run_dir), rows_of(undisturbed)
         both, kept = min(stop, other_stop), min(len(rows), len(others)) - abs(stop - other_stop)
@@ -61,7 +62,7 @@ def assert_same_run(run_dir, undisturbed):
 def again(script, run_dir, **changes):
     """Resume as the command line does."""
     asked = SimpleNamespace(evaluate=None, resume=str(run_dir))
-    saved = lab.run.saved_args(script.Args, asked, Path(script.__file__))
+    saved = lab.checkpoints.saved_args(script.Args, asked, Path(script.__file__))
     return script.train(script.Args(**asdict(saved) | changes))
 
 
@@ -222,18 +223,18 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
 
 
 def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab.run, "REPLAY_FILE_ROWS", 64)
+    monkeypatch.setattr(lab.checkpoints, "REPLAY_FILE_ROWS", 64)
     args, env = sac_tar.Args(buffer_size=250), sac_tar.make_env("Pendulum-v1")
     rb = ReplayBuffer(args, env, torch.device("cpu"))
     rb.rows[:] = torch.arange(2500.0).reshape(250, 10)
     for rb.added in (100, 240, 260, 600):
-        lab.run.write_replay(tmp_path, rb)
-    names = [path.stem for path in lab.run.replay_files(tmp_path)]
+        lab.checkpoints.write_replay(tmp_path, rb)
+    names = [path.stem for path in lab.checkpoints.replay_files(tmp_path)]
     assert names[:7] == ["0-64", "64-100", "100-164", "164-228", "228-240", "240-250", "250-260"]
     assert names[7:] == ["350-414", "414-478", "478-500", "500-564", "564-600"]  # 260 to 350 are overwritten
     assert all((tmp_path / "replay" / f"{name}.pt").stat().st_size < 64 * 40 + 2000 for name in names)
     other = ReplayBuffer(args, env, torch.device("cpu"))
-    lab.run.read_replay(tmp_path, other, 600)
+    lab.checkpoints.read_replay(tmp_path, other, 600)
     assert torch.equal(other.rows, rb.rows) and other.added == 600
 
 
@@ -381,13 +382,13 @@ def test_the_command_that_began_a_run_may_be_repeated_with_resume(run, script, m
 def test_damaged_checkpoints_are_refused_or_harmless(finished, capsys, tmp_path):
     """Any truncation is refused. A flipped bit is refused too, unless it lies where the format keeps no data."""
     good, bad, rng = finished[sac_tar] / "checkpoint.pt", tmp_path / "checkpoint.pt", random.Random(1)
-    content, state = good.read_bytes(), lab.run.load_state(good, SAC)
+    content, state = good.read_bytes(), lab.checkpoints.load_state(good, SAC)
     for at in (0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(12))):
         bad.write_bytes(content[:at])
-        refused(capsys, lab.run.load_state, bad, SAC)
+        refused(capsys, lab.checkpoints.load_state, bad, SAC)
         bad.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
         try:
-            assert same(lab.run.load_state(bad, SAC), state)
+            assert same(lab.checkpoints.load_state(bad, SAC), state)
         except SystemExit as stop:
             assert stop.code == 2 and str(bad) in capsys.readouterr().err
 
@@ -400,7 +401,7 @@ class Payload:
 def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sac, td3 = finished[sac_tar], finished[td3_tar]
-    load_state, file = functools.partial(refused, capsys, lab.run.load_state), tmp_path / "checkpoint.pt"
+    load_state, file = functools.partial(refused, capsys, lab.checkpoints.load_state), tmp_path / "checkpoint.pt"
     assert "is of td3_tar.py; use that script" in load_state(td3 / "checkpoint.pt", SAC)
     assert "is of sac_tar.py; use that script" in load_state(sac / "final.pt", TD3)
     assert "there is no" in load_state(file, SAC)
@@ -441,7 +442,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
 
 def test_a_replay_file_that_is_missing_or_damaged_is_refused(run, script, capsys):
     run_dir = run(checkpoint_frequency=50, env_id="Short-v0")
-    files = list(lab.run.replay_files(run_dir))
+    files = list(lab.checkpoints.replay_files(run_dir))
     assert [path.name for path in files] == ["0-50.pt", "50-100.pt", "100-150.pt", "150-160.pt"]
     content = files[1].read_bytes()
     files[1].write_bytes(content[:-100])
@@ -1058,9 +1059,9 @@ def test_a_saved_agent_that_cannot_be_begun_from_is_refused(finished, capsys, tm
     assert sac_tar.train(known).exists()
     for whole, one in ((torch.ones(6), torch.ones(1)), (np.ones(6), np.ones(1))):  # which must not be broadcast
         with pytest.raises(ValueError, match=r"mine has the shape \(6,\)"):
-            lab.run.put_all_back({"mine": whole}, {"mine": one})
+            lab.checkpoints.put_all_back({"mine": whole}, {"mine": one})
     with pytest.raises(ValueError, match=r"a trained tensor has the shape \(6,\)"):
-        lab.run.put_all_back({"all": {"mine": nn.Parameter(torch.ones(6))}}, {"all": {"mine": torch.ones(1)}})
+        lab.checkpoints.put_all_back({"all": {"mine": nn.Parameter(torch.ones(6))}}, {"all": {"mine": torch.ones(1)}})
 
 
 # evaluate and watch

@@ -265,8 +265,8 @@ def copy_project(folder):
 
 def test_an_edit_of_any_file_that_acts_is_other_code_and_a_comment_is_not(tmp_path):
     main_file = copy_project(tmp_path) / "sac_tar.py"
-    acting = ["run", "edits", "environment", "flags", "replay", "baselines", "record", "kernels/__init__"]
-    acting = ["sac_tar", "sparse_utils", *(f"lab/{name}" for name in acting)]
+    acting = ["run", "checkpoints", "edits", "environment", "flags", "replay", "baselines", "record"]
+    acting = ["sac_tar", "sparse_utils", "lab/kernels/__init__", *(f"lab/{name}" for name in acting)]
     idle, before = ["lab/topology"], record.code_hash(main_file)
     for name in (*acting, *idle):
         path = tmp_path / f"{name}.py"
