@@ -29,8 +29,8 @@ from lab.run import Run, main
 from sparse_utils import Net
 
 
-# Further flags: those of other papers' methods in lab/baselines.py, those of folder, device, evaluation and checkpoints
-# in lab/flags.py. The comment on a flag is its --help; of a flag that names a rule, the docstrings of its rules are.
+# More flags: other papers' methods in lab/baselines.py; folder, device, evaluation and checkpoints in lab/flags.py. The
+# comment on a flag is its --help. A flag without a comment names a rule; its --help quotes the docstrings of the rules.
 @dataclass
 class Args(baselines.Flags, RunFlags):
     exp_name: str = Path(__file__).stem  # The name of this experiment, which is part of the run folder's name.
@@ -41,16 +41,16 @@ class Args(baselines.Flags, RunFlags):
     # Sparsity: README.md explains the method
 
     method: baselines.Method = "tar"
-    critic_method: baselines.Method | None = None  # Another method for the critics; default: that of the actor.
+    critic_method: baselines.Method | None = None  # The method of the critics; default: --method.
     # The fraction of each network's weights that is pruned, in [0, 1). Biases stay dense.
     sparsity: float = 0.9
-    critic_sparsity: float | None = None  # Another sparsity for the critics; default: that of the actor.
+    critic_sparsity: float | None = None  # The sparsity of the critics; default: --sparsity.
     reserve: float = 0.1  # The fraction of the active connections that revival places, in [0, 1).
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
     # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: as many as
-    # keep the active connections at 4 times the topology need of all layers (README.md), or the fewest that fit.
+    # keep the active connections at least 4 times the topology need of all layers (README.md), but enough to hold them.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -63,7 +63,7 @@ class Args(baselines.Flags, RunFlags):
     tau: float = 0.005  # The fraction by which an update moves targets toward the online networks.
     policy_lr: float = 3e-4  # The learning rate of the actor.
     q_lr: float = 1e-3  # The learning rate of the critics and of alpha.
-    # Environment steps between updates of the actor, each of which makes as many gradient steps.
+    # Environment steps between actor updates. Each update takes as many gradient steps, to make up for the delay.
     policy_frequency: int = 2
     target_network_frequency: int = 1  # Environment steps between target updates.
     alpha: float = 0.2  # The entropy coefficient with --no-autotune.
@@ -95,7 +95,7 @@ LOG_STD_MIN = -5
 
 class Actor(nn.Sequential):
     def __init__(self, env: gym.Env, hidden_size: int):
-        # mean and log_std share one output layer, which TAR treats as one
+        # one layer outputs both mean and log_std, and is pruned and revived as one layer
         super().__init__(mlp_layers(env.observation_space.shape[0], hidden_size, 2 * env.action_space.shape[0]))
         high, low = torch.from_numpy(env.action_space.high).float(), torch.from_numpy(env.action_space.low).float()
         self.register_buffer("action_scale", (high - low) / 2)
@@ -109,7 +109,7 @@ class Actor(nn.Sequential):
         return mean, log_std
 
     def get_action(self, x):
-        """A sampled action (batch, action_size) and its log-probability density (batch, 1)."""
+        """Sampled actions (batch, action_size) and their log-probabilities (batch, 1), for a batch of observations."""
         mean, log_std = self(x)
         noise = torch.randn_like(mean)
         x_t = mean + log_std.exp() * noise
@@ -125,19 +125,19 @@ class Actor(nn.Sequential):
 
 
 def critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data: Batch):
-    """Both critics' mean squared TD errors, and their values of shape (batch_size, 1)."""
+    """Both critics' mean squared TD errors (Haarnoja et al. 2018), and their Q-values of shape (batch_size, 1)."""
     with torch.no_grad():
         next_actions, next_log_pi = actor.get_action(data.next_observations)
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target) - alpha * next_log_pi
-        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discount: gamma, 0 after a termination
+        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discount: gamma ** n, 0 after a termination
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
 
 def policy_loss(actor, qf1, qf2, alpha, data: Batch):
-    """The actor's loss, and the log-probabilities of its actions, of shape (batch_size, 1)."""
+    """The actor's loss (Haarnoja et al. 2018), and the log-probabilities of its actions, of shape (batch_size, 1)."""
     pi, log_pi = actor.get_action(data.observations)
     min_qf_pi = torch.min(qf1(data.observations, pi), qf2(data.observations, pi))
     return (alpha * log_pi - min_qf_pi).mean(), log_pi
@@ -162,8 +162,8 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
-    args = settle(args)  # a copy: a flag that follows another one has its value, an unused one its default
-    env = make_env(args.env_id)  # change it in lab/environment.py, which evaluations use too
+    args = settle(args)  # a checked copy: flags that default to another flag have its value, unused flags their default
+    env = make_env(args.env_id)  # put wrappers into make_env in lab/environment.py, so that evaluations have them too
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
 
@@ -190,13 +190,13 @@ def train(args: Args) -> Path:
     targets = nn.ModuleList([qf1_target, qf2_target])
     log_alpha = nn.Parameter(torch.tensor([1.0 if args.autotune else args.alpha], device=device).log(), args.autotune)
     target_entropy = -env.action_space.shape[0]
-    # alpha is learned together with the actor, in one step; only its learning rate is its own
+    # one step updates the actor and alpha together; alpha has the learning rate of the critics
     actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor_groups)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)
 
-    # the networks that are pruned; weights of the target and moments of the optimizer become zero with theirs
+    # the networks to prune; a pruned weight becomes zero in the target too, and so do its moments in the optimizer
     nets = {
         "actor": Net(actor, None, actor_optimizer, args.method, args.sparsity),
         "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),
@@ -206,7 +206,7 @@ def train(args: Args) -> Path:
         for net in nets.values():
             sparse_utils.plan(net, args.reserve, args.active_width)  # K connections, R of them by revival
         schedule = baselines.Schedule(args, nets, mask_generator)  # BASELINES: at which steps to prune and rewire
-    progress = {"training_flops": 0, "actor_losses": {}}  # the last losses of the actor, which is updated less often
+    progress = {"training_flops": 0, "actor_losses": {}}  # actor_losses: those of the actor's last update, for the log
     # a checkpoint holds everything that is in this dictionary: add here what you add to the agent
     state = {
         "actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target,
@@ -217,8 +217,8 @@ def train(args: Args) -> Path:
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
     def own_losses(batch_size: int) -> dict[str, torch.Tensor]:
-        """Each network's loss on replay data, for pruning and rewiring: the one that trains it below. Leaves torch's
-        random generators as they were."""
+        """The training loss of each network on one batch of replay data, scalars by name, for pruning and rewiring.
+        Leaves torch's random generators as they were."""
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             data = rb.sample(batch_size, args.gamma, global_step)
             alpha = log_alpha.detach().exp()
@@ -226,7 +226,7 @@ def train(args: Args) -> Path:
             actor_loss, _ = policy_loss(actor, qf1, qf2, alpha, data)
         return {"actor": actor_loss, "qf1": qf1_loss, "qf2": qf2_loss}
 
-    # TRY NOT TO MODIFY: start the game; Run(...) has put in place what --resume or --load reads
+    # TRY NOT TO MODIFY: start the game; with --resume or --load, Run(...) has already loaded the saved agent
     done = True
     for global_step in run.steps():  # the last one, --total-timesteps, only evaluates
         if done:
@@ -235,7 +235,7 @@ def train(args: Args) -> Path:
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, at --prune-at, by default before the first gradient step
         if global_step in schedule.prunings:
-            criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion; at a second pruning magnitude
+            criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion, or magnitude at --final-prune-at
             with kernels.in_torch(nets):  # KERNELS
                 # prune: in each network K - R connections survive, in each layer those with the highest scores
                 losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
@@ -243,15 +243,15 @@ def train(args: Args) -> Path:
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive, after all prunings, so that all methods draw the same random masks: R pruned connections come
-                # back with their weights, at random in the layers whose topology needs them; R is 0 for methods that
-                # revive nothing
+                # revive after all prunings, so that random scores are the same for all methods: R pruned connections
+                # come back with their weights, at random in the layers whose topology needs them; R is 0 for methods
+                # that revive nothing
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
                 # train sparse: zero the pruned weights and, from here on, their gradients, so that they stay zero
                 sparse_utils.fix_masks(nets)
-                schedule.after_pruning(global_step)  # BASELINES: --init sparse, and what rewiring starts from
+                schedule.after_pruning(global_step)  # BASELINES: --init sparse; keeps the masks for the rewiring log
             run.log_topology(global_step)
 
         run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], count_flops(nets, 1)[0])

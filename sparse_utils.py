@@ -25,7 +25,7 @@ AUTO_WIDTH_C = 4.0  # --active-width auto aims at a K of at least this many time
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. FLOPs
-    are counted of these weights alone. Raises RuntimeError if a layer is in the kernels."""
+    are counted of these weights alone. Raises RuntimeError for layers in the kernels, outside `in_torch`."""
     layers = network.named_modules()
     return {name: layer.weight for name, layer in layers if getattr(layer, "prunable", isinstance(layer, nn.Linear))}
 
@@ -71,9 +71,9 @@ class Net:
 
 
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
-    """Set size, K = round((1 - sparsity) * size), R = round(reserve * K) and the active width of a network, in place. K
-    is all weights if its method prunes nothing, and R is 0 if its method revives nothing. Raises ValueError if no
-    connection would be left, if `active_width` cannot hold K connections, or if a weight is no parameter of its own."""
+    """Set, in place, net.size and net.active, net.budget (K = round((1 - sparsity) * size)), net.reserve (R =
+    round(reserve * K)) and net.width. K is all weights if the method prunes nothing, and R is 0 if it revives nothing.
+    Raises ValueError if no connection would be left or a weight is computed from others, and as `choose_width` does."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(
@@ -94,8 +94,8 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
 def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[int]:
     """Split `total` into whole numbers proportional to `shares`, none above its cap.
 
-    What a capped entry cannot take goes to the others in the same proportion. Rounded by largest remainder (ties: lower
-    index first), so the sum is exactly `total`. Raises ValueError if the entries with a share cannot hold `total`.
+    The rest of a capped entry's share goes to the others in the same proportion. Rounded by largest remainder, ties to
+    the lower index, so the sum is exactly `total`. Raises ValueError if the entries with a share cannot hold `total`.
     """
     open_entries = [i for i, share in enumerate(shares) if share > 0]
     if not 0 <= total <= sum(caps[i] for i in open_entries):
@@ -117,12 +117,12 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
 
 
 def room(scores: dict[str, Tensor]) -> list[int]:
-    """How many connections each layer can keep: connections that an earlier round has pruned score minus infinity."""
+    """How many connections each layer can keep: those pruned in earlier rounds score minus infinity."""
     return [int((s != -math.inf).sum()) for s in scores.values()]
 
 
 def er_budgets(scores: dict[str, Tensor], keep: int) -> list[int]:
-    """Erdos-Renyi: counts proportional to n_in + n_out, up to whole layers (Mocanu et al. 2018; Evci et al. 2020)."""
+    """Erdos-Renyi: in each layer in proportion to n_in + n_out, at most all (Mocanu et al. 2018; Evci et al. 2020)."""
     return allocate(keep, [sum(s.shape) for s in scores.values()], room(scores))
 
 
@@ -160,8 +160,8 @@ def embed(part: Masks, weights: dict[str, Tensor]) -> Masks:
 
 
 def chain_shapes(weights: dict[str, Tensor], what: str) -> list[tuple[int, int]]:
-    """The shapes of the layers. Raises ValueError, saying `what` needs it, unless each reads what the one before it
-    writes."""
+    """The shapes (n_out, n_in) of the layers. Raises ValueError, which says that `what` needs a chain, unless a layer
+    has as many inputs as the one before it has outputs."""
     shapes = [tuple(weight.shape) for weight in weights.values()]
     if any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
         raise ValueError(f"{what} needs layers that read one another in a chain, but their shapes are {shapes}")
@@ -189,8 +189,8 @@ def choose_width(weights: dict[str, Tensor], budget: int, asked: int | str) -> i
 
 class Rule(NamedTuple):
     """How connections are scored; the highest are kept. `scores` is a function (weights, masks, loss, generator) ->
-    scores of a network, where masks are what earlier rounds have left. The first sentence of its docstring is the help
-    of its name. Rules of rewiring, in lab/baselines.py, have a lab.baselines.Layer as their only argument."""
+    a tensor (n_out, n_in) for each layer name; masks are those left by earlier rounds. The first sentence of its
+    docstring is the help of its name. Rules of rewiring (lab/baselines.py) take a lab.baselines.Layer alone."""
 
     scores: Callable
     uses_loss: bool = False  # whether it reads the network's own loss (in rewiring: the gradient); if not, it gets None
@@ -206,19 +206,19 @@ def random_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generato
 
 
 def magnitude_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """|w|."""
+    """|w|, w the weight of the connection."""
     return {name: w.detach().abs() for name, w in weights.items()}
 
 
 def snip_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generator: torch.Generator):
-    """|w dL/dw| on replay data (SNIP, Lee et al. 2019)."""
+    """|w dL/dw|, L the loss on replay data (SNIP, Lee et al. 2019)."""
     gradients = torch.autograd.grad(loss, list(weights.values()))
     return {name: (w * g).detach().abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}
 
 
 def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generator: torch.Generator):
-    """w (H g), of the loss's gradient g and Hessian H on replay data (GraSP, Wang et al. 2020). The paper
-    prunes the connections with the highest -w * (H g): this reduces the gradient's norm least."""
+    """w (H g), g and H the gradient and the Hessian of the loss on replay data (GraSP, Wang et al. 2020). The paper
+    prunes the connections with the highest -w * (H g), since pruning these reduces the gradient's norm least."""
     gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     squared_norm = sum((g * g.detach()).sum() for g in gradients)
     products = torch.autograd.grad(squared_norm, list(weights.values()))
@@ -226,10 +226,10 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
 
 
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
-    """|w dR/dw|, R the flow of an all-ones input through |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R leaves out
-    biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer product of
-    the vectors that reach the layer from the input and from the output. In float64: R can overflow float32. Raises
-    ValueError if the layers are not a chain."""
+    """|w dR/dw|, R the sum of outputs for inputs of 1 and weights |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R
+    leaves out biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer
+    product of the vectors that reach the layer from the input and from the output. In float64: R can overflow float32.
+    Raises ValueError if the layers are not a chain."""
     chain_shapes(weights, "synflow")
     magnitudes = [(w.detach() * masks[name]).abs().double() for name, w in weights.items()]
     into = [magnitudes[0].new_ones(magnitudes[0].shape[1])]
@@ -251,8 +251,8 @@ CRITERIA = {
 
 
 def highest(scores: Tensor, count: int, among: Tensor) -> Tensor:
-    """A mask of the `count` highest scores among the connections of another mask. By rank, ties to the lower index, so
-    the count is exact whatever the scores. Raises ValueError if one is not a number."""
+    """A mask of the `count` highest `scores` among the True entries of `among`, all (n_out, n_in). By rank, ties to the
+    lower index, so the count is exact whatever the scores. Raises ValueError if a score is not a number."""
     indices = among.flatten().nonzero().squeeze(1)
     ranked = scores.flatten()[indices]
     if ranked.isnan().any():
@@ -266,11 +266,11 @@ def static_prune(
 ) -> Masks:
     """Masks of exactly `keep` connections of a network by CRITERIA[criterion] and DISTRIBUTIONS[distribution], all of
     them between active neurons, and among net.masks if an earlier pruning has made these. `loss` is the network's own,
-    for criteria that use it; `generator` is on the CPU. The network is read, not changed. Raises ValueError if a rule
-    gives no exact count, or lacks the loss that it uses."""
+    for criteria that use it; `generator` is on the CPU. The network is read, not changed. Raises ValueError if a score
+    is not a number, the counts of a distribution are wrong, or a rule lacks its loss or uses it in several rounds."""
     rule, weights = CRITERIA[criterion], net.weights
     if rule.uses_loss and loss is None:
-        raise ValueError(f"criterion {criterion} uses the loss of every network; let own_losses of the script give it")
+        raise ValueError(f"criterion {criterion} needs a loss of each network, and own_losses of the script lacks one")
     if rule.uses_loss and rule.rounds > 1:
         raise ValueError(f"criterion {criterion} uses the loss of the dense network, so it can have one round only")
     masks = net.masks or embed({n: torch.ones_like(w) for n, w in active_part(weights, net.width).items()}, weights)
@@ -279,7 +279,7 @@ def static_prune(
         return masks
     for i in range(1, rule.rounds + 1):
         scores = rule.scores(weights, masks, loss, generator)
-        # minus infinity, so that what is pruned stays pruned even where an active connection scores zero
+        # minus infinity, so that pruned connections stay pruned even where active ones score zero
         scores = {name: scores[name].masked_fill(~mask, -math.inf) for name, mask in masks.items()}
         scores, left = active_part(scores, net.width), active_part(masks, net.width)
         count = round(size * (keep / size) ** (i / rule.rounds))
@@ -311,9 +311,9 @@ def tar_budgets(masks: Masks, reserve: int) -> list[int]:
     """Prune, then revive connections in the layers whose topology needs them (Jin et al. 2026, arXiv 2602.04166; the
     exact rule is ours, see the README).
 
-    Returns how many of the `reserve` connections each layer gets. A reserve too small for all deficits is split in
-    proportion to them. Otherwise every deficit is filled and the rest is split in proportion to topology need, as far
-    as a layer still has pruned connections.
+    Returns how many of the `reserve` connections each layer gets. A layer's deficit is what it lacks of its
+    `topology_floor`. A reserve too small for all deficits is split in proportion to them. Otherwise every deficit is
+    filled, and the rest is split in proportion to topology need, as far as a layer still has pruned connections.
     """
     kept = [int(mask.sum()) for mask in masks.values()]
     deficits = [max(0, topology_floor(m.shape) - k) for m, k in zip(masks.values(), kept, strict=True)]
@@ -348,10 +348,8 @@ def revival_counts(net: Net) -> list[int]:
     counts = list(REVIVALS[net.method](part, net.reserve))
     pruned = [mask.numel() - int(mask.sum()) for mask in part.values()]
     if sum(counts) != net.reserve or any(not 0 <= c <= p for c, p in zip(counts, pruned, strict=True)):
-        raise ValueError(
-            f"the revival rule of method {net.method} gives the layers {counts} connections; they must add up to "
-            f"{net.reserve} and be at most the {pruned} that are pruned there"
-        )
+        must = f"they must add up to {net.reserve} and be at most the {pruned} that are pruned there"
+        raise ValueError(f"the revival rule of method {net.method} gives the layers {counts} connections; {must}")
     return counts
 
 
@@ -381,7 +379,7 @@ def zero_pruned(net: Net) -> None:
     for name, weight in net.weights.items():
         state = net.optimizer.state.get(weight, {}).values() if net.optimizer else ()
         for tensor in (weight, targets.get(name), *state):
-            # what is zero already is not written, so that a backward pass through it stays possible
+            # a tensor that is zero there already is not written to, so that backward through it stays possible
             if torch.is_tensor(tensor) and tensor.shape == weight.shape and tensor[~net.masks[name]].any():
                 tensor.mul_(net.masks[name])
 
@@ -404,8 +402,8 @@ def mask_gradients(net: Net) -> None:
 
 
 def fix_masks(nets: dict[str, Net]) -> None:
-    """From here on each network and its target train within its masks: pruned weights are zeroed once, with their
-    Adam moments, so they start at zero if they return later, and their gradients are zero once `backward()` returns."""
+    """From here on each network trains, and its target stays, within its masks: pruned weights and their Adam moments
+    are zeroed once, so they start at zero if they return, and their gradients are zero once `backward()` returns."""
     for net in nets.values():
         zero_pruned(net)
         mask_gradients(net)

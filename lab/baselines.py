@@ -48,7 +48,7 @@ def ch_places(weight: Tensor, mask: Tensor, generator: torch.Generator) -> Tenso
 
 
 def tar_ch_budgets(masks: Masks, reserve: int) -> list[int]:
-    """As tar, but within a layer not at random: where Cannistraci-Hebb scores are highest [ours]."""
+    """As tar, but at the places of a layer with the highest Cannistraci-Hebb scores, not at random (in no paper)."""
     return sparse_utils.tar_budgets(masks, reserve)
 
 
@@ -88,7 +88,7 @@ sparse_utils.CRITERIA |= {"diagonal": Rule(diagonal_scores), "dynadiag": Rule(dy
 
 
 class Layer(NamedTuple):
-    """What a rule of rewiring is given of one layer, each tensor of shape (n_out, n_in)."""
+    """The argument of a rule of rewiring: one layer, each tensor of shape (n_out, n_in)."""
 
     weight: Tensor
     gradient: Tensor | None  # of the network's own loss; None unless growth or drop says `uses_loss`
@@ -139,12 +139,12 @@ def noise(layer: Layer) -> Tensor:
 
 
 def sample(odds: Tensor, layer: Layer) -> Tensor:
-    """Scores: the highest are a draw without replacement by `odds`, zeros last (Efraimidis and Spirakis 2006)."""
+    """Scores whose n highest are n draws without replacement by `odds`, 0 last (Efraimidis and Spirakis 2006)."""
     return (odds.double() + 1e-99) / -noise(layer).double().log()
 
 
 def soft_worth(layer: Layer) -> Tensor:
-    """Kept at random by odds of |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025, in its code of MLPs)."""
+    """Kept at random with odds in proportion to |w|^T, T growing from 1 to 3 (CHTs, Zhang et al. 2025; MLP code)."""
     return sample(layer.weight.abs().double() ** (1 + 2 * layer.done), layer)
 
 
@@ -177,7 +177,7 @@ def cht_growth(layer: Layer) -> Tensor:
 
 
 def chts_growth(layer: Layer) -> Tensor:
-    """As cht, but drop by `soft`, and grow at random by odds of Cannistraci-Hebb scores (CHTs, Zhang et al. 2025)."""
+    """As cht, but drop by soft, and grow at random with odds in proportion to the scores (CHTs, Zhang et al. 2025)."""
     return sample(ch_scores(layer.mask), layer)
 
 
@@ -194,7 +194,7 @@ METHODS = sparse_utils.REVIVALS | sparse_utils.CONTROLS | GROWTHS | sparse_utils
 
 # FLAGS
 
-Method = one_of(METHODS, "How to prune and revive. All but dense and tiny train K connections, 1 - sparsity of all.")
+Method = one_of(METHODS, "How to prune and revive. All but dense and tiny train K connections, (1 - sparsity) of all.")
 Criterion = one_of(sparse_utils.CRITERIA, "The score by which static pruning ranks connections.")
 Distribution = one_of(sparse_utils.DISTRIBUTIONS, "How static pruning spreads its budget over the layers.")
 DropCriterion = one_of(
@@ -277,12 +277,12 @@ def check(args: object) -> None:
     if start is not None and rewired and final is not None:
         fail("--final-prune-at is for masks that stay; where they are rewired the density falls at the rewirings")
     if start is not None and rewired and not args.save_buffer:
-        fail("--density-start needs the buffer in checkpoints, or rewirings would be missed; no --no-save-buffer")
+        fail("--density-start needs the buffer in checkpoints, or rewirings are missed; leave --no-save-buffer out")
     if rewired and args.drop_criterion is None:
         drops = " and ".join(f"{method} by {GROWTHS[method].drop}" for method in (args.method, args.critic_method))
         fail(f"actor and critics would drop by different criteria, {drops}; choose one --drop-criterion")
-    for method in (method for method in rewired if GROWTHS[method].by_topology and not args.regrow):
-        fail(f"--method {method} stops in a layer where dropped connections grow again; leave --no-regrow out")
+    if not args.regrow and (chains := [method for method in rewired if GROWTHS[method].by_topology]):
+        fail(f"--method {chains[0]} stops in a layer where dropped connections grow again; leave --no-regrow out")
     if rewired and not rewiring_steps(args):
         after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
         never = f"every {args.rewire_every} steps after step {after} and before {until:g}, which is never"
@@ -299,8 +299,8 @@ def check(args: object) -> None:
         fail("--criterion dynadiag learns gates for the budgets of layers; choose --distribution er or uniform")
     for name in ("active_width", "density_start", "lr_cycles", "load"):
         if learned and getattr(args, name, None) is not None:
-            option = f"--{name.replace('_', '-')}"
-            fail(f"--criterion dynadiag learns gates of whole layers from scratch, at one budget and rate; no {option}")
+            mend = f"leave --{name.replace('_', '-')} out"
+            fail(f"--criterion dynadiag learns gates of whole layers from scratch, at one budget and rate; {mend}")
     if args.recent_fraction and not round(args.recent_fraction * args.batch_size):
         fail(f"--recent-fraction {args.recent_fraction} of --batch-size {args.batch_size} is no transition; raise one")
     if args.recent_fraction and args.recent_size >= min(args.buffer_size, args.total_timesteps):
@@ -390,16 +390,15 @@ def rewire_layers(
 def rewire(net: Net, rules: Rules, loss: Tensor | None, stopped: list[str], fraction: float, done: float) -> None:
     """Rewire a network between its active neurons, its masks in place. If net.budget is less than its connections, a
     layer keeps as many as pruning by magnitude with the rules' distribution would leave there. `loss` is the network's
-    own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's moments and
-    in the target; a connection that was inactive before starts at zero. Raises ValueError if a rule needs a loss and
-    there is none."""
+    own, for rules that read its dense gradient; ValueError if one lacks it. Weights outside the new masks become zero,
+    also in Adam's moments and in the target; a connection that was inactive before starts at zero."""
     left = sparse_utils.static_prune(net, net.budget, "magnitude", rules.distribution, rules.generator)
     counts = {name: int(mask.sum()) for name, mask in left.items()}
     weights, masks = active_part(net.weights, net.width), active_part(net.masks, net.width)
     gradients = dict.fromkeys(weights)
     if rules.growth.uses_loss or rules.drop.uses_loss:
         if loss is None:
-            raise ValueError("a rule of rewiring uses the loss of every network; let own_losses of the script give it")
+            raise ValueError("a rule of rewiring needs a loss of each network, and own_losses of the script lacks one")
         dense = torch.autograd.grad(loss, list(net.weights.values()))
         gradients = active_part(dict(zip(net.weights, dense, strict=True)), net.width)
     layers = {n: Layer(weights[n].detach(), gradients[n], mask, rules.generator, done) for n, mask in masks.items()}
@@ -506,17 +505,14 @@ def decayed(start: int, end: int, done: float) -> int:
 
 
 def first_budget(net: Net, density: float | None) -> tuple[int, int]:
-    """K and R of the first pruning: those of the network, or with --density-start, if K is not all weights, that
-    fraction of them and no revival. Raises ValueError unless that is more than K and less than the active neurons can
-    hold."""
+    """K and R of the first pruning: the network's own or, if it is pruned and --density-start is given, that share of
+    its weights and 0. Raises ValueError unless that is above K and below what its active neurons can hold."""
     if density is None or net.budget == net.size:
         return net.budget, net.reserve
     start, most = round(density * net.size), sum(w.numel() for w in active_part(net.weights, net.width).values())
     if not net.budget < start < most:
-        raise ValueError(
-            f"--density-start {density} is {start} connections of a network; choose one above the {net.budget} of the "
-            f"end and below the {most} that its active neurons can have"
-        )
+        bounds = f"above the {net.budget} of the end and below the {most} that its active neurons can have"
+        raise ValueError(f"--density-start {density} is {start} connections of a network; choose one {bounds}")
     return start, 0
 
 
@@ -532,7 +528,7 @@ def scale_to_active_inputs(network: nn.Module, masks: Masks) -> None:
 def lr_factor(step: int, start: int, end: int, cycles: int) -> float:
     """The learning rate's factor at this step (SCULPT). `cycles` equal cycles fill the steps from `start` to before
     `end`. In each, the factor rises linearly from 0.2 to 1 over the first fifth, then falls linearly to 0."""
-    done = (step - start) * cycles % (end - start) / (end - start)  # of the cycle
+    done = (step - start) * cycles % (end - start) / (end - start)  # the fraction of this cycle
     return 0.2 + 4 * done if done < 0.2 else (1 - done) / 0.8
 
 
@@ -626,11 +622,11 @@ class Schedule:
         """Set the learning rates of this step; where a cycle begins, Adam starts anew and the weights go on."""
         start, end, cycles = self.args.learning_starts, self.args.total_timesteps, self.args.lr_cycles
         begins = (global_step - start) * cycles % (end - start) < cycles
-        optimizers = {net.optimizer: "actor" if name == "actor" else "critic" for name, net in self.nets.items()}
-        for optimizer, name in optimizers.items():
+        names = {net.optimizer: "actor" if name == "actor" else "critic" for name, net in self.nets.items()}
+        for optimizer in run.training:
             if begins:
                 optimizer.state.clear()
             for group in optimizer.param_groups:
                 group["lr"] = lr_factor(global_step, start, end, cycles) * group.setdefault("initial_lr", group["lr"])
-            if global_step % 100 == 0:
-                run.log(global_step, {f"charts/{name}_lr": optimizer.param_groups[0]["lr"]})
+            if global_step % 100 == 0 and optimizer in names:
+                run.log(global_step, {f"charts/{names[optimizer]}_lr": optimizer.param_groups[0]["lr"]})

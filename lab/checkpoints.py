@@ -24,12 +24,11 @@ from lab.record import file_of, read_config, settle
 from lab.replay import ReplayBuffer
 
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
+HOW_IT_RUNS = {"compute", "device", "torch_threads", "capture_video"}  # flags
 # flags that may change when a run is resumed, and that its folder is therefore not named after
-MAY_CHANGE = {
-    "resume", "total_timesteps", "compute", "device", "torch_threads", "checkpoint_frequency", "capture_video",
-}  # fmt: skip
+MAY_CHANGE = HOW_IT_RUNS | {"resume", "total_timesteps", "checkpoint_frequency"}
 # flags that may differ between an evaluation and the run whose policy it evaluates
-OF_AN_EVALUATION = {"evaluate", "eval_episodes", "capture_video", "compute", "device", "torch_threads"}
+OF_AN_EVALUATION = HOW_IT_RUNS | {"evaluate", "eval_episodes"}
 # parts of `state` that an agent begun by --load does not need, beside optimizers
 OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
 ARRAY = "an array of NumPy"  # marks one in a file
@@ -41,7 +40,6 @@ SIMPLE = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, tor
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically: if the process or the machine dies, either the old file or the new one is whole."""
-    path.parent.mkdir(exist_ok=True)
     part = Path(f"{path}.tmp")
     try:
         with open(part, "wb") as file:
@@ -107,7 +105,7 @@ def pack(part: object) -> object:
     if type(part) is set:
         return set(map(plain, part))
     if type(part) not in SIMPLE:  # torch.load takes no class of one's own, such as an IntEnum
-        fail(f"no checkpoint can keep a {type(part).__name__}; give it state_dict() or hold its content in a list")
+        fail(f"no checkpoint can keep a {type(part).__name__}; give it state_dict() and load_state_dict(), or a list")
     return part
 
 
@@ -139,8 +137,8 @@ def put_back(part: object, saved: object) -> object:
     elif isinstance(part, GENERATORS):
         environment.set_random_state(part, saved)
     elif isinstance(part, (Tensor, np.ndarray)) and getattr(saved, "shape", None) != part.shape:
-        if getattr(part, "requires_grad", False):  # what has another shape has grown, but not so what is trained
-            raise ValueError(f"a trained tensor has the shape {tuple(part.shape)}, and what is saved of it has not")
+        if getattr(part, "requires_grad", False):  # an untrained tensor may have grown in training, a trained one not
+            raise ValueError(f"a trained tensor has the shape {tuple(part.shape)}, but its saved value has another")
         return saved.to(part.device) if isinstance(part, Tensor) and isinstance(saved, Tensor) else saved
     elif isinstance(part, Tensor):
         part.data.copy_(saved)
@@ -156,12 +154,12 @@ def put_back(part: object, saved: object) -> object:
 
 
 def put_all_back(state: dict, saved: dict) -> None:
-    """Put all parts of `state` back in place, though one of its dictionaries may hold other tensors then. Raises
+    """Put all parts of `state` back, in place but for tensors inside dictionaries, which may be new ones. Raises
     KeyError, RuntimeError or ValueError if a part is not in `saved` or has another shape there."""
     for name, part in state.items():
         state[name] = put_back(part, saved[name])
         if isinstance(part, (Tensor, np.ndarray)) and state[name] is not part:
-            raise ValueError(f"{name} has the shape {tuple(part.shape)}, and what is saved of it has not")
+            raise ValueError(f"{name} has the shape {tuple(part.shape)}, but its saved value has another")
 
 
 def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
@@ -173,11 +171,13 @@ def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
 def write_replay(run_dir: Path, rb: ReplayBuffer) -> None:
     """Write the transitions that are new since the last checkpoint into files of their own."""
     rows, added = rb.rows, rb.added
+    with contextlib.suppress(FileNotFoundError):
+        (run_dir / "replay").mkdir(exist_ok=True)
     start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
     while start < added:
         first = start % len(rows)
         stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
-        piece = rows[first : first + stop - start].cpu().clone()  # a view would be saved with all of its block
+        piece = rows[first : first + stop - start].cpu().clone()  # torch.save of a view would write the whole buffer
         write_tensors(run_dir / "replay" / f"{start}-{stop}.pt", piece)
         start = stop
 

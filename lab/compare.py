@@ -34,7 +34,7 @@ from lab.flags import fail
 @dataclass
 class Args:
     folder: tyro.conf.Positional[Path]  # A folder of run folders, or a published grid.
-    out: Path | None = None  # The folder of the comparison; default: comparison, in the folder of the runs.
+    out: Path | None = None  # The folder of the comparison; default: comparison, in the folder that is compared.
     # Compare with this arm, or the one with this word, or else this text, in its name (an arm: runs that differ only in
     # seed and environment). Default: the `static` arm that each arm is most like.
     against: str | None = None
@@ -164,8 +164,7 @@ def improvement(*samples: np.ndarray, axis: int) -> np.ndarray:
 
 
 def bootstrapped(statistic, samples: list[np.ndarray], at_least: int = 2) -> tuple[float, float, float]:
-    """The statistic and the ends of its 95% interval; NaN if a sample has fewer values than `at_least`,
-    or if both ends are equal."""
+    """The statistic and its 95% interval: NaN if a sample has fewer than `at_least` values or the ends are equal."""
     value, ends = float(statistic(*samples, axis=-1)), (np.nan, np.nan)
     if min(map(len, samples)) >= at_least:
         ends = stats.bootstrap(samples, statistic, n_resamples=10_000, method="percentile", rng=0).confidence_interval

@@ -27,6 +27,11 @@ ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "chi
 BY_PLACE = {"list": 0, "tuple": 0, "iter": 0, "enumerate": 0, "reversed": 0, "zip": 0, "map": 1, "filter": 1}
 
 
+def variables_of(frame: FrameType) -> dict:
+    """The variables of a script and of its train, which runs in this frame, by name."""
+    return {n: value for n, value in {**frame.f_globals, **frame.f_locals}.items() if not n.startswith("__")}
+
+
 def walk(
     todo: list[tuple[str, object]], seen: set[int], files: tuple[Path, ...], closed: Callable = lambda value: False
 ) -> Iterator[tuple[str, object]]:
@@ -55,10 +60,10 @@ def walk(
 def check_parts(
     state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...] = (), restored: Collection = ()
 ) -> dict[str, str]:
-    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if checkpoints,
-    which hold `state`, the buffer `rb` and the generators `restored`, would lack something with a state that a variable
-    of train is or holds, or a parameter that an optimizer trains, or if a part of `state` could not be put back. What
-    is in an environment is left out."""
+    """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if a part of
+    `state` could not be put back, or if a checkpoint, which holds `state`, the buffer `rb` and the generators
+    `restored`, would lack a parameter that an optimizer trains, or an object with a state that a variable of the script
+    or of train is or holds. Objects inside an environment are left out."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -102,13 +107,19 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
     return f"{type(part).__name__}({'; '.join(options)})"
 
 
+def shapes(network: nn.Module) -> list[torch.Size]:
+    return [param.shape for param in network.parameters()]
+
+
 def held_apart(
     nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: tuple[Path, ...] = ()
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
-    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers."""
+    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. A copy of the
+    network that a variable is or holds, and that is in no row, could not follow its parameters one by one."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
+    rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():
         modules = {id(module): module for network in net.networks for module in network.modules()}
         layers = [module for module in modules.values() if isinstance(module, nn.Linear)]  # what the kernels replace
@@ -116,13 +127,16 @@ def held_apart(
         whole = modules.keys() - inner  # these stay, and look their layers up anew
         others = [group for other in optimizers if other is not net.optimizer for group in other.param_groups]
         if any(id(param) in inner for group in others for param in group["params"]):
-            found[name] = "an optimizer beside that of its row trains parameters of it"
+            found[name] = "an optimizer other than the one in its row trains its parameters"
         own = [("", part) for key in whole for n, part in vars(modules[key]).items() if n != "_modules"]
         for where, part in walk([*own, *variables.items()], groups | whole, files):
             if id(part) in inner:
                 variable = where.partition(".")[0]
                 what = f"`{variable}` in train" if variable else "an attribute in it that is no submodule"
                 found[name] = f"{what} holds layers or parameters of it"
+                break
+            if type(part) is type(net.network) and part not in rows and shapes(part) == shapes(net.network):
+                found[name] = f"`{where}` in train is or holds a copy of it that is in no row"
                 break
     return found
 
@@ -147,7 +161,7 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
             if isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
                 name = repr(part.slice.value)
             walks = name in ONE_BY_ONE and (looped or name not in ("parameters", "'params'"))
-            places = [getattr(part, "value", None)] if isinstance(part, (ast.Subscript, ast.Starred)) else []
+            places = [part.value] if isinstance(part, (ast.Subscript, ast.Starred)) else []
             called = getattr(part.func, "id", None) if isinstance(part, ast.Call) else None
             places += part.args[BY_PLACE[called] :] if called in BY_PLACE else []
             places += [looped] if part is looped else []

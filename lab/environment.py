@@ -83,7 +83,7 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
         env = Guard(env)
     except Exception as error:  # a package of environments may be broken in any way
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        where = "`pip install -r requirements.txt` brings MuJoCo and Box2D; PYTHONPATH must have the folder of your own"
+        where = "`pip install -r requirements.txt` brings MuJoCo and Box2D; PYTHONPATH must have your module's folder"
         fail(f"cannot make {env_id} ({why}); {where}")
     actions, observations = env.action_space, env.observation_space
     if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
@@ -251,10 +251,11 @@ def is_own(kind: type, files: tuple[Path, ...]) -> bool:
 
 
 def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
-    """The attributes of a SimpleNamespace, or of an object, but no list, tuple, dictionary or deque, whose class is
-    defined in one of these source files."""
+    """The attributes, and submodules, of a SimpleNamespace, or of an object, but no list, tuple, dictionary or deque,
+    whose class is defined in one of these source files."""
     own = not isinstance(value, (list, tuple, dict, deque)) and is_own(type(value), files)
-    return getattr(value, "__dict__", {}) if own else {}
+    held = getattr(value, "__dict__", {}) if own else {}
+    return held | held.get("_modules", {})
 
 
 def fingerprint(
@@ -283,6 +284,10 @@ def fingerprint(
         above = (*above, id(value))
         if isinstance(value, GENERATORS):
             value = random_state(value)
+        if isinstance(value, torch.nn.Module):
+            value = [*value.parameters(), *value.buffers()]
+        if isinstance(value, torch.optim.Optimizer):
+            value = [group["params"] for group in value.param_groups]
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
             return value.detach().cpu().double().numpy().tobytes()
         if isinstance(value, np.ndarray) and value.dtype != object:
@@ -299,6 +304,6 @@ def fingerprint(
     named = [pair for variable in variables.items() for pair in inside(*variable)]
     for layer in layers(env):
         if not isinstance(layer, (Guard, NewWorld)) and not type(layer).__module__.startswith("gymnasium."):
-            held = {name: value for name, value in vars(layer).items() if value is not None}  # as before its first use
+            held = {name: value for name, value in vars(layer).items() if value is not None}  # None: not used yet
             named += [(f"{type(layer).__name__}.{name}", value) for name, value in held.items()]
     return {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}

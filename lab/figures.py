@@ -47,8 +47,7 @@ def styles_of(runs: pd.DataFrame) -> dict[str, dict]:
 
 def panels(runs: pd.DataFrame, split: bool = False):
     """A figure with axes for each environment and base mask that have runs, or with `split`, if these have many arms,
-    for each method there. With each axes come the runs that it shows, and all runs there that have this base mask or
-    none."""
+    for each method there. With each axes come its runs, and all runs there that have this base mask or none."""
     cells = []
     for env_id, of_env in runs.groupby("env_id"):
         for base in sorted({*of_env.base} - {""}) or [""]:

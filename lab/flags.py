@@ -16,14 +16,14 @@ PROJECT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End the program with one sentence."""
+    """Print the sentence to stderr and exit by SystemExit with `code`: 2 for bad input, 1 for a run that failed."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own, so that it does not run into a progress bar
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def bad_input() -> Iterator[None]:
-    """End the program with the sentence of a ValueError that is raised inside the block."""
+    """End the program by `fail`, with exit code 2, if a ValueError is raised inside the block."""
     try:
         yield
     except ValueError as error:
@@ -57,7 +57,7 @@ class RunFlags:
     # Keep the replay buffer in checkpoints. Without it, a resumed run collects new transitions before it learns again.
     save_buffer: bool = True
     resume: str | None = None  # A run folder to continue from its last checkpoint, with the flags of that run.
-    # A run folder or a .pt file. Training begins with its networks, targets, alpha and running statistics, and
+    # A run folder or a .pt file. Training begins with its networks, targets, alpha and normalization statistics, and
     # its policy replaces random actions before --learning-starts.
     load: str | None = None
     # A run folder or a .pt file whose policy is run without noise for --eval-episodes episodes. Nothing is trained.

@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -116,7 +116,7 @@ class Run:
         env.unwrapped.observation_space.seed(args.seed)
         self.start_step, self.learn_from, self.saved_at, self.repeats = 0, args.learning_starts, -math.inf, False
         caller = inspect.currentframe().f_back
-        variables = caller.f_locals
+        variables = edits.variables_of(caller)
         files = sources(script, args.env_id)
         if foreign := edits.replaced(script, caller.f_globals, files):
             where = f"of {script.name} now comes from elsewhere, so the record would miss it"
@@ -124,8 +124,9 @@ class Run:
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
-        self.named = {name: part for name, part in state.items() if variables.get(name) is part}
-        self.checkpoint, self.returns, segments, saved = None, {}, [], None
+        made = state | {"env": env, "rb": rb}
+        self.named = {name: part for name, part in made.items() if variables.get(name) is part}
+        self.checkpoint, self.returns, self.writer, segments, saved = None, {}, None, [], None
         if reserved := sorted(ABOUT & state.keys()):
             fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
         if "actor" not in state:
@@ -148,7 +149,7 @@ class Run:
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
-            why = "which FLOPs leave out; an nn.Linear in a row of `nets` is pruned, and its target in the same row"
+            why = "which FLOPs leave out; only nn.Linear weights of networks and targets in rows of `nets` are pruned"
             tqdm.write(f"warning: nothing prunes some weights of {', '.join(dense)}, {why}")
         if args.evaluate is not None:
             saved = self.load_policy()
@@ -156,9 +157,7 @@ class Run:
             saved, segments, past = self.restore(optimizers)
         elif args.load is not None:
             path = file_of(args.load)
-            loaded = checkpoints.load_state(path, script, of_any_script=True)
-            self.load_agent(path, loaded)
-            environment.set_statistics(env, loaded.get("statistics", {}))  # in which its policy sees observations
+            self.load_agent(path, checkpoints.load_state(path, script, of_any_script=True))
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
@@ -200,7 +199,7 @@ class Run:
         self.clock = time.perf_counter() - (saved["sps_seconds"] if saved else 0.0)
 
     def warn_of_evaluations(self) -> None:
-        """Warn where evaluations are not in the environment of training, or not of its own rewards and lengths."""
+        """Warn if evaluations lack a wrapper or an argument of training, log changed rewards, or have no time limit."""
         layers, of_evaluation = environment.layers(self.env), environment.layers(self.eval_env)
         alone = [kind.__name__ for kind in Counter(map(type, layers)) - Counter(map(type, of_evaluation))]
         mine, there = (getattr(made.unwrapped.spec, "kwargs", {}) for made in (self.env, self.eval_env))
@@ -219,14 +218,13 @@ class Run:
 
     def make_folder(self) -> Path:
         """A new folder, named as lab/README.md says; two methods or sparsities are <actor's>+<critics'>."""
-        args, parts = vars(self.args), [self.args.env_id, self.args.exp_name]
-        args = args | {"load": args["load"] and args["load"].rpartition("@")[2]}  # the hash alone
+        args = vars(self.args) | {"load": self.args.load and self.args.load.rpartition("@")[2]}  # the hash alone
         methods, sparsities = (dict.fromkeys([args[name], args[f"critic_{name}"]]) for name in ("method", "sparsity"))
-        parts.append("+".join(methods))
+        parts = [args["env_id"], args["exp_name"], "+".join(methods)]
         if methods.keys() - sparse_utils.UNPRUNED.keys():
             parts.append(f"{args['criterion']}-{args['distribution']}")  # TensorBoard breaks long names at a hyphen
         parts.append("s" + "+".join(map(str, sparsities)))
-        usual = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self.args)}
+        usual = vars(type(self.args)())  # the defaults
         usual |= {"prune_at": args["learning_starts"], "drop_criterion": baselines.usual_drop({*methods})}
         left_out = IN_NAME | MAY_CHANGE | {"seed", "runs_dir"}
         parts += [f"{name}-{value}" for name, value in args.items() if value != usual[name] and name not in left_out]
@@ -249,13 +247,13 @@ class Run:
         caller = inspect.currentframe().f_back
         with bad_input(), kernels.in_torch(self.nets):
             restored = environment.generators(self.env, self.eval_env).values()
-            edits.check_parts(self.state, self.rb, caller.f_locals, self.own_files, restored)
-            variables, nets = edits.used_later(self.script, caller), {n: self.nets[n] for n in self.in_kernels()}
-            held = edits.held_apart(nets, self.training, variables, self.own_files)
+            edits.check_parts(self.state, self.rb, edits.variables_of(caller), self.own_files, restored)
+            held = edits.held_apart(self.nets, self.training, edits.used_later(self.script, caller), self.own_files)
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
-        for name, why in held.items():
-            fail(f"{why}, the {name}, and the kernels replace these; make it before Run(...), or use --compute masked")
+        for name in [name for name in self.in_kernels() if name in held]:
+            why = f"{held[name]}, and the kernels replace these"
+            fail(f"{name}: {why}; make it before Run(...), or use --compute masked")
         for step in self.bar:
             self.env.set_wrapper_attr("global_step", step)
             if step == self.sps_from:
@@ -270,12 +268,12 @@ class Run:
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, and
         the last checkpoint kept, if a name of `state` stands for another object in train, or by `check_weights`."""
-        variables = inspect.currentframe().f_back.f_locals
+        variables = edits.variables_of(inspect.currentframe().f_back)
         for name, part in self.named.items():
             now = variables.get(name, part)
             if now is not part and getattr(now, "_orig_mod", None) is not part:  # as of torch.compile
-                why = "so checkpoints and kernels would go on with the old one; change it in place"
-                fail(f"`{name}` in train is no longer the object in `state`, {why}", code=1)
+                why = "so checkpoints and kernels would go on with the old one; change it in place or before Run(...)"
+                fail(f"`{name}` in train is no longer the object that Run(...) was given, {why}", code=1)
         if self.args.evaluate is not None:
             obs, _ = self.env.reset()
             environment.set_statistics(self.env, self.statistics)
@@ -296,9 +294,8 @@ class Run:
             begun["fingerprint"]["the observation"] = obs.tolist()
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
-            other = [name for name in (before | now) if before.get(name, "none") != now.get(name, "none")]
-            one_sided = before.keys() ^ now.keys()  # a variable that train sets in its loop is not there yet
-            if other := [name for name in other if name not in one_sided or not name.endswith("` in train")]:
+            unset = {name for name in before.keys() ^ now.keys() if name.endswith("` in train")}  # as in its loop
+            if other := [name for name in before | now if name not in unset and before.get(name) != now.get(name)]:
                 which = f"the episode at step {global_step} begins with another value of {', '.join(other)} than before"
                 held = "what is in `state`, random generators, and the running statistics of the environment"
                 tqdm.write(f"warning: {which} the interruption. Checkpoints hold {held}, so this may be another run.")
@@ -367,7 +364,7 @@ class Run:
     def stop(self, global_step: int) -> NoReturn:
         """End the program as a signal asks, with the command that goes on from the last checkpoint."""
         self.writer.close()
-        command = f"python {self.script.name} --resume {shlex.quote(str(self.folder))}"
+        command = f"python {shlex.quote(os.path.relpath(self.script))} --resume {shlex.quote(str(self.folder))}"
         since = "" if self.saved_at == global_step else f" from the last checkpoint, of step {self.saved_at},"
         tqdm.write(f"stopped at step {global_step}; go on{since} with: {command}")
         sys.exit(128 + STOP_SIGNALS[0])
@@ -412,7 +409,7 @@ class Run:
         return checkpoint, segments, past
 
     def load_agent(self, path: Path, saved: dict) -> None:
-        """Make networks, alpha and other parts of the agent those of a saved one."""
+        """Make networks, alpha and other parts of the agent, and the statistics of `env`, those of a saved agent."""
         mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
         if other := sorted((saved.keys() - ABOUT - OF_TRAINING - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
@@ -425,6 +422,7 @@ class Run:
             fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
             fail(f"the actor in {path} is for other bounds of actions than those of {self.args.env_id}; use another")
+        environment.set_statistics(self.env, saved.get("statistics", {}))  # by which its policy sees observations
         if other := saved.get("statistics", {}).keys() ^ environment.statistics(self.env).keys():
             which = f"{', '.join(sorted(other))}, so observations or rewards are other numbers"
             tqdm.write(f"warning: {path} and {self.args.env_id} do not both normalize by {which}")
@@ -444,7 +442,6 @@ class Run:
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
-        environment.set_statistics(self.env, self.statistics)  # for an evaluation before the first reset
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
         return saved
 
@@ -498,13 +495,11 @@ class Run:
         return {"charts/SPS": (global_step - self.sps_from) / (time.perf_counter() - self.clock)}
 
     def log_topology(self, global_step: int) -> None:
-        """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py).
-        With --evaluate nothing is written."""
+        """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py)."""
         if self.args.evaluate is not None:
             return
-        report = topology.log_pruning(
-            self.writer, global_step, self.nets, *self.env.observation_space.shape, *self.env.action_space.shape
-        )
+        sizes = self.env.observation_space.shape + self.env.action_space.shape
+        report = topology.log_pruning(self.writer, global_step, self.nets, *sizes)
         write_json(self.folder / "topology.json", report)
         masks = {name: {"static": pack(net.static), "masks": pack(net.masks)} for name, net in self.nets.items()}
         write_tensors(self.folder / "masks.pt", masks)
@@ -516,9 +511,9 @@ class Run:
         write_json(self.folder / "topology.json", report)
 
     def evaluate(self, global_step: int, policy: Callable, training_flops: int, inference_flops: int) -> None:
-        """Run noise-free episodes on an environment of their own, every --eval-frequency steps and at the end, and log
-        them or, with --evaluate, print them. `policy` maps observations of shape (batch, observation size) to actions.
-        charts/SPS does not count the time of an evaluation."""
+        """Run noise-free episodes in `eval_env`, every --eval-frequency steps and at the end. Log them or, with
+        --evaluate, print them. `policy` maps float32 observations (batch, observation size) to actions (batch, action
+        size). charts/SPS does not count the time. A second call at one step ends the program with one sentence."""
         if global_step % self.args.eval_frequency and global_step != self.args.total_timesteps:
             return
         if global_step in self.returns:
@@ -586,8 +581,9 @@ class Run:
 
 
 def on_signal(number: int, _: object) -> None:
-    """The first signal ends the run after the episode (without a time limit, after the step); the second at once."""
-    if STOP_SIGNALS:
+    """The first signal ends the run after the episode (without a time limit, after the step), a later Ctrl-C at once.
+    A second SIGTERM does nothing more, since a sweep that is stopped and a batch system may each send one."""
+    if STOP_SIGNALS and number == signal.SIGINT:
         tqdm.write("stopped at once; go on from the last checkpoint with --resume and the run folder")
         os._exit(128 + number)
     STOP_SIGNALS.append(number)
@@ -608,7 +604,7 @@ def main(arguments: type, train: Callable) -> None:
         args = tyro.cli(arguments, default=checkpoints.saved_args(arguments, args, script))
     else:
         settled = settle(args)
-        for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # which dense sets to 0
+        for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # critic_sparsity: dense has 0
             given, value = getattr(args, name), getattr(settled, name)
             if given is not None and given != value:
                 what = f"{name}={given} makes no difference to this run, which has {name}={value}"
@@ -618,6 +614,8 @@ def main(arguments: type, train: Callable) -> None:
     try:
         train(args)
     except OSError as error:
+        if error.errno == errno.ENOENT and error.filename and not os.path.exists(os.path.dirname(error.filename)):
+            fail(f"{error}: its folder is gone; move it back and go on with --resume, or start the run anew", code=1)
         if error.errno not in CANNOT_WRITE:
             raise
         fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)

@@ -50,7 +50,7 @@ class Args:
     method: tuple[str, ...] = ("static", "tar")
     base: tuple[str, ...] = ("magnitude+global",)  # The rules of static pruning, as <criterion>+<distribution>.
     sparsity: tuple[float, ...] = (0.9,)  # The fractions of weights that are pruned.
-    # Further axes, each a flag of the scripts as <name>=<value>,<value>. Where the default is None, none stands for it.
+    # Further axes, each a flag of the scripts as <name>=<value>,<value>. The word none stands for a default of None.
     vary: tuple[str, ...] = ()
     seeds: int = 5  # The last seed. All runs of one seed come before those of the next.
     first_seed: int = 1  # The first seed. A higher one leaves out seeds on which something was chosen.
@@ -74,7 +74,7 @@ GRACE = 120  # seconds between SIGTERM and SIGKILL, in which a run ends its epis
 DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-# the last is lab.record as this script imports it
+# `record` is lab.record as this script imports it
 Script = namedtuple("Script", ["path", "Args", "defaults", "record"])
 
 
@@ -273,7 +273,7 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
     """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere), why it last failed or
     could not start, and whether it was resumed."""
     os.chdir(folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; a script's `&` had it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels by it; a job started with & ignores it
     code, why, resumed = None, "", False
     with run.log.open("a+b") as log:
         if not lock(log):

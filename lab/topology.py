@@ -24,7 +24,7 @@ def topology_report(nets: dict[str, Net]) -> dict:
     `dead_units` (outputs with none in) are pairs: after static pruning, after revival. They, `floor` and `deficit` are
     counted in the `part` of the layer that is between active neurons. Raises ValueError if a network has not exactly K
     connections, R of them revived, or has masks of other layers before revival than after it."""
-    report, advice = {}, "set the row's budget, reserve, static and masks to what was done"
+    report, advice = {}, "set the row's budget, reserve, static and masks to the pruning and revival that were done"
     for network, net in nets.items():
         if net.static.keys() != net.masks.keys():
             raise ValueError(f"{network} has masks of other layers before revival than after it; {advice}")
@@ -81,10 +81,9 @@ def topology_warnings(network: str, net: Net, observation_size: int, action_size
     for kind, part in zip(("observation", "action"), read.tensor_split([observation_size], 1)):
         before, after = ((~inputs).nonzero().flatten().tolist() for inputs in part)
         if before:
-            warnings.append(
-                f"{network} is blind to {len(before)} of {part.shape[1]} {kind} dimensions after static pruning: "
-                f"{before}; after revival to {len(after)}{': ' + str(after) if after else ''}."
-            )
+            cut = f"{len(before)} of {part.shape[1]} {kind} dimensions after static pruning: {before}"
+            left = f"{len(after)}{': ' + str(after) if after else ''}"
+            warnings.append(f"{network} is blind to {cut}; after revival to {left}.")
     return warnings
 
 
@@ -128,8 +127,7 @@ def log_pruning(writer: SummaryWriter, global_step: int, nets: dict[str, Net], *
     table = topology_table(report)
     tqdm.write(f"Topology at step {global_step}:\n{table}")
     writer.add_text("topology/revival", table, global_step)
-    found = [warning for name, net in nets.items() for warning in topology_warnings(name, net, *sizes)]
-    if found:
+    if found := [warning for name, net in nets.items() for warning in topology_warnings(name, net, *sizes)]:
         tqdm.write("\n".join(f"warning: {sentence}" for sentence in found))
         writer.add_text("topology/warnings", "\n\n".join(found), global_step)
     for name, net in nets.items():

@@ -341,7 +341,7 @@ def test_a_layer_keeps_what_magnitude_and_the_distribution_give_it():
     for net.budget, left in ((12, [9, 3]), (9, [6, 3]), (6, [4, 2]), (5, [4, 1])):
         baselines.rewire(net, rules_of("set", distribution="global"), None, [], 0.0, 0.5)
         assert counts(net.masks) == left and net.active == net.budget
-    with pytest.raises(ValueError, match="uses the loss of every network; let own_losses"):
+    with pytest.raises(ValueError, match="needs a loss of each network, and own_losses"):
         baselines.rewire(net, rules_of("rigl"), None, [], 0.5, 0.5)
     net.budget = 3
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="distribution er gives "):
@@ -642,15 +642,15 @@ REFUSED = [
     ({"method": "set", **DECAY, "rewire_stop": 0.2}, "after step 60 and before 46, which is never"),
     ({"method": "set", **DECAY, "sparsity": 0.0}, "--density-start needs a network that is pruned; raise --sparsity"),
     ({"method": "tiny", "critic_method": "set", **DECAY, "critic_sparsity": 0.0}, "needs a network that is pruned"),
-    ({"method": "set", **DECAY, "save_buffer": False}, "no --no-save-buffer"),
+    ({"method": "set", **DECAY, "save_buffer": False}, "leave --no-save-buffer out"),
     ({"method": "rigl", "critic_method": "chts", "rewire_every": 20}, "rigl by magnitude and chts by soft; choose one"),
     ({"method": "cht", "regrow": False}, "--method cht stops in a layer where dropped connections grow again"),
     (DYNADIAG | {"prune_at": 60}, "prunes by what it has learned; set --prune-at above 60"),
     (DYNADIAG | {"distribution": "global"}, "for the budgets of layers; choose --distribution er or uniform"),
-    (DYNADIAG | {"active_width": 12}, "no --active-width"),
-    (DYNADIAG | {"lr_cycles": 2}, "no --lr-cycles"),
-    (DYNADIAG | {"load": __file__}, "no --load"),
-    (DYNADIAG | TWICE, "no --density-start"),
+    (DYNADIAG | {"active_width": 12}, "leave --active-width out"),
+    (DYNADIAG | {"lr_cycles": 2}, "leave --lr-cycles out"),
+    (DYNADIAG | {"load": __file__}, "leave --load out"),
+    (DYNADIAG | TWICE, "leave --density-start out"),
     ({"method": "tar", "init": "sparse", "prune_at": 90}, "--init sparse does not rescale trained weights"),
 ]
 

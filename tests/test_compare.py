@@ -501,9 +501,13 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     comparison(published)  # evaluations without a run do not count
     run.rename(numbered := tmp_path / "numbered" / "7")
     (numbered / "final.pt").touch()
-    for _ in range(2):  # again it takes the place of itself
-        assert list(comparison(numbered.parent, publish=tmp_path / "of 7")["returns"].n) == [1]
-    assert len((tmp_path / "of 7" / "evaluations.csv").read_text().splitlines()) == 5
+    for events in numbered.glob("events*"):
+        events.unlink()
+    for value in (1.0, 2.0):  # again, with another result, it takes the place of itself
+        write_events(events, 1.0, [("eval/episodic_return", step, value) for step in STEPS], dict.fromkeys(STEPS, 2.0))
+        table = comparison(numbered.parent, publish=tmp_path / "of 7")["returns"]
+        assert list(table.n) == [1] and list(table["final return"]) == [value]
+    assert len((tmp_path / "of 7" / "evaluations.csv").read_text().splitlines()) == 1 + len(STEPS)
     (tmp_path / "of 7" / "evaluations.csv").unlink()
     assert "has runs.json and no evaluations.csv; bring both" in refused(capsys, comparison, tmp_path / "of 7")
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))

@@ -201,8 +201,10 @@ def test_inputs_that_the_kernels_cannot_read_are_refused():
     refused = [(mlp, x) for x in [*inputs, torch.zeros(4, 5, device="meta")]]
     moved = [copy.deepcopy(mlp).double(), copy.deepcopy(mlp).to("meta")]
     for network, x in [*refused, *((network, torch.zeros(4, 5)) for network in moved)]:
-        with torch.no_grad(), pytest.raises(ValueError, match="needs float32 of shape"):
+        with torch.no_grad(), pytest.raises(ValueError, match="need float32 of shape"):
             network(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="no autocast"):
+        mlp(torch.zeros(4, 5))
 
 
 def test_inputs_of_other_dimensions_are_read_as_by_a_layer_of_torch():

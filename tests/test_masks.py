@@ -484,7 +484,7 @@ def test_the_criteria_by_hand(monkeypatch):
     monkeypatch.setitem(su.CRITERIA, "iterative", su.CRITERIA["snip"]._replace(rounds=5))
     with pytest.raises(ValueError, match="criterion iterative uses the loss of the dense network, so it can have one"):
         scores("iterative")
-    with pytest.raises(ValueError, match="criterion snip uses the loss of every network; let own_losses"):
+    with pytest.raises(ValueError, match="criterion snip needs a loss of each network, and own_losses"):
         su.static_prune(net, 2, "snip", "er", generator())
 
 

@@ -29,7 +29,7 @@ import lab.run
 import sac_tar
 import sparse_utils
 import td3_tar
-from lab import edits, kernels, record
+from lab import baselines, edits, kernels, record
 from lab.replay import ReplayBuffer
 
 SAC, TD3 = Path(sac_tar.__file__), Path(td3_tar.__file__)
@@ -97,7 +97,7 @@ DECAY = {"density_start": 0.5, "sparsity": 0.8, "total_timesteps": 210}
 SCULPT = DECAY | {"final_prune_at": 110, "lr_cycles": 3}
 DYNADIAG = {"criterion": "dynadiag", "prune_at": 100, "eval_frequency": 10}
 CASES = {
-    "plain": (sac_tar, (35, 62, 111), {"checkpoint_frequency": 30}),
+    "plain": (sac_tar, (5, 35, 62, 111), {"checkpoint_frequency": 30}),
     "in the kernels": (td3_tar, (35, 62, 111), {"checkpoint_frequency": 30, "compute": "sparse"}),
     "late pruning by snip": (td3_tar, (85, 115), {"prune_at": 107, "criterion": "snip"}),
     "rigl": (sac_tar, (75, 135), {"method": "rigl", "rewire_every": 20, "drop_criterion": "soft"}),
@@ -248,11 +248,12 @@ def test_another_process_may_have_a_folder_once_its_run_has_ended(run):
 
 
 def test_signals_and_locks_of_processes(tmp_path, capsys):
-    """A signal ends a run after its episode, with a checkpoint and the command that goes on from there; a second one at
-    once. While a process has a folder, no other one gets it."""
+    """A signal ends a run after its episode, with a checkpoint and the command that goes on from there; Ctrl-C after
+    another signal at once. While a process has a folder, no other one gets it."""
     flags = "--env-id Pendulum-v1 --total-timesteps 100000 --learning-starts 100 --hidden-size 16 --batch-size 16 "
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = {}
+    pipes["cwd"] = tmp_path
     for script in (SAC, TD3):
         command = f"{flags} --eval-episodes 1 --runs-dir {tmp_path / script.stem}".split()
         processes[script] = subprocess.Popen([sys.executable, script, *command], **pipes)
@@ -266,9 +267,11 @@ def test_signals_and_locks_of_processes(tmp_path, capsys):
     run_dir, process = wait_for("td3_tar/*/masks.pt", processes[TD3]), processes[TD3]
     process.send_signal(signal.SIGSTOP)  # so that both come at one moment, wherever the episode is
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)  # another one, since two of one kind that wait are one
+    process.send_signal(signal.SIGTERM)  # which comes second, and is one too many
     process.send_signal(signal.SIGCONT)
-    assert process.wait() == 143 and "stopped at once; go on" in process.stdout.read()
+    assert process.wait() == 130 and "stopped at step" in process.stdout.read()
+    numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
+    assert child(lambda: [lab.run.on_signal(number, None) for number in numbers]) == 130  # not 143, and not later
 
     run_dir, process = wait_for("sac_tar/*/masks.pt", processes[SAC]), processes[SAC]
     assert f"another process is running {run_dir}; let" in refused(capsys, again, sac_tar, run_dir, code=75)
@@ -277,9 +280,9 @@ def test_signals_and_locks_of_processes(tmp_path, capsys):
     assert process.returncode == 143, err
     step, line = load(run_dir / "checkpoint.pt")["global_step"], out.splitlines()[-1]
     assert step > 100 and step % 200 == 0
-    assert line == f"stopped at step {step}; go on with: python sac_tar.py --resume {run_dir}"
+    assert line == f"stopped at step {step}; go on with: python {os.path.relpath(SAC, tmp_path)} --resume {run_dir}"
     resumed = [sys.executable, *line.split("python ")[1].split(), "--compute", "masked"]
-    process = subprocess.Popen(resumed, cwd=SAC.parent, **pipes)
+    process = subprocess.Popen(resumed, **pipes)
     wait_for("sac_tar/*/*tfevents*", process, count=2)
     process.terminate()
     process.communicate()
@@ -610,6 +613,18 @@ def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, 
 
 STATE = "env, state, rb)"
 BROKEN = [
+    (
+        STEP,
+        f"        if global_step == 75:\n            rb = ReplayBuffer(args, env, device)\n{STEP}",
+        "`rb` in train is no longer the object that Run(...) was given, so checkpoints",
+        1,
+    ),
+    (
+        STEP,
+        f"        if global_step == 75:\n            env = gym.wrappers.RescaleAction(env, -1.0, 1.0)\n{STEP}",
+        "`env` in train is no longer the object that Run(...) was given, so checkpoints",
+        1,
+    ),
     (STATE, f"{STATE}; state['late'] = {{}}", "late came into `state` after Run(...), too late to be resumed", 2),
     (
         RUN_BEGINS,
@@ -622,7 +637,7 @@ BROKEN = [
     (
         STEP,
         f"        if global_step == 75:\n            q_optimizer = kernels.Adam(critics.parameters())\n{STEP}",
-        "`q_optimizer` in train is no longer the object in `state`, so checkpoints and kernels would go on with",
+        "`q_optimizer` in train is no longer the object that Run(...) was given, so checkpoints and kernels would",
         1,
     ),
     (
@@ -699,13 +714,18 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
 HOLDS = [
     (
         RUN_BEGINS,
+        "mine = torch.optim.swa_utils.AveragedModel(actor); state['mine'] = mine",
+        "had for the actor: `mine.module` in train is or holds a copy of it that is in no row",
+    ),
+    (
+        RUN_BEGINS,
         "params = [*critics.parameters()]",
         "had for the qf1: `params` in train holds layers or parameters of",
     ),
     (
         "    done = True",
         "kept = {'of all': [qf1_target.fc1]}",
-        "`kept` in train holds layers or parameters of it, the qf1",
+        "qf1: `kept` in train holds layers or parameters of it, and",
     ),
     (RUN_BEGINS, "last = qf1.fc3", "had for the qf1: `last` in train holds layers or parameters of it"),
     (RUN_BEGINS, "weight = qf1.fc1.weight", "`weight` in train holds layers or parameters of it"),
@@ -724,7 +744,7 @@ HOLDS = [
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
-        "had for the qf1: an optimizer beside that of its row trains parameters of it",
+        "had for the qf1: an optimizer other than the one in its row trains its parameters",
     ),
 ]
 
@@ -789,16 +809,19 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    best, ticks, mean = None, collections.Counter(), Mean()\n"
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
     lines += "    actor.table = nn.Parameter(torch.ones(2, 2))\n"
+    lines += "    actor.norm, old, tuner = Norm(), None, None\n    actor.norm.seen = 0\n    SCALE.fill_(1)\n"
     lines += "    env.reset()\n    env.step(env.action_space.sample())\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n"
     changes += "        best = np.float32(level)\n        ticks['steps'] += 1\n        cells['of'][0, 1] += 1\n"
     changes += "        cells['all']['steps'] += 1\n        mean.count += 1\n        actor.noise *= 0.9\n"
-    changes += "        args.gamma *= 0.999\n"
+    changes += "        args.gamma *= 0.999\n        actor.norm.seen += 1\n        SCALE.mul_(0.5)\n"
+    changes += "        old, tuner = copy.deepcopy(qf1), tuner or torch.optim.SGD(actor.parameters(), 0.1)\n"
     wrapped = "    env = gym.wrappers.TransformReward(make_env(args.env_id), abs)\n"
     wrapped += "    env = gym.wrappers.TimeLimit(env, 1000)  # a second one\n"
     wrapped += "    env.unwrapped.spec.kwargs['healthy_reward'] = 2  # as gym.make(..., healthy_reward=2) leaves it\n"
-    of_mean = MEAN.partition("    def state_dict")[0]
-    edits = [("class QNetwork", of_mean + "class QNetwork"), ("import copy\n", "import collections\nimport copy\n")]
+    of_mean, norm = MEAN.partition("    def state_dict")[0], "class Norm(nn.Identity): pass\n"
+    edits = [("class QNetwork", f"SCALE = torch.ones(1)\n{norm}{of_mean}class QNetwork")]
+    edits += [("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
@@ -815,7 +838,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "warning: the run's total_timesteps was 70 and is 90 from step 70 on" in out
     named = out.split("begins with another value of ")[1].split(" than before")[0]
-    names = {"args.gamma", "actor.noise", "level", "scale", "visits", "rms", "best"}
+    names = {"args.gamma", "actor.noise", "actor.norm.seen", "SCALE", "old", "tuner"}
+    names |= {"level", "scale", "visits", "rms", "best"}
     names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
@@ -824,12 +848,32 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
 def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
     policy = ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs + progress['shift'])[0], progress")
     begins = (RUN_BEGINS, f"    progress['shift'] = 0.0\n{RUN_BEGINS}")
-    mine = edited(tmp_path, policy, begins, (STEP, f"        progress['shift'] += 10\n{STEP}"))
+    policy = (policy, ("    done = True", "    writer = run.writer\n    done = True"))
+    mine = edited(tmp_path, *policy, begins, (STEP, f"        progress['shift'] += 10\n{STEP}"))
     often, seldom = (run(mine, env_id="Short-v0", total_timesteps=90, eval_frequency=n) for n in (20, 1000))
     assert same(load(often)["actor"], load(seldom)["actor"])
     capsys.readouterr()
     main(mine, monkeypatch, "--evaluate", often)
     assert f"mean {scalars(often)['eval/episodic_return'][-1][1]:.1f}," in capsys.readouterr().out
+
+
+def test_a_run_whose_folder_is_moved_or_deleted_meanwhile_says_so(tmp_path, capsys, monkeypatch):
+    moved = f"        if global_step == 75:\n            run.folder.rename(run.folder.with_name('moved'))\n{STEP}"
+    flags = "--env-id Short-v0 --learning-starts 60 --total-timesteps 90 --hidden-size 16 --batch-size 16 "
+    flags += f"--eval-episodes 1 --checkpoint-frequency 10 --runs-dir {tmp_path}/runs"
+    message = refused(capsys, main, edited(tmp_path, (STEP, moved)), monkeypatch, *flags.split(), code=1)
+    assert message.endswith("its folder is gone; move it back and go on with --resume, or start the run anew")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["moved"]
+    again(edited(tmp_path, (STEP, moved.replace("== 75", "< 0"))), tmp_path / "runs" / "moved")
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_learning_rates_of_all_optimizers_follow_the_cycles(run, tmp_path, capsys):
+    lines = f"    state['slow'] = slow = torch.optim.SGD([log_alpha], 8.0)\n{RUN_BEGINS}"
+    print_it = f"        if global_step == 89:\n            print('rate', slow.param_groups[0]['lr'])\n{STEP}"
+    run(edited(tmp_path, (RUN_BEGINS, lines), (STEP, print_it)), env_id="Short-v0", total_timesteps=90, lr_cycles=1)
+    rate = float(capsys.readouterr().out.split("rate ")[1].split()[0])
+    assert rate == pytest.approx(8 * baselines.lr_factor(89, 60, 90, 1)) and rate < 8
 
 
 @pytest.mark.parametrize("script", [sac_tar])

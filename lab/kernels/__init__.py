@@ -129,17 +129,13 @@ def load_kernels() -> ctypes.CDLL:
 
 
 def not_here(*_: object) -> None:
-    raise RuntimeError(
-        "a layer in the kernels cannot be read, saved or changed by itself; do it inside "
-        "`with kernels.in_torch(nets):`, or train with --compute masked"
-    )
+    instead = "do it inside `with kernels.in_torch(nets):`, or train with --compute masked"
+    raise RuntimeError(f"a layer in the kernels cannot be read, saved or changed by itself; {instead}")
 
 
 def too_late(_: object) -> None:
-    raise RuntimeError(
-        "a loss cannot be differentiated once layers have entered or left the kernels, as by `in_torch`; "
-        "compute it on one side, or train with --compute masked"
-    )
+    what = "a loss cannot be differentiated once layers have entered or left the kernels, as by `in_torch`"
+    raise RuntimeError(f"{what}; compute both inside or both outside, or train with --compute masked")
 
 
 def guard(param: nn.Parameter) -> RemovableHandle:
@@ -227,10 +223,10 @@ class SparseMLP(nn.Module):
     def run(self, x: Tensor, flat: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
         """The output, and the activations of all layers if they are to be kept for backward."""
         here = x.dtype is flat.dtype is torch.float32 and x.is_cpu and flat.is_cpu
-        if x.shape[1] != self.n_in or not here:
-            wanted = f"needs float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
+        if x.shape[1] != self.n_in or not here or torch.is_autocast_enabled("cpu"):
+            wanted = f"need float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU, no autocast"
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype} on {flat.device}"
-            raise ValueError(f"{wanted}; got {got}")
+            raise ValueError(f"the kernels {wanted}; got {got}; else train with --compute masked")
         batch, threads = x.shape[0], torch.get_num_threads()  # len(x) is slow
         x, y = x.contiguous(), x.new_empty(batch, self.n_out)
         width = self.kernels.width(batch)
@@ -287,7 +283,7 @@ def trace(network: nn.Module) -> tuple[list | None, set[str]]:
     """The operations of a network's forward in order, and the names of the parameters that forward itself reads, as far
     as torch.fx can follow. The operations are None if torch.fx cannot follow forward, for example through an `if` on a
     value, or if forward stores in the network a tensor that it computed."""
-    tracer, followed, generators = torch.fx.Tracer(), True, (random.getstate(), np.random.get_state())
+    tracer, generators = torch.fx.Tracer(), (random.getstate(), np.random.get_state())
     try:
         with torch.random.fork_rng(devices=[]):
             tracer.trace(traced := copy.deepcopy(network))  # a copy, since forward may leave something there
@@ -316,8 +312,7 @@ def has_hooks(param: nn.Parameter) -> bool:
 
 
 def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[bool, list[int], int, bool]:
-    """Whether a parameter is trained, the groups of the optimizer that have it, its steps so far, and whether it has no
-    gradient."""
+    """Whether a parameter is trained, which groups of the optimizer have it, its steps, and whether grad is None."""
     groups = [i for i, group in enumerate(optimizer.param_groups) if any(p is param for p in group["params"])]
     return param.requires_grad, groups, int(optimizer.state.get(param, {}).get("step", 0)), param.grad is None
 
@@ -428,8 +423,7 @@ def known_times(net: Net, batch_size: int) -> Times:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no such file, or a damaged one
             return tuple(json.loads(file.read_text())["milliseconds"])
 
-    times = read()
-    if times is None:
+    if (times := read()) is None:
         times = time_passes(net, batch_size)
         with contextlib.suppress(OSError):
             file.parent.mkdir(exist_ok=True)
@@ -526,7 +520,7 @@ def expand(nets: dict[str, Net]) -> None:
 def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     """Inside the block all networks are ordinary torch modules, whose masks, weights and optimizers may be read and
     changed; afterwards each trains within its masks, also where these are new, and networks that are `in_kernels` are
-    compact again. No such block stands within another."""
+    compact again. Such blocks must not be nested."""
     expand(nets)
     yield
     sparse_utils.fix_masks({name: net for name, net in nets.items() if net.masks})
