@@ -171,10 +171,9 @@ def replay_files(run_dir: Path) -> dict[Path, tuple[int, int]]:
 def write_replay(run_dir: Path, rb: ReplayBuffer) -> None:
     """Write the transitions that are new since the last checkpoint into files of their own."""
     rows, added = rb.rows, rb.added
-    with contextlib.suppress(FileNotFoundError):
-        (run_dir / "replay").mkdir(exist_ok=True)
     start = max(0, added - len(rows), *(stop for _, stop in replay_files(run_dir).values()))
     while start < added:
+        (run_dir / "replay").mkdir(exist_ok=True)
         first = start % len(rows)
         stop = min(added, start + REPLAY_FILE_ROWS, start - first + len(rows))
         piece = rows[first : first + stop - start].cpu().clone()  # torch.save of a view would write the whole buffer

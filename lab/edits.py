@@ -107,8 +107,10 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
     return f"{type(part).__name__}({'; '.join(options)})"
 
 
-def shapes(network: nn.Module) -> list[torch.Size]:
-    return [param.shape for param in network.parameters()]
+def is_another(part: object, network: nn.Module) -> bool:
+    """Whether something is a module of the class and the shapes of a network, and shares no parameter with it."""
+    own, its = ([*module.parameters()] if type(module) is type(network) else [] for module in (part, network))
+    return [p.shape for p in own] == [p.shape for p in its] and {*map(id, own)}.isdisjoint(map(id, its))
 
 
 def held_apart(
@@ -116,8 +118,8 @@ def held_apart(
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
     train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
-    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. A copy of the
-    network that a variable is or holds, and that is in no row, could not follow its parameters one by one."""
+    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. A network of the
+    same class and shapes in no row is a reason too: as an average, it could not follow the parameters one by one."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():
@@ -130,13 +132,13 @@ def held_apart(
             found[name] = "an optimizer other than the one in its row trains its parameters"
         own = [("", part) for key in whole for n, part in vars(modules[key]).items() if n != "_modules"]
         for where, part in walk([*own, *variables.items()], groups | whole, files):
+            variable = where.partition(".")[0]
+            what = f"`{variable}` in train" if variable else "an attribute in it that is no submodule"
             if id(part) in inner:
-                variable = where.partition(".")[0]
-                what = f"`{variable}` in train" if variable else "an attribute in it that is no submodule"
                 found[name] = f"{what} holds layers or parameters of it"
                 break
-            if type(part) is type(net.network) and part not in rows and shapes(part) == shapes(net.network):
-                found[name] = f"`{where}` in train is or holds a copy of it that is in no row"
+            if is_another(part, net.network) and part not in rows:
+                found[name] = f"{what} is or holds a network of its class and shapes that is in no row"
                 break
     return found
 

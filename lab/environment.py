@@ -255,7 +255,7 @@ def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
     whose class is defined in one of these source files."""
     own = not isinstance(value, (list, tuple, dict, deque)) and is_own(type(value), files)
     held = getattr(value, "__dict__", {}) if own else {}
-    return held | held.get("_modules", {})
+    return held | held["_modules"] if isinstance(value, torch.nn.Module) and own else held
 
 
 def fingerprint(
@@ -289,7 +289,7 @@ def fingerprint(
         if isinstance(value, torch.optim.Optimizer):
             value = [group["params"] for group in value.param_groups]
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta:
-            return value.detach().cpu().double().numpy().tobytes()
+            return (value.detach().cpu().double() + 0.0).numpy().tobytes()  # -0.0 is 0.0
         if isinstance(value, np.ndarray) and value.dtype != object:
             return value.tobytes()
         if {"mean", "var", "count"} <= getattr(value, "__dict__", {}).keys():

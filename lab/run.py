@@ -252,7 +252,7 @@ class Run:
         if late := self.state.keys() - self.known:
             fail(f"{', '.join(sorted(late))} came into `state` after Run(...), too late to be resumed; add it before")
         for name in [name for name in self.in_kernels() if name in held]:
-            why = f"{held[name]}, and the kernels replace these"
+            why = f"{held[name]}, and the kernels replace its layers"
             fail(f"{name}: {why}; make it before Run(...), or use --compute masked")
         for step in self.bar:
             self.env.set_wrapper_attr("global_step", step)
@@ -614,7 +614,7 @@ def main(arguments: type, train: Callable) -> None:
     try:
         train(args)
     except OSError as error:
-        if error.errno == errno.ENOENT and error.filename and not os.path.exists(os.path.dirname(error.filename)):
+        if error.errno == errno.ENOENT and re.search("tfevents|topology.json", str(error.filename)):
             fail(f"{error}: its folder is gone; move it back and go on with --resume, or start the run anew", code=1)
         if error.errno not in CANNOT_WRITE:
             raise

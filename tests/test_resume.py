@@ -247,7 +247,7 @@ def test_another_process_may_have_a_folder_once_its_run_has_ended(run):
     subprocess.run([sys.executable, "-c", lock, run(total_timesteps=62) / ".lock"], check=True)
 
 
-def test_signals_and_locks_of_processes(tmp_path, capsys):
+def test_signals_and_locks_of_processes(tmp_path, capsys, monkeypatch):
     """A signal ends a run after its episode, with a checkpoint and the command that goes on from there; Ctrl-C after
     another signal at once. While a process has a folder, no other one gets it."""
     flags = "--env-id Pendulum-v1 --total-timesteps 100000 --learning-starts 100 --hidden-size 16 --batch-size 16 "
@@ -270,8 +270,6 @@ def test_signals_and_locks_of_processes(tmp_path, capsys):
     process.send_signal(signal.SIGTERM)  # which comes second, and is one too many
     process.send_signal(signal.SIGCONT)
     assert process.wait() == 130 and "stopped at step" in process.stdout.read()
-    numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT)
-    assert child(lambda: [lab.run.on_signal(number, None) for number in numbers]) == 130  # not 143, and not later
 
     run_dir, process = wait_for("sac_tar/*/masks.pt", processes[SAC]), processes[SAC]
     assert f"another process is running {run_dir}; let" in refused(capsys, again, sac_tar, run_dir, code=75)
@@ -287,6 +285,13 @@ def test_signals_and_locks_of_processes(tmp_path, capsys):
     process.terminate()
     process.communicate()
     assert process.returncode == 143 and load(run_dir / "checkpoint.pt")["global_step"] >= step
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        lab.run.on_signal(number, None)
+    with pytest.raises(SystemExit, match="130"):
+        lab.run.on_signal(signal.SIGINT, None)
+    assert "stopped at once; go on" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -715,7 +720,7 @@ HOLDS = [
     (
         RUN_BEGINS,
         "mine = torch.optim.swa_utils.AveragedModel(actor); state['mine'] = mine",
-        "had for the actor: `mine.module` in train is or holds a copy of it that is in no row",
+        "had for the actor: `mine` in train is or holds a network of its class and shapes that is in no row",
     ),
     (
         RUN_BEGINS,
@@ -825,7 +830,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
-    again(sac_tar, plain, total_timesteps=90)
+    again(sac_tar, plain, total_timesteps=90, compute="sparse")
     assert "warning" not in capsys.readouterr().out.replace("warning: the run's", "")
     small = record.read_config(plain)["args"] | {"exp_name": "my_sac", "total_timesteps": 70}
     run_dir = mine.train(mine.Args(**small))
@@ -857,7 +862,7 @@ def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice
     assert f"mean {scalars(often)['eval/episodic_return'][-1][1]:.1f}," in capsys.readouterr().out
 
 
-def test_a_run_whose_folder_is_moved_or_deleted_meanwhile_says_so(tmp_path, capsys, monkeypatch):
+def test_a_run_whose_folder_is_moved_meanwhile_says_so(tmp_path, capsys, monkeypatch):
     moved = f"        if global_step == 75:\n            run.folder.rename(run.folder.with_name('moved'))\n{STEP}"
     flags = "--env-id Short-v0 --learning-starts 60 --total-timesteps 90 --hidden-size 16 --batch-size 16 "
     flags += f"--eval-episodes 1 --checkpoint-frequency 10 --runs-dir {tmp_path}/runs"
@@ -865,6 +870,8 @@ def test_a_run_whose_folder_is_moved_or_deleted_meanwhile_says_so(tmp_path, caps
     assert message.endswith("its folder is gone; move it back and go on with --resume, or start the run anew")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["moved"]
     again(edited(tmp_path, (STEP, moved.replace("== 75", "< 0"))), tmp_path / "runs" / "moved")
+    with pytest.raises(FileNotFoundError, match="expert"):  # a missing file of one's own is none of the run's
+        main(edited(tmp_path, (RUN_BEGINS, f"    open('expert.pt')\n{RUN_BEGINS}")), monkeypatch, *flags.split())
 
 
 @pytest.mark.parametrize("script", [sac_tar])

@@ -473,7 +473,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(run, script, monkeypa
         assert load(run(autotune=False, alpha=0.0, total_timesteps=70))["entropy"]["log_alpha"].item() == -math.inf
 
 
-def test_a_full_disk_and_a_folder_of_somebody_else_or_one_that_is_gone(tmp_path):
+def test_a_full_disk_and_a_folder_of_somebody_else(tmp_path):
     """Files may not grow beyond a size, as on a full disk. The other process has no assertions and no docstrings."""
     flags = "--env-id Pendulum-v1 --total-timesteps 1000 --learning-starts 500 --hidden-size 16 --batch-size 16"
     flags += " --eval-episodes 1 --checkpoint-frequency 200 --compute masked --runs-dir"
