@@ -72,7 +72,8 @@ def require(args: object, rules: dict[str, tuple[bool, str]]) -> None:
 
 
 def positive(args: object, *names: str) -> dict[str, tuple[bool, str]]:
-    return {n: (0 < getattr(args, n) < math.inf, "positive and finite") for n in names if hasattr(args, n)}
+    numbers = [n for n in names if isinstance(getattr(args, n, None), (int, float))]  # sizes may be tuples of one's own
+    return {n: (0 < getattr(args, n) < math.inf, "positive and finite") for n in numbers}
 
 
 def at_least_0(args: object, *names: str) -> dict[str, tuple[bool, str]]:

@@ -116,9 +116,9 @@ def check(args: object) -> None:
         fail("--init sparse does not rescale the trained weights of --load; leave one of the two out")
     if args.load is not None and not getattr(args, "autotune", True):
         fail("--load brings an alpha that is learned further, so --no-autotune cannot be met; leave one of the two out")
-    width = getattr(args, "active_width", None)
-    if isinstance(width, int) and hasattr(args, "hidden_size") and not 1 <= width <= args.hidden_size:
-        fail(f"--active-width must be from 1 to --hidden-size {args.hidden_size}, got {width}")
+    width, size = getattr(args, "active_width", None), getattr(args, "hidden_size", None)
+    if isinstance(width, int) and isinstance(size, int) and not 1 <= width <= size:
+        fail(f"--active-width must be from 1 to --hidden-size {size}, got {width}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda needs a CUDA device and a torch build for it; use --device cpu")
 

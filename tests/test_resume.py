@@ -798,7 +798,6 @@ def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     )
     small = {"env_id": "Short-v0", "compute": "sparse", "checkpoint_frequency": 10, "eval_frequency": 5}
     run_dir = run(mine, total_timesteps=90, **small)
-    assert "goes through" not in capsys.readouterr().out
     again(mine, run_dir, total_timesteps=100)
     assert "warning: the episode" not in capsys.readouterr().out
     compiled = "    actor = torch.compile(actor, backend='eager')\n    done = True\n"
@@ -953,7 +952,7 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     before_run = (RUN_BEGINS, f"    {walk} param.grad\n{RUN_BEGINS}"), ("class QNetwork", tree + "class QNetwork")
     inside = "    with kernels.in_torch(nets):\n        for layer in qf1:\n            layer\n"
     mine = edited(tmp_path, *before_run, ("    done = True", f"{inside}    done = True"))
-    assert run(mine, **small).exists() and "goes through" not in capsys.readouterr().out
+    assert run(mine, **small).exists()  # it is refused if a network has to stay in torch
     begins = "            q_optimizer.zero_grad()\n"
     read = f"            with kernels.in_torch(nets):\n                norm = [float(param.norm()) {walk[:-1]}]\n"
     for compute in ("masked", "sparse"):

@@ -193,6 +193,12 @@ def folder_of(tmp_path, script, **flags):
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 
+def test_sizes_may_be_tuples(script):
+    sizes = [("hidden_size", tuple[int, ...], (256, 128))]
+    mine = dataclasses.make_dataclass("Mine", sizes, bases=(script.Args,))
+    assert record.settle(mine(active_width=64)).hidden_size == (256, 128)
+
+
 def test_a_folder_that_cannot_be_made_is_an_error(script, tmp_path, capsys):
     (tmp_path / "link").symlink_to(tmp_path / "a disk that is not there")
     for place in ("link", "link/runs"):
