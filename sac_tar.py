@@ -131,7 +131,7 @@ def critic_losses(actor, qf1, qf2, qf1_target, qf2_target, alpha, data: Batch):
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target) - alpha * next_log_pi
-        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discount: gamma ** n, 0 after a termination
+        next_q_value = data.rewards + data.discounts * min_qf_next_target  # gamma ** k for k rewards, 0 if terminated
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
@@ -196,7 +196,7 @@ def train(args: Args) -> Path:
     actor_optimizer = kernels.Adam(actor_groups)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)
 
-    # the networks to prune; a pruned weight becomes zero in the target too, and so do its moments in the optimizer
+    # the networks to prune, each with its target, which gets the same mask, its optimizer, method and sparsity
     nets = {
         "actor": Net(actor, None, actor_optimizer, args.method, args.sparsity),
         "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),
@@ -235,25 +235,24 @@ def train(args: Args) -> Path:
 
         # STATIC PRUNING AND TOPOLOGY-AWARE REVIVAL: once, at --prune-at, by default before the first gradient step
         if global_step in schedule.prunings:
-            criterion = schedule.begin_pruning(global_step)  # BASELINES: --criterion, or magnitude at --final-prune-at
-            with kernels.in_torch(nets):  # KERNELS
+            with kernels.in_torch(nets), schedule.pruning(global_step) as criterion:  # KERNELS, BASELINES: --criterion
                 # prune: in each network K - R connections survive, in each layer those with the highest scores
                 losses = own_losses(10 * args.batch_size) if sparse_utils.CRITERIA[criterion].uses_loss else {}
                 for name, net in nets.items():
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive after all prunings, so that random scores are the same for all methods: R pruned connections
-                # come back with their weights, at random in the layers whose topology needs them; R is 0 for methods
-                # that revive nothing
+                # revive, after all prunings, so that --criterion random scores alike under all methods: R pruned
+                # connections come back with their weights, at random in the layers whose topology needs them; R is 0
+                # for methods that revive nothing
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
                 # train sparse: zero the pruned weights and, from here on, their gradients, so that they stay zero
                 sparse_utils.fix_masks(nets)
-                schedule.after_pruning(global_step)  # BASELINES: --init sparse; keeps the masks for the rewiring log
             run.log_topology(global_step)
 
+        # noise-free episodes, every --eval-frequency steps and at the end
         run.evaluate(global_step, actor.get_mean_action, progress["training_flops"], count_flops(nets, 1)[0])
         if global_step == args.total_timesteps:
             break

@@ -6,9 +6,10 @@ n-step targets (RLx2) and of recent transitions (after MAST) are here too; lab/r
 """
 
 import bisect
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -572,9 +573,11 @@ class Schedule:
             else:
                 self.diagonals.pop(name).end()
 
-    def begin_pruning(self, global_step: int) -> str:
-        """Set K and R of every network for the pruning at this step. Returns the criterion. DynaDiag ends, and its
-        networks get their values without gates."""
+    @contextlib.contextmanager
+    def pruning(self, global_step: int) -> Iterator[str]:
+        """Set K and R of every network for the pruning at this step, and give its criterion. DynaDiag ends, and its
+        networks get their values without gates. At the end of the block keep the masks, from which the log of rewirings
+        measures, and at --prune-at, with --init sparse, rescale the weights that are left."""
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()
@@ -582,10 +585,7 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        return self.args.criterion if global_step == self.args.prune_at else "magnitude"
-
-    def after_pruning(self, global_step: int) -> None:
-        """Keep the masks that rewiring starts from; at --prune-at, with --init sparse, rescale the weights left."""
+        yield self.args.criterion if global_step == self.args.prune_at else "magnitude"
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():

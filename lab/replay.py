@@ -11,10 +11,10 @@ class Batch(NamedTuple):
     """Float32 tensors of shape (batch_size, width); rewards and discounts have width 1."""
 
     observations: torch.Tensor
-    next_observations: torch.Tensor  # after n steps; a critic's target bootstraps from these
+    next_observations: torch.Tensor  # after k steps; a critic's target bootstraps from these
     actions: torch.Tensor
-    rewards: torch.Tensor  # the discounted sum of n rewards
-    discounts: torch.Tensor  # of the value of next_observations: gamma ** n, or 0 after a termination
+    rewards: torch.Tensor  # the discounted sum of k rewards, k at most --n-step
+    discounts: torch.Tensor  # of the value of next_observations: gamma ** k, or 0 after a termination
 
 
 class ReplayBuffer:

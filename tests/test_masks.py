@@ -135,16 +135,22 @@ def train(run, script, watch):
     """Run the script and check I1 and I2 after every update. Returns all that there was to see, by step."""
     seen = SimpleNamespace()
 
-    def fix_masks(nets):
-        seen.before = state_of(nets)
+    def pruning(*_):
+        seen.before = None
         yield
 
-    def after_pruning(schedule, step):
+    def fix_masks(nets):
+        if seen.before is None:  # in_torch calls it too
+            seen.before = state_of(nets)
         yield
-        nets, seen.masks = schedule.nets, masks_of(schedule.nets)
-        now = {"before": seen.before, "after": state_of(nets), "static": masks_of(nets, "static"), "masks": seen.masks}
+
+    def log_topology(of, step):  # right after the pruning
+        seen.masks, static = masks_of(of.nets), masks_of(of.nets, "static")
+        with kernels.in_torch(of.nets):
+            now = {"before": seen.before, "after": state_of(of.nets), "static": static, "masks": seen.masks}
+            check_invariants(of.nets)
         seen.prunings[step] = SimpleNamespace(**now)
-        check_invariants(nets)
+        yield
 
     def step(schedule, step, *_):
         seen.nets, active = schedule.nets, {name: net.active for name, net in schedule.nets.items()}
@@ -173,15 +179,16 @@ def train(run, script, watch):
 
     def train(**flags):
         vars(seen).clear()
-        vars(seen).update(prunings={}, rewirings={}, batches=[], active={}, checks=0)
+        vars(seen).update(prunings={}, rewirings={}, before={}, batches=[], active={}, checks=0)
         seen.folder = run(**{"total_timesteps": 130, "eval_frequency": 1000} | flags)
         assert seen.checks > 10
         return SimpleNamespace(**vars(seen))
 
-    for owner, watcher in ((su, fix_masks), (script, polyak_update), (ReplayBuffer, sample), (lab.run.Run, finish)):
+    of_run = ((lab.run.Run, log_topology), (lab.run.Run, finish))
+    for owner, watcher in ((su, fix_masks), (script, polyak_update), (ReplayBuffer, sample), *of_run):
         watch(owner, watcher)
-    watch(baselines.Schedule, after_pruning)
-    watch(baselines.Schedule, step)
+    for watcher in (pruning, step):
+        watch(baselines.Schedule, watcher)
     return train
 
 
@@ -246,7 +253,9 @@ def test_i3_all_methods_share_weights_replay_batches_and_random_numbers(train):
     dynamic = {"method": "chts", "rewire_every": 20, "drop_criterion": "mest"}
     snip = {"method": "static", "criterion": "snip", "active_width": 12}
     others = [train(prune_at=90, **flags) for flags in (snip, {"method": "uniform", "reserve": 0.5}, {}, dynamic)]
-    dense = train(prune_at=90, method="dense")
+    dense, plain = train(prune_at=90, method="dense"), train(prune_at=90, method="static")
+    for name, masks in others[2].prunings[90].static.items():  # of the same random scores tar's pruning keeps fewer
+        assert not any((mask & ~plain.masks[name][layer]).any() for layer, mask in masks.items())
 
     def batches(seen):
         return [tensor for size, step, batch in seen.batches if size == 32 and step < 90 for tensor in batch]
@@ -272,7 +281,7 @@ def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(r
     """TAR and its controls need neither: with stand-ins that do nothing, and torch's own Adam, all is as before."""
 
     def nothing(args, nets, generator):
-        does = {"state_dict": dict, "begin_pruning": lambda _: args.criterion, "after_pruning": lambda _: None}
+        does = {"state_dict": dict, "pruning": lambda _: contextlib.nullcontext(args.criterion)}
         does |= {"load_state_dict": lambda _: None, "step": lambda *_: 0}
         return SimpleNamespace(prunings={args.prune_at}, **does)
 
@@ -360,6 +369,12 @@ def test_allocate_by_hand():
 def test_networks_of_no_or_one_linear_layer_and_whole_ones():
     with pytest.raises(ValueError, match="has nothing that can be pruned"):
         su.plan(row({}, "tar", 0.5), 0.1)
+    averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)
+    averaged.target = torch.optim.swa_utils.AveragedModel(averaged.network)
+    with pytest.raises(ValueError, match="a target must have its network's layers, by name; of an AveragedModel pass"):
+        su.plan(averaged, 0.1)
+    averaged.target = averaged.target.module
+    su.plan(averaged, 0.1)
     assert su.static_prune(row({}, "dense"), 0, "synflow", "er", generator()) == {}
     parallel = row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, "dense")  # no chain, which synflow cannot score
     assert counts(su.static_prune(parallel, 12, "synflow", "er", generator())) == [6, 6]

@@ -388,7 +388,7 @@ def test_weights_that_are_computed_from_others_are_refused_before_anything_is_wr
             torch.nn.utils.parametrizations.weight_norm(self.fc2)
 
     monkeypatch.setattr(script, "QNetwork", Normalized)
-    sentence = "the weight of fc2 is computed from others, as by weight_norm, and cannot be trained here"
+    sentence = "the weight of fc2 must be a parameter of its own, not computed as by weight_norm"
     assert sentence in refused(capsys, run)
     assert sentence in refused(capsys, run, method="tar", critic_method="dense")
     assert not (tmp_path / "runs").exists()
