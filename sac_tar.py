@@ -196,7 +196,7 @@ def train(args: Args) -> Path:
     actor_optimizer = kernels.Adam(actor_groups)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)
 
-    # the networks to prune, each with its target, which gets the same mask, its optimizer, method and sparsity
+    # the networks to prune, each with its target, if any (it gets the same mask), optimizer, method and sparsity
     nets = {
         "actor": Net(actor, None, actor_optimizer, args.method, args.sparsity),
         "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),

@@ -73,16 +73,15 @@ class Net:
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
     """Set, in place, net.size and net.active, net.budget (K = round((1 - sparsity) * size)), net.reserve (R =
     round(reserve * K)) and net.width. K is all weights if the method prunes nothing, and R is 0 if it revives nothing.
-    Raises ValueError if no connection would be left, a weight is computed from others, or the target has other layers
-    than the network, and as `choose_width` does."""
+    Raises ValueError if no connection would be left, a weight is computed from others, or a layer of the target has
+    no namesake in the network, and as `choose_width` does."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(f"the weight of {found[0]} must be a parameter of its own, not computed as by weight_norm")
     if net.method in UNPRUNED:
         return
-    layers, *of_target = ({n: w.shape for n, w in linear_weights(one).items()} for one in net.networks)
-    if of_target not in ([], [layers]):
-        raise ValueError("a target must have its network's layers, by name; of an AveragedModel pass the `module`")
+    if net.target and not linear_weights(net.target).keys() <= dict(net.network.named_modules()).keys():
+        raise ValueError("a target's layers must have the names of its network's; of an AveragedModel pass `module`")
     if not net.size:
         raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)

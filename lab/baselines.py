@@ -324,6 +324,8 @@ def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, 
     has at most as many weights as the network asked for keeps at this sparsity. ValueError if there are none."""
     if method != "tiny":
         return asked
+    if not isinstance(asked, int):
+        raise ValueError(f"--method tiny counts the neurons of layers that are alike, and --hidden-size is {asked}")
 
     def weights(neurons: int) -> int:
         return sum(weight.numel() for weight in linear_weights(network(env, neurons)).values())
@@ -575,9 +577,10 @@ class Schedule:
 
     @contextlib.contextmanager
     def pruning(self, global_step: int) -> Iterator[str]:
-        """Set K and R of every network for the pruning at this step, and give its criterion. DynaDiag ends, and its
-        networks get their values without gates. At the end of the block keep the masks, from which the log of rewirings
-        measures, and at --prune-at, with --init sparse, rescale the weights that are left."""
+        """Set K and R of every network for the pruning at this step, and give its criterion: --criterion at --prune-at,
+        else magnitude. DynaDiag ends, and its networks get their values without gates. At the end of the block keep the
+        masks, from which the log of rewirings measures, and at --prune-at, with --init sparse, rescale the weights that
+        are left."""
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()

@@ -108,9 +108,11 @@ def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler
 
 
 def is_another(part: object, network: nn.Module) -> bool:
-    """Whether something is a module of the class and the shapes of a network, and shares no parameter with it."""
-    own, its = ([*module.parameters()] if type(module) is type(network) else [] for module in (part, network))
-    return [p.shape for p in own] == [p.shape for p in its] and {*map(id, own)}.isdisjoint(map(id, its))
+    """Whether something is a module of the class and the shapes of a network, with parameters of its own."""
+    if type(part) is not type(network):
+        return False
+    own, its = [*part.parameters()], [*network.parameters()]
+    return [p.shape for p in own] == [p.shape for p in its] and {*map(id, own)} != {*map(id, its)}
 
 
 def held_apart(

@@ -72,8 +72,9 @@ def require(args: object, rules: dict[str, tuple[bool, str]]) -> None:
 
 
 def positive(args: object, *names: str) -> dict[str, tuple[bool, str]]:
-    numbers = [n for n in names if isinstance(getattr(args, n, None), (int, float))]  # sizes may be tuples of one's own
-    return {n: (0 < getattr(args, n) < math.inf, "positive and finite") for n in numbers}
+    given = {n: getattr(args, n) for n in names if hasattr(args, n)}
+    given = {n: v if isinstance(v, tuple) and v else (v,) for n, v in given.items()}  # an edit may make it a tuple
+    return {n: (all(0 < number < math.inf for number in v), "positive and finite") for n, v in given.items()}
 
 
 def at_least_0(args: object, *names: str) -> dict[str, tuple[bool, str]]:

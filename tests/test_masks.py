@@ -136,15 +136,16 @@ def train(run, script, watch):
     seen = SimpleNamespace()
 
     def pruning(*_):
-        seen.before = None
+        seen.before, seen.fixed = None, 0
         yield
 
     def fix_masks(nets):
-        if seen.before is None:  # in_torch calls it too
-            seen.before = state_of(nets)
+        seen.before = seen.before or state_of(nets)
+        seen.fixed += 1
         yield
 
     def log_topology(of, step):  # right after the pruning
+        assert seen.fixed == 2  # by train, and at the end of in_torch
         seen.masks, static = masks_of(of.nets), masks_of(of.nets, "static")
         with kernels.in_torch(of.nets):
             now = {"before": seen.before, "after": state_of(of.nets), "static": static, "masks": seen.masks}
@@ -179,7 +180,7 @@ def train(run, script, watch):
 
     def train(**flags):
         vars(seen).clear()
-        vars(seen).update(prunings={}, rewirings={}, before={}, batches=[], active={}, checks=0)
+        vars(seen).update(prunings={}, rewirings={}, before={}, fixed=0, batches=[], active={}, checks=0)
         seen.folder = run(**{"total_timesteps": 130, "eval_frequency": 1000} | flags)
         assert seen.checks > 10
         return SimpleNamespace(**vars(seen))
@@ -371,7 +372,7 @@ def test_networks_of_no_or_one_linear_layer_and_whole_ones():
         su.plan(row({}, "tar", 0.5), 0.1)
     averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)
     averaged.target = torch.optim.swa_utils.AveragedModel(averaged.network)
-    with pytest.raises(ValueError, match="a target must have its network's layers, by name; of an AveragedModel pass"):
+    with pytest.raises(ValueError, match="a target's layers must have the names of its network's; of an Av"):
         su.plan(averaged, 0.1)
     averaged.target = averaged.target.module
     su.plan(averaged, 0.1)

@@ -23,7 +23,7 @@ import lab.run
 import sac_tar
 import sparse_utils
 import td3_tar
-from lab import record, topology
+from lab import baselines, record, topology
 from lab.replay import ReplayBuffer
 
 PROJECT = Path(sac_tar.__file__).parent
@@ -193,10 +193,13 @@ def folder_of(tmp_path, script, **flags):
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 
-def test_sizes_may_be_tuples(script):
+def test_sizes_may_be_tuples(script, capsys):
     sizes = [("hidden_size", tuple[int, ...], (256, 128))]
     mine = dataclasses.make_dataclass("Mine", sizes, bases=(script.Args,))
     assert record.settle(mine(active_width=64)).hidden_size == (256, 128)
+    assert "must be positive and finite, got (256, 0)" in refused(capsys, record.settle, mine(hidden_size=(256, 0)))
+    with pytest.raises(ValueError, match=r"tiny counts the neurons of layers that are alike, and .* is \(256, 128\)"):
+        baselines.hidden_size(script.Actor, None, (256, 128), "tiny", 0.9)
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(script, tmp_path, capsys):
