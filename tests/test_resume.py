@@ -892,7 +892,7 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
     mine = edited(
         tmp_path,
         again_at_80,
-        ("with kernels.in_torch(nets):  # KERNELS", "with kernels.in_torch(nets if global_step < 80 else {}):"),
+        ("kernels.in_torch(nets), sch", "kernels.in_torch(nets if global_step < 80 else {}), sch"),
     )
     with pytest.raises(RuntimeError, match="do it inside `with kernels"):
         run(mine, compute="sparse", **small)
