@@ -320,8 +320,12 @@ def start_ray(args: Args) -> ModuleType:
 
 def sweep(args: Args, todo: list[Run], total: int) -> int:
     """Run what is to be done of the total. Returns the exit code."""
+    logs = Path(args.runs_dir) / "sweep_logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot make {logs} ({error.strerror}); choose another --runs-dir")
     ray = start_ray(args)
-    (Path(args.runs_dir) / "sweep_logs").mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     task = ray.remote(num_cpus=1, max_retries=-1)(execute)  # Ray moves the run of a lost node to another one
     before, began, done, failures, waits, shown = total - len(todo), time.monotonic(), 0, {}, set(), None

@@ -197,6 +197,11 @@ def test_neither_a_plan_nor_the_flags_need_ray(cli, monkeypatch):
     assert "a sweep needs Ray; `pip install -r lab/requirements.txt`" in cli("--script fake.py")[1] and not did()
 
 
+def test_a_folder_that_cannot_be_made_is_an_error(cli):
+    code, text = cli("--script fake.py --runs-dir /dev/null/runs")
+    assert code == 2 and "error: cannot make /dev/null/runs/sweep_logs (Not a directory); choose another" in text
+
+
 def test_a_run_is_recognised_by_its_settled_flags_and_only_by_them(cli):
     for method in baselines.METHODS:
         write_run(f"{method}/a", method=method, sparsity=0.5, learning_starts=40, total_timesteps=10_000)
