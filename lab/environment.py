@@ -262,9 +262,10 @@ def fingerprint(
     env: gym.Env, variables: dict, files: tuple[Path, ...] = (), but: Collection[str] = ()
 ) -> dict[str, int]:
     """Checksums that show whether a resumed run has the state that it had before: of numbers, texts, arrays, tensors,
-    random generators, running statistics and collections of these among the `variables` of train, and in layers of the
-    environment other than Gymnasium's and ours. Of variables that are dictionaries, or that `content_of` looks
-    into, two levels count, without names that begin with _ and those in `but`."""
+    modules, what optimizers train, random generators, running statistics and collections of these among the `variables`
+    of the script and train, and in layers of the environment other than Gymnasium's and ours. Of variables that are
+    dictionaries, or that `content_of` looks into, two levels count, without names that begin with _ and those in `but`.
+    """
 
     def inside(name: str, value: object, depth: int = 0) -> Iterator[tuple[str, object]]:
         held = value if isinstance(value, dict) else content_of(value, files)

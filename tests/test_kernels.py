@@ -203,7 +203,7 @@ def test_inputs_that_the_kernels_cannot_read_are_refused():
     for network, x in [*refused, *((network, torch.zeros(4, 5)) for network in moved)]:
         with torch.no_grad(), pytest.raises(ValueError, match="need float32 of shape"):
             network(x)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="no autocast"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="without autocast"):
         mlp(torch.zeros(4, 5))
 
 

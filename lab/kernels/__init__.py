@@ -135,7 +135,7 @@ def not_here(*_: object) -> None:
 
 def too_late(_: object) -> None:
     what = "a loss cannot be differentiated once layers have entered or left the kernels, as by `in_torch`"
-    raise RuntimeError(f"{what}; compute both inside or both outside, or train with --compute masked")
+    raise RuntimeError(f"{what}; compute loss and gradient on one side, or train with --compute masked")
 
 
 def guard(param: nn.Parameter) -> RemovableHandle:
@@ -224,9 +224,9 @@ class SparseMLP(nn.Module):
         """The output, and the activations of all layers if they are to be kept for backward."""
         here = x.dtype is flat.dtype is torch.float32 and x.is_cpu and flat.is_cpu
         if x.shape[1] != self.n_in or not here or torch.is_autocast_enabled("cpu"):
-            wanted = f"need float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU, no autocast"
+            wanted = f"the kernels need float32 of shape (batch, {self.n_in}), and parameters of that type, on the CPU"
             got = f"{x.dtype} {tuple(x.shape)} on {x.device}, and {flat.dtype} on {flat.device}"
-            raise ValueError(f"the kernels {wanted}; got {got}; else train with --compute masked")
+            raise ValueError(f"{wanted}, without autocast; got {got}. Or train with --compute masked")
         batch, threads = x.shape[0], torch.get_num_threads()  # len(x) is slow
         x, y = x.contiguous(), x.new_empty(batch, self.n_out)
         width = self.kernels.width(batch)
