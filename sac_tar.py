@@ -3,6 +3,8 @@
 python sac_tar.py --env-id Hopper-v4 --sparsity 0.9
 python sac_tar.py --env-id Hopper-v4 --sparsity 0.9 --method static   # the control without revival
 tensorboard --logdir runs
+
+To read TAR, skip the lines marked BASELINES (other papers' methods) and KERNELS (speed).
 """
 
 import copy
@@ -242,9 +244,8 @@ def train(args: Args) -> Path:
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive, after all prunings, so that --criterion random scores alike under all methods: R pruned
-                # connections come back with their weights, at random in the layers whose topology needs them; R is 0
-                # for methods that revive nothing
+                # revive last, so that --criterion random draws equal scores under all methods: R pruned connections
+                # come back with their weights, at random in the layers whose topology needs them (static: R = 0)
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)

@@ -3,6 +3,8 @@
 python td3_tar.py --env-id Hopper-v4 --sparsity 0.9
 python td3_tar.py --env-id Hopper-v4 --sparsity 0.9 --method static   # the control without revival
 tensorboard --logdir runs
+
+To read TAR, skip the lines marked BASELINES (other papers' methods) and KERNELS (speed).
 """
 
 import copy
@@ -169,7 +171,7 @@ def train(args: Args) -> Path:
     qf1_target = copy.deepcopy(qf1).requires_grad_(False)
     qf2_target = copy.deepcopy(qf2).requires_grad_(False)
     critics = nn.ModuleList([qf1, qf2])
-    online, targets = nn.ModuleList([actor, qf1, qf2]), nn.ModuleList([actor_target, qf1_target, qf2_target])
+    online, targets = nn.ModuleList([actor, *critics]), nn.ModuleList([actor_target, qf1_target, qf2_target])
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
     actor_optimizer = kernels.Adam(actor.parameters(), lr=args.learning_rate)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.learning_rate)
@@ -218,9 +220,8 @@ def train(args: Args) -> Path:
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive, after all prunings, so that --criterion random scores alike under all methods: R pruned
-                # connections come back with their weights, at random in the layers whose topology needs them; R is 0
-                # for methods that revive nothing
+                # revive last, so that --criterion random draws equal scores under all methods: R pruned connections
+                # come back with their weights, at random in the layers whose topology needs them (static: R = 0)
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)

@@ -285,8 +285,8 @@ def check(args: object) -> None:
     if not args.regrow and (chains := [method for method in rewired if GROWTHS[method].by_topology]):
         fail(f"--method {chains[0]} stops in a layer where dropped connections grow again; leave --no-regrow out")
     if rewired and not rewiring_steps(args):
-        after, until = max(args.learning_starts, args.prune_at), args.rewire_stop * args.total_timesteps
-        never = f"every {args.rewire_every} steps after step {after} and before {until:g}, which is never"
+        until = args.rewire_stop * args.total_timesteps
+        never = f"every {args.rewire_every} steps after step {first} and before {until:g}, which is never"
         mend = "lower --rewire-every or --learning-starts, raise --rewire-stop or train longer"
         fail(f"--method {rewired[0]} rewires {never}; {mend}")
     if rewired and args.rewire_fraction == 0 and start is None:
@@ -325,7 +325,8 @@ def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, 
     if method != "tiny":
         return asked
     if not isinstance(asked, int):
-        raise ValueError(f"--method tiny counts the neurons of layers that are alike, and --hidden-size is {asked}")
+        what = f"--method tiny counts the neurons of layers that are alike, and --hidden-size is {asked}"
+        raise ValueError(f"{what}; give one number")
 
     def weights(neurons: int) -> int:
         return sum(weight.numel() for weight in linear_weights(network(env, neurons)).values())
@@ -475,7 +476,7 @@ class Diagonals:
         self.hold(self.products)
 
     def hold(self, tensors: list[Tensor]) -> None:
-        """Let these be what the network has for weights."""
+        """Make these tensors the weights of the network."""
         for weight, tensor in zip(self.weights, tensors):
             weight.data = tensor.detach()
 
@@ -553,7 +554,7 @@ class Schedule:
             for name, net in self.dynamic.items()
         }
         self.stopped = {name: [] for name in self.dynamic}  # layers that cht and chts rewire no more
-        self.revived = {}  # the masks as revival left them, from which the log measures how far rewiring has come
+        self.revived = {}  # of networks that are rewired: the masks before, from which the log measures the distance
         self.diagonals = {}  # what dynadiag learns until pruning
         for name, net in nets.items():
             net.budget, net.reserve = self.first[name]
@@ -577,10 +578,10 @@ class Schedule:
 
     @contextlib.contextmanager
     def pruning(self, global_step: int) -> Iterator[str]:
-        """Set K and R of every network for the pruning at this step, and give its criterion: --criterion at --prune-at,
-        else magnitude. DynaDiag ends, and its networks get their values without gates. At the end of the block keep the
-        masks, from which the log of rewirings measures, and at --prune-at, with --init sparse, rescale the weights that
-        are left."""
+        """Set K and R of every network for the pruning at this step, and give its criterion: magnitude at
+        --final-prune-at, else --criterion. DynaDiag ends, and its networks get their values without gates. At the end
+        of the block keep the masks, from which the log of rewirings measures, and at --prune-at, with --init sparse,
+        rescale the weights that are left."""
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()
@@ -588,8 +589,8 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        yield self.args.criterion if global_step == self.args.prune_at else "magnitude"
-        self.revived = {name: copy.deepcopy(net.masks) for name, net in self.nets.items()}
+        yield "magnitude" if global_step == self.args.final_prune_at else self.args.criterion
+        self.revived = {name: copy.deepcopy(net.masks) for name, net in self.dynamic.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():
                 for network in net.networks:

@@ -181,16 +181,15 @@ def write_replay(run_dir: Path, rb: ReplayBuffer) -> None:
         start = stop
 
 
-def read_replay(run_dir: Path, rb: ReplayBuffer, added: int) -> None:
-    """Read the first `added` transitions of a run back, as far as the buffer holds them."""
-    read = max(0, added - len(rb.rows))
+def read_replay(run_dir: Path, rb: ReplayBuffer) -> None:
+    """Read the first `rb.added` transitions of a run back, as far as the buffer holds them."""
+    read = max(0, rb.added - len(rb.rows))
     for path, (start, stop) in replay_files(run_dir).items():
-        if stop <= added and start <= read < stop:
+        if stop <= rb.added and start <= read < stop:
             rb.rows[torch.arange(start, stop) % len(rb.rows)] = read_tensors(path).to(rb.rows.device)
             read = stop
-    if read < added:
-        fail(f"{run_dir}/replay lacks transitions {read} to {added}; start the run anew")
-    rb.added = added
+    if read < rb.added:
+        fail(f"{run_dir}/replay lacks transitions {read} to {rb.added}; start the run anew")
 
 
 def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:

@@ -51,7 +51,7 @@ class Args:
 
 RUN = ["algo", "sparsity", "env_id", "arm", "seed"]  # what tells runs apart
 IN_EVERY_NAME = {"method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
-COSTS = {"minutes": "time", "1e12 FLOPs": "flops"}  # and the ends of the names of their files
+COSTS = {"minutes": "time", "1e12 FLOPs": "flops"}  # columns of a curve: words in --costs and in names of files
 PACKAGES = ["torch", "numpy", "gymnasium", "mujoco", "python"]
 FEW_SEEDS = 5  # below so many a bootstrap gives no interval of P(better)
 CAVEATS_ON_TOP = 5
@@ -87,7 +87,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     return row
 
 
-def read_runs(folder: Path, notes: list[str], separate_code: bool = False) -> pd.DataFrame:
+def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFrame:
     """One row for each finished run. The notes say which runs are left out."""
     unfinished = []
     rows = [row_of(result, separate_code) for result in results.results_in(folder, unfinished)]
@@ -132,7 +132,7 @@ def differing(dictionaries: Iterable[dict]) -> set[str]:
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
     names of the arms; the notes; the environments and seeds that only some arms have."""
-    # in each environment, since one of the reader's own is part of the code
+    # by environment, since a reader's own environment is part of the code of its runs
     cells, gaps = runs.groupby(["arm", "env_id"]), {}
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
     found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
@@ -176,7 +176,7 @@ def with_interval(name: str, values: tuple[float, float, float]) -> dict[str, fl
 
 
 def better(finals: dict, arm: str, other: str | None, env_ids: Iterable[str]) -> dict[str, object]:
-    """How probably a run of an arm beats one of the other in these environments, as far as both have runs there."""
+    """P(better) of an arm against another, over those of the environments in which both have runs."""
     both = [env_id for env_id in env_ids if {(env_id, arm), (env_id, other)} <= finals.keys()]
     samples = [finals[env_id, name].to_numpy() for name in (arm, other) for env_id in both]
     return with_interval("P(better)", bootstrapped(improvement, samples, FEW_SEEDS) if both else (np.nan,) * 3)
@@ -303,7 +303,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-# of each kind of table: its title, the end of the name of its figure, and what it says
+# of each kind of table: its title, the suffix of its figure's file name (None: no figure), and the text below it
 SECTIONS = {
     "returns": ("Final return", "curves", """Mean of the evaluations in the last tenth of training, then over n seeds,
 with a 95% t interval; differences are paired by seed. P(better), the probability that a run of this arm beats one of

@@ -58,7 +58,7 @@ def walk(
 
 
 def check_parts(
-    state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...] = (), restored: Collection = ()
+    state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...], restored: Collection
 ) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if a part of
     `state` could not be put back, or if a checkpoint, which holds `state`, the buffer `rb` and the generators
@@ -118,10 +118,10 @@ def is_another(part: object, network: nn.Module) -> bool:
 def held_apart(
     nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: tuple[Path, ...] = ()
 ) -> dict[str, str]:
-    """By name, the networks whose layers the kernels cannot replace, each with the reason: one of the `variables` of
-    train, or an attribute in the network that is no submodule, is or holds a layer or a parameter of it, or one of the
-    `optimizers` is not that of its row and trains them. Each of these would go on with the old layers. A network of the
-    same class and shapes in no row is a reason too: as an average, it could not follow the parameters one by one."""
+    """By name, the networks whose layers the kernels cannot replace, each with the reason. An optimizer other than that
+    of its row trains them. Or one of the `variables` of train, or an attribute in the network that is no submodule, is
+    or holds a layer or a parameter of it, and would go on with the old one. Or it is or holds a network of the same
+    class and shapes that is in no row: as an average, it could not follow the parameters one by one."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():
@@ -177,8 +177,8 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
 
 
 def used_later(script: Path, frame: FrameType) -> dict:
-    """The variables of train, which runs in this frame, that a later line reads, except names that a later `for` sets,
-    or that a function inside train reads."""
+    """The variables of train, which runs in this frame, that a later line reads, unless a later `for` sets them, and
+    those that a function inside train reads."""
     later = [n for n in ast.walk(ast.parse(script.read_bytes())) if getattr(n, "lineno", 0) > frame.f_lineno]
     loops = [part for node in later if isinstance(node, ast.For) for part in ast.walk(node.target)]
     changed = [node.target for node in later if isinstance(node, ast.AugAssign)]  # as in `weight *= 0.9`

@@ -13,7 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -245,16 +245,18 @@ def restore(env: gym.Env, eval_env: gym.Env, saved: dict[str, dict]) -> None:
 
 
 @functools.cache
-def is_own(kind: type, files: tuple[Path, ...]) -> bool:
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return issubclass(kind, SimpleNamespace) or (bool(file) and Path(file).resolve() in files)
+def is_own(kind: type | ModuleType, files: tuple[Path, ...]) -> bool:
+    module = kind if isinstance(kind, ModuleType) else sys.modules.get(kind.__module__)
+    file = getattr(module, "__file__", None)
+    return (kind is not module and issubclass(kind, SimpleNamespace)) or (bool(file) and Path(file).resolve() in files)
 
 
 def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
     """The attributes, and submodules, of a SimpleNamespace, or of an object, but no list, tuple, dictionary or deque,
-    whose class is defined in one of these source files."""
-    own = not isinstance(value, (list, tuple, dict, deque)) and is_own(type(value), files)
-    held = getattr(value, "__dict__", {}) if own else {}
+    whose class is defined in one of these source files; the variables of such a file that was imported."""
+    kind = value if isinstance(value, ModuleType) else type(value)
+    own = not isinstance(value, (list, tuple, dict, deque)) and is_own(kind, files)
+    held = {n: v for n, v in getattr(value, "__dict__", {}).items() if not n.startswith("__")} if own else {}
     return held | held["_modules"] if isinstance(value, torch.nn.Module) and own else held
 
 

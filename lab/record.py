@@ -40,7 +40,7 @@ def settle(args: object) -> object:
     and a flag that makes no difference to this run has its default. Ends the program with one sentence where a value
     cannot work. `args` is the dataclass of a script, which may leave out flags of lab/baselines.py."""
     args = copy.copy(args)
-    # of a run that is resumed it has its hash already, if the flag is not given again
+    # the --load of a resumed run has its hash already, unless it is given anew; its file may have changed since
     if args.load is not None and args.evaluate is None and not (args.resume and re.search("@[0-9a-f]{12}$", args.load)):
         args.load = with_hash(args.load)
     for name, other in FOLLOWS.items():

@@ -127,6 +127,7 @@ class Run:
         made = state | {"env": env, "rb": rb}
         self.named = {name: part for name, part in made.items() if variables.get(name) is part}
         self.checkpoint, self.returns, self.writer, segments, saved = None, {}, None, [], None
+        changed = []  # what is not as it was before a resume
         if reserved := sorted(ABOUT & state.keys()):
             fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
         if "actor" not in state:
@@ -184,13 +185,16 @@ class Run:
             for what in ("total_timesteps", "code", "processor", "device", "torch_threads", "in_kernels", "versions"):
                 if past.get(what, now[what]) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
-                    tqdm.write(f"warning: the run's {what} {was}")
+                    changed.append(f"the run's {what} {was}")
+                    tqdm.write(f"warning: {changed[-1]}")
         config = {"script": script.stem, "args": self.flags, "segments": [*segments, now]}
         write_json(self.folder / "config.json", config)
         keep_code(self.folder / "code" / now["code"], script, args.env_id)
         self.writer = SummaryWriter(self.folder)
         if self.checkpoint is None:
             self.log_args(now["code"])
+        elif changed:
+            self.writer.add_text("hyperparameters", "\n\n".join(changed), self.start_step)
         self.warn_of_evaluations()
         wait = 0.5 if sys.stderr.isatty() else 60
         shown = {"initial": self.start_step, "unit": " steps", "mininterval": wait, "dynamic_ncols": True}
@@ -267,7 +271,7 @@ class Run:
         random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, and
-        the last checkpoint kept, if a name of `state` stands for another object in train, or by `check_weights`."""
+        the last checkpoint kept, if train has replaced `env`, `rb` or a part of `state`, or by `check_weights`."""
         variables = edits.variables_of(inspect.currentframe().f_back)
         for name, part in self.named.items():
             now = variables.get(name, part)
@@ -292,6 +296,8 @@ class Run:
                 self.check_weights(global_step)  # before a checkpoint takes the place of the last one
                 begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
+            if self.has_buffer(global_step):
+                begun["fingerprint"]["`rb.added` in train"] = self.rb.added
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
             unset = {name for name in before.keys() ^ now.keys() if name.endswith("` in train")}  # as in its loop
@@ -310,7 +316,7 @@ class Run:
         self.writer.flush()
         with kernels.in_torch(self.nets):
             checkpoint = {name: pack(part) for name, part in self.state.items()}
-        checkpoint |= self.about(global_step) | begun | {"returns": self.returns, "added": self.rb.added}
+        checkpoint |= self.about(global_step) | begun | {"returns": self.returns}
         checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
         if with_buffer := self.has_buffer(global_step):
@@ -391,14 +397,14 @@ class Run:
         if checkpoint["format"] != CHECKPOINT_FORMAT:
             which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
             fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
-        if lost := sorted({*self.state, "random", "fingerprint", "added", "log_sizes"} - checkpoint.keys()):
+        if lost := sorted({*self.state, "random", "fingerprint", "log_sizes"} - checkpoint.keys()):
             fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
         try:
             environment.set_statistics(self.env, checkpoint["statistics"])  # for an evaluation before the first reset
             checkpoints.put_all_back(self.state, checkpoint)
             if self.has_buffer(self.start_step):
-                put_back(vars(self.rb), checkpoint["replay"])
-                checkpoints.read_replay(self.folder, self.rb, checkpoint["added"])
+                put_back(vars(self.rb), checkpoint["replay"])  # rb.added too
+                checkpoints.read_replay(self.folder, self.rb)
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
         except (KeyError, RuntimeError, ValueError) as error:
@@ -409,7 +415,7 @@ class Run:
         return checkpoint, segments, past
 
     def load_agent(self, path: Path, saved: dict) -> None:
-        """Make networks, alpha and other parts of the agent, and the statistics of `env`, those of a saved agent."""
+        """Load the networks, alpha, other parts of the agent and the statistics of `env` from a saved agent."""
         mine = {name: part for name, part in self.state.items() if is_of_the_policy(name, part)}
         if other := sorted((saved.keys() - ABOUT - OF_TRAINING - self.state.keys()) | (mine.keys() - saved.keys())):
             fail(f"{path} and {self.script.name} do not both have {', '.join(other)}; use the script that saved it")
@@ -419,7 +425,8 @@ class Run:
         try:
             checkpoints.put_all_back(mine, saved)
         except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})")
+            what = f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})"
+            fail(f"{what}; begin with the --hidden-size and the environment that it was trained with")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
             fail(f"the actor in {path} is for other bounds of actions than those of {self.args.env_id}; use another")
         environment.set_statistics(self.env, saved.get("statistics", {}))  # by which its policy sees observations
@@ -435,6 +442,10 @@ class Run:
         path = file_of(self.args.evaluate)
         saved = checkpoints.load_state(path, self.script)
         checkpoints.check_saved_args(self.args, saved["args"])
+        code = read_config(path.parent)["segments"][-1]["code"] if (path.parent / "config.json").exists() else None
+        if code not in (None, code_hash(self.script, self.args.env_id)):
+            where = f"{path.parent / 'code'} has the code of the run"
+            tqdm.write(f"warning: the code is not the one that made {path}, so the policy may be another; {where}")
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
         if "progress" in self.state and "progress" in saved:
@@ -535,8 +546,7 @@ class Run:
         with environment.apart(self.eval_env, self.args.seed, self.device):  # for a policy or an environment that draws
             parts = nn.ModuleList(part for part in self.state.values() if isinstance(part, nn.Module))
             training = [module for module in parts.modules() if module.training]
-            for module in training:  # as dropout, which is noise
-                module.training = False
+            parts.eval()  # without noise, such as dropout
             played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
             for module in training:
                 module.training = True

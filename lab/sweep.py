@@ -142,7 +142,7 @@ class Run:
     may_change: list[str]  # words that a resumed run is given too
 
     def recorded(self, found: Iterable[tuple[Path, dict]]) -> Iterator[tuple[Path, dict, bool]]:
-        """Those of the runs found that have this script and these flags, and whether they count by their code."""
+        """Of the runs found, those with this script and these flags: folder, record, and whether the code counts."""
         for run_dir, config in found:
             if config["script"] == Path(self.command[0]).stem and identity(self.defaults | config["args"]) == self.args:
                 yield run_dir, config, self.code is None or codes(config) == [self.code]
@@ -363,7 +363,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
         print("\nstopping: each run ends its episode and writes its checkpoint; the same command goes on", flush=True)
         return 130
     finally:
-        for ref in reversed(tasks):  # what waits before what runs, so that nothing new starts
+        for ref in reversed(tasks):  # waiting runs first, or the end of a running one would start them
             ray.cancel(ref)
         ray.wait(list(tasks), num_returns=len(tasks), timeout=GRACE)
     for log, why in failures.items():

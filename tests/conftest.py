@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -16,6 +17,8 @@ import td3_tar
 from lab import edits, record, topology
 from lab.environment import STOP_SIGNALS
 
+settings.register_profile("loaded", deadline=None)  # of a busy machine
+settings.load_profile("loaded")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a background job starts would ignore it
 SCRIPTS = {"sac": sac_tar, "td3": td3_tar}
 CACHED = {name: functools.cache(getattr(record, name)) for name in ("code_hash", "sources")}

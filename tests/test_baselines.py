@@ -67,7 +67,7 @@ def published_rule(w, g, mask, count, drop, regrow):
     return {*kept, *candidates[np.argsort(-g[candidates], kind="stable")[:count]]}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEED, st.sampled_from([*baselines.DROPS][:6]), st.booleans(), st.sampled_from([None, 6]), st.floats(0, 1))
 def test_a_rewiring_of_rigl_is_the_published_rule(seed, drop, regrow, width, fraction):
     """In masks, by the dense gradient; in weights, target and moments what stays keeps all and the rest is zero."""
@@ -112,7 +112,7 @@ def path_by_path(mask):
     return scores
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SEED, st.integers(1, 7), st.integers(1, 7), st.floats(0, 1))
 def test_cannistraci_hebb_scores_are_those_of_the_paths_of_length_three(seed, n_out, n_in, density):
     mask = random_mask(seed, (n_out, n_in), density)
@@ -518,7 +518,6 @@ def test_dynadiag_keeps_the_diagonals_of_the_highest_gates_and_is_a_base_like_an
 # TINY AND SPARSE INITIALIZATION
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), st.integers(1, 300), st.integers(1, 30), st.integers(1, 3), st.floats(0, 0.999))
 def test_tiny_is_the_widest_dense_network_within_the_budget_however_deep(n_in, hidden, n_out, depth, sparsity):
     def network(_, neurons):
@@ -581,7 +580,7 @@ def slow_target(held, i, n):
             return total, next_obs, 0.0 if terminated else 0.9**k
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 7), st.sampled_from([1, 5, 39, 40, 41, 63, 200]), st.booleans())
 def test_n_step_targets_against_a_slow_computation(n, added, late):
     """In a buffer of 40, before it is full and after it was overrun; and before --n-step-from."""

@@ -96,7 +96,8 @@ def comparison(tmp_path, monkeypatch, request):
 
     def comparison(folder=tmp_path / "runs", sparsity=0.9, algo="td3_tar", **args):
         compare.main(compare.Args(folder, **args))
-        out, name = (args.get("publish") or folder) / "comparison", f"{algo}_s{sparsity}"
+        out = args.get("out") or (args.get("publish") or folder) / "comparison"
+        name = f"{algo}_s{sparsity}"
         page = (out / f"{name}.md").read_text()
         assert not re.search(r"\bnan\b", page)
         tables = {path.stem.removeprefix(f"{name}_"): pd.read_csv(path) for path in out.glob(f"{name}_*.csv")}
@@ -134,7 +135,7 @@ def beats(x, y):
     return np.mean([(a > b) + 0.5 * (a == b) for a in x for b in y])
 
 
-def test_means_paired_differences_and_probabilities(grid, comparison):
+def test_means_paired_differences_and_probabilities(grid, comparison, tmp_path):
     tables = comparison()
     for row in tables["returns"].to_dict("records"):
         method = row["arm"].removesuffix(" random+er")
@@ -154,6 +155,9 @@ def test_means_paired_differences_and_probabilities(grid, comparison):
         assert np.isnan(row["P(better) low"]) == (len(own) < 5 or own.min() > static.max())
     row = next(row for row in cells(tables["page"]) if row[1] == "tar random+er")
     assert (row[4], row[-1]) == ("690.0 [473.2, 906.8]", "0.78 [0.40, 1.00]")
+    next((tmp_path / "runs").glob("A-v1__td3_tar__tar__*__5__*/final.pt")).unlink()
+    table = comparison()["returns"].set_index(["environment", "arm"])
+    assert np.isnan(table["P(better) low"]["A-v1", "tar random+er"])  # four seeds are too few
 
 
 def test_means_across_environments(grid, make, comparison, tmp_path):
@@ -239,10 +243,11 @@ def test_a_page_has_its_figures_and_a_curve_ends_where_its_shortest_run_does(mak
     assert lines["td3_tar_s0.9_time.png"] == {5}  # minutes
 
 
-def test_only_the_costs_that_are_asked_for_are_compared_and_files_of_others_are_named(make, comparison, capsys):
+def test_only_the_costs_that_are_asked_for_are_compared_and_older_files_are_named(make, comparison, capsys, tmp_path):
     for method in ("static", "tar"):
         make(5, method=method)
-    assert {"time", "flops"} & comparison(costs=("flops",)).keys() == {"flops"}
+    assert {"time", "flops"} & comparison(costs=("flops",), out=tmp_path / "out").keys() == {"flops"}
+    assert not (tmp_path / "runs" / "comparison").exists()
     assert {"time", "flops"} <= comparison().keys()
     assert "older" not in capsys.readouterr().out
     comparison(costs=("flops",))
@@ -257,6 +262,7 @@ def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_co
     make(5, seed=2, flops=0)
     time, page = (tables := comparison())["time"], tables["page"]
     assert list(time.n) == [2, 1] and list(time["a whole run, minutes"]) == pytest.approx([1000 / 60] * 2)
+    assert list(tables["flops"].n) == [2, 1]  # on any processor
     assert "another processor than that of most runs made them: 1 on A-v1 of tar random+er." in page
     assert "Left out by 1e12 FLOPs, since they have no 1e12 FLOPs: 1 on A-v1 of tar random+er." in page
     make(5, "B-v1", segments=[{"processor": "another"}])
@@ -644,6 +650,7 @@ def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
     ({}, "holds no finished run"),
     ({"masks_of": "nothing"}, "--masks-of nothing is no finished run here with a masks.pt"),
     ({"publish": Path("runs")}, "--publish needs another folder"),
+    ({"events": Path("runs")}, "--events needs another folder"),
     ({"against": "random"}, "--against random is not one arm; there are: static random+er, tar random+er"),
     ({"arm": ("tar", "riggl")}, "there is no finished run of riggl; the arms are: dense, static random+er, tar"),
     ({"env_id": ("A-v1", "C-v1")}, "no finished run of C-v1; the arms are: dense, static random+er, tar random+er;"),

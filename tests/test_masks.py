@@ -348,7 +348,7 @@ def test_a_loss_is_each_networks_own_on_ten_batches_of_replay_data(train, script
 # BUDGETS
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.lists(st.tuples(st.floats(0, 1e6), st.integers(0, 1000)), min_size=1, max_size=8))
 def test_allocate_is_exact_capped_and_proportional(data, entries):
     shares, caps, most = *zip(*entries, strict=True), sum(cap for share, cap in entries if share > 0)
@@ -395,7 +395,6 @@ def test_the_budgets_of_a_network(method, hidden, sparsity, reserve):
     assert net.reserve == (round(reserve * k) if method in ("tar", "uniform", "tar_ch") else 0)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.tuples(*[st.integers(2, 80)] * 2), st.integers(1, 10), st.floats(0.01, 1))
 def test_auto_is_the_widest_that_the_budget_feeds_but_never_too_narrow_to_hold_it(n_in, widths, n_out, density):
     def shapes(h):
@@ -418,7 +417,7 @@ def test_auto_is_the_widest_that_the_budget_feeds_but_never_too_narrow_to_hold_i
 # STATIC PRUNING
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.sampled_from([*su.CRITERIA]), st.sampled_from([*su.DISTRIBUTIONS]), st.booleans())
 def test_static_pruning_keeps_the_exact_count_where_it_may(data, criterion, distribution, again):
     """Between active neurons, and among what an earlier pruning has left. It reads the network, and draws nothing from
@@ -554,7 +553,7 @@ def test_diagonals_are_whole_but_for_the_last_and_fans_are_equal_up_to_one(data,
 # REVIVAL
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SHAPES, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99), st.sampled_from(["tar", "uniform", "static"]))
 def test_revival_is_exact_adds_only_and_follows_the_rule(shapes, density, fraction, seed, method):
     net = row({f"fc{i}": torch.zeros(shape) for i, shape in enumerate(shapes)}, method)

@@ -22,6 +22,7 @@ assert len(GRIDS) >= 9
 # each page with the grid from which its numbers are
 WITH_A_PAGE = ("evidence", "loaded", "metric", "published")
 PAGES = {f"runs/{grid}/README.md": grid for grid in WITH_A_PAGE}
+INTERVAL = r"-?\d+\s\[-?\d+,\s-?\d+\]"
 FLAGS = {"--active-width auto": "active_width=auto", "--init sparse": "init=sparse", "--no-regrow": "regrow=False"}
 
 
@@ -85,10 +86,10 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
     assert found >= 10
 
 
-@pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
-def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
-    """A mean, or a difference of two arms paired by seed, in one environment; of all seeds or of the first three. Or of
-    two methods over all their base masks, sparsities and algorithms: then a seed counts with its mean difference."""
+@functools.cache
+def intervals_of(grid):
+    """Of a mean, or of a difference of two arms paired by seed, in one environment; of all seeds or of the first three.
+    Or of two methods over all their base masks, sparsities and algorithms: then a seed counts with its mean."""
     known, of_methods = set(), defaultdict(list)
     for group in pages_of(grid).values():
         finals = compare.finals_of(group)
@@ -101,9 +102,22 @@ def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
                 if base == its_base:
                     of_methods[one[0], method, against].append(difference)
     means = [pd.concat(differences, axis=1).dropna().mean(axis=1) for differences in of_methods.values()]
-    known |= {shown(compare.t_interval(values.to_numpy())) for values in means}
-    said = re.findall(r"-?\d+\s\[-?\d+,\s-?\d+\]", (PROJECT / page).read_text())
-    assert said and not [interval for interval in said if " ".join(interval.split()) not in known]
+    return known | {shown(compare.t_interval(values.to_numpy())) for values in means}
+
+
+@pytest.mark.parametrize(("page", "grid"), [*PAGES.items(), ("lab/systems.md", "systems")])
+def test_every_interval_in_a_sentence_is_one_that_the_runs_give(page, grid):
+    said = re.findall(INTERVAL, (PROJECT / page).read_text())
+    assert said and not [one for one in said if " ".join(one.split()) not in intervals_of(grid)]
+
+
+def test_the_list_of_grids_has_all_of_them_and_what_their_runs_give():
+    rows = {re.match(r"\[(\w+)\]", grid)[1]: row for grid, *row in next(tables("runs/README.md"))[1]}
+    assert rows.keys() == {*GRIDS}
+    for grid, (text, count) in rows.items():
+        assert int(count) == len(json.loads((PROJECT / "runs" / grid / "runs.json").read_text())), grid
+        for said in re.findall(rf"{INTERVAL}|\b\d{{5}}\b", text):  # the latter are returns of one seed
+            assert said in intervals_of(grid), (grid, said)
 
 
 def test_the_return_of_each_system_is_that_of_runs_with_its_flags():
@@ -135,8 +149,12 @@ def test_the_comparison_of_a_grid_is_of_its_runs(grid):
             assert table.empty or compare.markdown(table) in page
         others = {"aggregate": compare.aggregate_table(group, chosen), "flops": compare.cost_table(group, "1e12 FLOPs")}
         for kind, table in others.items():
-            if (file := folder / f"{name}_{kind}.csv").exists():
+            file = folder / f"{name}_{kind}.csv"
+            assert file.exists() == (f"## {compare.SECTIONS[kind][0]}\n" in page)
+            assert file.exists() or kind == "flops" or table.empty  # --costs may leave FLOPs out
+            if file.exists():
                 pd.testing.assert_frame_equal(pd.read_csv(file), table, check_dtype=False)
+                assert compare.markdown(table) in page
         for link in re.findall(r"\]\(([^)\s]+)\)", page):
             assert (folder / link).exists()
 

@@ -122,6 +122,19 @@ def test_the_lines_of_train_that_are_tar_are_quoted_as_they_are(script):
     assert quoted.endswith("sparse_utils.fix_masks(nets)\n")
 
 
+def test_the_defaults_are_those_of_cleanrl(script):
+    """Of its sac_continuous_action.py and td3_continuous_action.py."""
+    theirs = {"total_timesteps": 1_000_000, "buffer_size": 1_000_000, "batch_size": 256, "gamma": 0.99, "tau": 0.005}
+    theirs |= {"hidden_size": 256, "policy_frequency": 2}
+    if script is sac_tar:
+        theirs |= {"learning_starts": 5000, "policy_lr": 3e-4, "q_lr": 1e-3, "target_network_frequency": 1}
+        theirs |= {"alpha": 0.2, "autotune": True}
+    else:
+        theirs |= {"learning_starts": 25_000, "learning_rate": 3e-4, "policy_noise": 0.2, "noise_clip": 0.5}
+        theirs |= {"exploration_noise": 0.1}
+    assert vars(script.Args()).items() >= theirs.items()
+
+
 def test_the_numbers_of_the_front_page_are_those_of_the_published_runs():
     """As in the comparisons, which test_published.py holds against the runs."""
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import REPLACED, same
-from test_run import load, main, refused, scalars
+from test_run import events, load, main, refused, scalars
 
 import lab.checkpoints
 import lab.run
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_ends_as_the_undisturbed_one(run, script, tmp_path
     for death in deaths:
         assert child(functools.partial(dies, ReplayBuffer, "add", death - begun, work)) == -9
         (run_dir,) = (tmp_path / "b").iterdir()
-        begun, work = load(run_dir / "checkpoint.pt")["added"], functools.partial(again, script, run_dir)
+        begun, work = load(run_dir / "checkpoint.pt")["replay"]["added"], functools.partial(again, script, run_dir)
         assert death - 31 < begun < death
     work()
     assert_same_run(run_dir, undisturbed)
@@ -212,7 +212,7 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
     monkeypatch.setattr(lab.run.mujoco, "__version__", "9.9")
     monkeypatch.setattr(lab.run, "code_hash", lambda *_: "0" * 12)
     monkeypatch.setattr(lab.run, "processor", lambda: "an abacus")
-    again(script, run_dir, torch_threads=2)
+    again(script, run_dir, torch_threads=2, checkpoint_frequency=40)
     torch.set_num_threads(1)
     out = capsys.readouterr().out
     assert f"warning: {log.name} has lost some of what was logged" in out
@@ -220,6 +220,8 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
     assert "warning: the run's code was" in out and "'mujoco': '9.9'" in out and "from step 160 on" in out
     parts = record.read_config(run_dir)["segments"]
     assert [part["from_step"] for part in parts] == [0, 160] and parts[1]["versions"]["mujoco"] == "9.9"
+    (told,) = (text for text in events(run_dir).Tensors("hyperparameters/text_summary") if text.step == 160)
+    assert b"the run's code was " in told.tensor_proto.string_val[0]
 
 
 def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatch):
@@ -234,8 +236,9 @@ def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatc
     assert names[7:] == ["350-414", "414-478", "478-500", "500-564", "564-600"]  # 260 to 350 are overwritten
     assert all((tmp_path / "replay" / f"{name}.pt").stat().st_size < 64 * 40 + 2000 for name in names)
     other = ReplayBuffer(args, env, torch.device("cpu"))
-    lab.checkpoints.read_replay(tmp_path, other, 600)
-    assert torch.equal(other.rows, rb.rows) and other.added == 600
+    other.added = 600
+    lab.checkpoints.read_replay(tmp_path, other)
+    assert torch.equal(other.rows, rb.rows)
 
 
 # the command line
@@ -314,7 +317,7 @@ def finished(tmp_path_factory):
         ("--env-id Hopper-v4", "--env-id Hopper-v4 contradicts the run, which has Short-v0"),
         ("--no-save-buffer", "--save-buffer False contradicts the run, which has True"),
         ("--total-timesteps 80", "--total-timesteps may grow but not shrink; the run has 90"),
-        ("--method rigl --rewire-every 20", "contradicts the run, which has"),
+        ("--method rigl --rewire-every 20", "--method rigl contradicts the run, which has tar"),
     ],
 )
 def test_flags_that_contradict_the_run_are_refused_by_name(finished, script, monkeypatch, capsys, flags, sentence):
@@ -380,6 +383,7 @@ def test_the_command_that_began_a_run_may_be_repeated_with_resume(run, script, m
     flags = {"method": "dense", "sparsity": 0.5, "criterion": "snip", "reserve": 0.3, "total_timesteps": 70}
     run_dir = run(**flags)
     given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    (run_dir / "final.pt").unlink()
     main(script, monkeypatch, "--resume", run_dir, *given)
     assert load(run_dir)["global_step"] == 70
 
@@ -437,7 +441,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps(config))
     less = {name: state[name] for name in state.keys() - {"entropy", "random"}}
     for bad, sentence in [
-        (load(sac), "lacks actor_optimizer, added, fingerprint, log_sizes, mask_generator, nets"),
+        (load(sac), "lacks actor_optimizer, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
         (state | {"format": 3}, "has format 3 and this version resumes 7; use the"),
@@ -505,6 +509,7 @@ ADDED = [
     state |= {"more": nn.ParameterList([temperature]), "array": np.zeros(2), "tensor": torch.zeros(2)}
     state |= {"all": {"these": [nn.BatchNorm1d(3), np.random.default_rng(1), 0]}, "other": random.Random(2)}
     rb.priorities = np.zeros(3)
+    seen |= {"longer": [], "shorter": [*range(90)]}
 """
         + RUN_BEGINS,
     ),
@@ -515,6 +520,8 @@ ADDED = [
         seen["grown"], by = np.append(seen["grown"], global_step), np.argmax(obs)
         seen["by"][by] = seen["by"].get(by, 0) + 1
         seen["all"].add((by, *np.round(obs)))
+        seen["longer"].append(global_step)
+        seen["shorter"].pop()
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["counts"]["steps"] += 1
@@ -563,6 +570,7 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert whole["replay"]["priorities"]["an array of NumPy"][1] > 60
     assert same(whole["random"]["torch"], resumed["random"]["torch"])
     assert [name for name in whole.keys() - of_the_process if not same(whole[name], resumed[name])] == []
+    assert not {"second_buffer", "second", "cosine"} & load(run_dir).keys()
 
 
 BOX = """class Box:
@@ -579,7 +587,7 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
     "line, sentence",
     [
         ("scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, 90)", "lacks scheduler, so"),
-        ("normalizer = nn.BatchNorm1d(3)", "lacks normalizer, so"),
+        ("normalizer = nn.BatchNorm1d(3, affine=False)", "lacks normalizer, so"),
         ("scale = nn.Parameter(torch.ones(2)); extra = torch.optim.SGD([scale])", "lacks scale, extra, so"),
         (
             "state['other'] = torch.optim.SGD([torch.ones(2, requires_grad=True)])",
@@ -708,12 +716,39 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     assert said.startswith("warning: q_optimizer was Adam(") and "eps=0.1, weight_decay=0" in said
     monkeypatch.setattr(edits, "replaced", REPLACED)
     again(mine, run_dir)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_state_in_a_module_of_the_reader_is_named(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_tools.py").write_text("import random, numpy\nSCALE, LUCK = 1.0, numpy.random.default_rng(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lab.run.sources.cache_clear()
+    uses = ("import sparse_utils\n", "import my_tools\nimport sparse_utils\n")
+    grows = (STEP, f"        my_tools.SCALE += 1\n{STEP}")
+    small = {"env_id": "Short-v0", "total_timesteps": 70, "checkpoint_frequency": 10}
+    assert "lacks my_tools.LUCK, so" in refused(capsys, run, edited(tmp_path, uses, grows), **small)
+    kept = (RUN_BEGINS, f"    state['luck'] = my_tools.LUCK\n{RUN_BEGINS}")
+    run_dir = run(mine := edited(tmp_path, uses, grows, kept), **small)
+    sys.modules["my_tools"].SCALE = 1.0  # as in another process
+    again(mine, run_dir, total_timesteps=75)
+    assert "begins with another value of `my_tools.SCALE` in train than before" in capsys.readouterr().out
+
+
+def test_a_critic_whose_target_is_forgotten_ends_the_run(run, script, tmp_path):
+    three = ("critics = nn.ModuleList([qf1, qf2])", "critics = nn.ModuleList([qf1, qf2, qf3 := copy.deepcopy(qf1)])")
+    mine = edited(tmp_path, three, (RUN_BEGINS, f"    state['qf3'] = qf3\n{RUN_BEGINS}"), script=script)
+    with pytest.raises(RuntimeError, match="lists must have"):
+        run(mine, env_id="Short-v0", total_timesteps=70)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch):
+    monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
     monkeypatch.setattr(sac_tar, "ReplayBuffer", type("Mine", (ReplayBuffer,), {"__module__": "__main__"}))
     assert "QNetwork, ReplayBuffer of sac_tar.py now comes from elsewhere, so the record" in refused(capsys, run)
-    mine = vars(mine) | {"__name__": "other", "train": sac_tar.train}
-    message = refused(capsys, exec, "main(Args, train)", mine)
-    assert "`train` comes from sac_tar.py" in message
+    other = vars(sac_tar) | {"__name__": "other"}
+    assert "`train` comes from sac_tar.py" in refused(capsys, exec, "main(Args, train)", other)
 
 
 HOLDS = [
@@ -733,7 +768,6 @@ HOLDS = [
         "qf1: `kept` in train holds layers or parameters of it, and",
     ),
     (RUN_BEGINS, "last = qf1.fc3", "had for the qf1: `last` in train holds layers or parameters of it"),
-    (RUN_BEGINS, "weight = qf1.fc1.weight", "`weight` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
     (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
     (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "had for the qf2: `box` in train holds layers or"),
@@ -827,6 +861,8 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     edits = [("class QNetwork", f"SCALE = torch.ones(1)\n{norm}{of_mean}class QNetwork")]
     edits += [("import copy\n", "import collections\nimport copy\n")]
     edits += [(RUN_BEGINS, lines + RUN_BEGINS), (STEP, f"        level += 1\n{changes}{STEP}")]
+    fill = "    rb.add(*np.ones((2, 3)), env.action_space.low, 0.0, False, False)\n"
+    edits += [("    done = True", f"{fill}    done = True")]
     mine = edited(tmp_path, *edits, ("    env = make_env(args.env_id)  #", f"{wrapped}    #"))
     plain = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
     again(sac_tar, plain, total_timesteps=90, compute="sparse")
@@ -844,7 +880,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     named = out.split("begins with another value of ")[1].split(" than before")[0]
     names = {"args.gamma", "actor.noise", "actor.norm.seen", "SCALE", "old", "tuner"}
     names |= {"level", "scale", "visits", "rms", "best"}
-    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count"}
+    names |= {"ticks", "cells.of", "cells.all.steps", "mean.count", "rb.added"}
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
@@ -883,12 +919,14 @@ def test_learning_rates_of_all_optimizers_follow_the_cycles(run, tmp_path, capsy
 
 
 @pytest.mark.parametrize("script", [sac_tar])
-def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path):
+def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path, monkeypatch):
+    criteria, prune = [], sparse_utils.static_prune
+    monkeypatch.setattr(sparse_utils, "static_prune", lambda *given: criteria.append(given[2]) or prune(*given))
     again_at_80 = ("if global_step in schedule.prunings:", "if global_step in schedule.prunings or global_step == 80:")
     small = {"env_id": "Short-v0", "total_timesteps": 90}
     once, twice = run(**small), run(edited(tmp_path, again_at_80), compute="sparse", **small)
     one, other = (torch.cat([mask.flatten() for mask in load(path)["masks"]["qf1"].values()]) for path in (once, twice))
-    assert one.sum() == other.sum() and not torch.equal(one, other)
+    assert one.sum() == other.sum() and not torch.equal(one, other) and criteria == ["random"] * 9
     mine = edited(
         tmp_path,
         again_at_80,
@@ -1135,15 +1173,25 @@ def test_evaluate_gives_the_last_evaluation_of_the_run_again(finished, script, m
     assert sorted(run_dir.rglob("*")) == before
 
 
-@pytest.mark.parametrize("compute", ["masked", "sparse"])
-def test_an_agent_of_an_active_width_is_evaluated_and_begun_from(run, script, monkeypatch, capsys, compute):
-    run_dir = run(env_id="Short-v0", active_width=9, compute=compute, total_timesteps=90)
+def test_an_agent_of_an_active_width_is_evaluated_and_begun_from(run, script, monkeypatch, capsys):
+    run_dir = run(env_id="Short-v0", active_width=9, compute="sparse", total_timesteps=90)
     logged = scalars(run_dir)["eval/episodic_return"][-1][1]
     capsys.readouterr()
     main(script, monkeypatch, "--evaluate", run_dir)
     assert float(capsys.readouterr().out.split("mean ")[1].split(",")[0]) == pytest.approx(logged, abs=0.06)
-    begun = run(env_id="Short-v0", method="dense", load=str(run_dir), compute=compute, total_timesteps=90)
+    begun = run(env_id="Short-v0", method="dense", load=str(run_dir), compute="sparse", total_timesteps=90)
     assert scalars(begun)["eval/episodic_return"][0][1] == pytest.approx(logged, abs=0.06)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lab.run, "code_hash", record.code_hash)
+    run_dir = run(mine := edited(tmp_path), total_timesteps=70)
+    main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
+    assert "warning: the code" not in capsys.readouterr().out
+    mine = edited(tmp_path, ("relu1=nn.ReLU(inplace=True)", "relu1=nn.Tanh()"))
+    main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
+    assert f"warning: the code is not the one that made {run_dir}/final.pt, so" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [sac_tar])
@@ -1173,10 +1221,10 @@ def test_evaluate_computes_as_the_run_did(run, script, monkeypatch):
 def test_films_of_training_and_of_a_saved_policy_change_nothing(run, script, monkeypatch, tmp_path):
     flags = {"env_id": "Short-v0", "eval_frequency": 40, "total_timesteps": 80}
     plain = run(**flags)
-    run_dir = run(**flags, capture_video=True, runs_dir=str(tmp_path / "filmed"))
-    assert same(load(plain)["actor"], load(run_dir)["actor"]) and scalars(plain) == scalars(run_dir)
-    main(script, monkeypatch, "--evaluate", run_dir, "--capture-video", "--eval-episodes", "1")
-    names = {"step-0.mp4", "step-40.mp4", "step-80.mp4", "evaluate-final.mp4"}
-    videos = list((run_dir / "videos").iterdir())
-    assert {path.name for path in videos} == names
-    assert all(path.read_bytes()[4:8] == b"ftyp" and path.stat().st_size > 1000 for path in videos)
+    filmed = run(**flags, capture_video=True, runs_dir=str(tmp_path / "filmed"))
+    assert same(load(plain)["actor"], load(filmed)["actor"]) and scalars(plain) == scalars(filmed)
+    main(script, monkeypatch, "--evaluate", plain, "--capture-video", "--eval-episodes", "1")
+    for folder, names in ((filmed, {"step-0.mp4", "step-40.mp4", "step-80.mp4"}), (plain, {"evaluate-final.mp4"})):
+        videos = list((folder / "videos").iterdir())
+        assert {path.name for path in videos} == names
+        assert all(path.read_bytes()[4:8] == b"ftyp" and path.stat().st_size > 1000 for path in videos)

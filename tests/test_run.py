@@ -220,8 +220,10 @@ def test_the_name_of_a_folder_tells_apart_every_flag_that_no_resumed_run_may_cha
         "rewire_stop": 0.5, "recent_fraction": 0.4, "sparsity": 0.5, "critic_sparsity": 0.8, "init": "sparse",
         "reserve": None, "alpha": None, "load": str(tmp_path / "agent.pt"),
     }  # fmt: skip
-    kept = {"total_timesteps", "checkpoint_frequency", "capture_video", "torch_threads", "device", "compute", "resume"}
-    names, kept = {plain}, kept | {"runs_dir", "evaluate"}
+    kept = {"total_timesteps": 10**5, "checkpoint_frequency": 5, "capture_video": True, "torch_threads": 2}
+    kept |= {"compute": "masked"}
+    assert {folder_of(tmp_path, script, **at_work | {name: value}) for name, value in kept.items()} == {plain}
+    names, kept = {plain}, {*kept, "device", "resume", "runs_dir", "evaluate"}
     for flag in (flag for flag in dataclasses.fields(script.Args) if flag.name not in kept):
         default = at_work.get(flag.name, flag.default)
         other = others.get(flag.name, not default if isinstance(default, bool) else (default or 1) * 2)

@@ -307,7 +307,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def has_hooks(param: nn.Parameter) -> bool:
-    """Whether a parameter has hooks, but for that of its mask."""
+    """Whether a parameter has hooks other than that of its mask."""
     return bool(param._backward_hooks) or len(param._post_accumulate_grad_hooks or ()) > hasattr(param, "mask_hook")
 
 
@@ -491,8 +491,7 @@ def compact(nets: dict[str, Net]) -> None:
     `SparseMLP`, whose vector is trained in place of their parameters. A network that the kernels can no longer compute,
     for example because it has been given a hook, goes on in torch, and the console says so."""
     for name, net in nets.items():
-        compact_already = any(isinstance(module, SparseMLP) for module in net.network.modules())
-        if not (net.in_kernels and net.masks) or compact_already:
+        if not (net.in_kernels and net.masks):
             continue
         if why_not := why_not_in_kernels(net, nets):
             tqdm.write(f"compute: {name} goes on in torch, since {why_not}")
@@ -512,7 +511,8 @@ def expand(nets: dict[str, Net]) -> None:
             optimizer = net.optimizer if network is net.network else None
             for mlp in [module for module in network.modules() if isinstance(module, SparseMLP)]:
                 if not all(n in net.masks and torch.equal(mask, net.masks[n]) for n, mask in mlp.masks.items()):
-                    raise RuntimeError(f"masks of the {name} changed outside of `with kernels.in_torch(nets):`")
+                    where = "outside of `with kernels.in_torch(nets):`"
+                    raise RuntimeError(f"masks of the {name} changed {where}; change them inside such a block")
                 expand_part(network, mlp, optimizer)
 
 
@@ -530,10 +530,8 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
 @contextlib.contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
     """Inside the block no parameter of the network gets a gradient, which saves the time of computing it."""
-    params = dict(network.named_parameters())
-    fixed = {name for name, param in params.items() if not param.requires_grad}
-    for param in params.values():
-        param.requires_grad_(False)
+    fixed = {name for name, param in network.named_parameters() if not param.requires_grad}
+    network.requires_grad_(False)
     yield
     for name, param in network.named_parameters():  # which `in_torch` may have put in the place of others
         param.requires_grad_(name not in fixed)
