@@ -146,7 +146,6 @@ def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
 def train(args: Args) -> Path:
     """Train, log and save one run, or the rest of one with --resume. Returns the run folder."""
     args = settle(args)  # a checked copy: flags that default to another flag have its value, unused flags their default
-    env = make_env(args.env_id)  # put wrappers into make_env in lab/environment.py, so that evaluations have them too
     device = torch.device(args.device)
     torch.set_num_threads(args.torch_threads)
 
@@ -154,6 +153,7 @@ def train(args: Args) -> Path:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    env = make_env(args.env_id)  # put wrappers into make_env in lab/environment.py, so that evaluations have them too
     env.action_space.seed(args.seed)
     # masks are drawn from a generator of their own, so that methods share initial weights and replay indices
     mask_generator = torch.Generator().manual_seed(args.seed + 2**31)

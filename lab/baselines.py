@@ -579,9 +579,9 @@ class Schedule:
     @contextlib.contextmanager
     def pruning(self, global_step: int) -> Iterator[str]:
         """Set K and R of every network for the pruning at this step, and give its criterion: magnitude at
-        --final-prune-at, else --criterion. DynaDiag ends, and its networks get their values without gates. At the end
-        of the block keep the masks, from which the log of rewirings measures, and at --prune-at, with --init sparse,
-        rescale the weights that are left."""
+        --final-prune-at and after DynaDiag's, else --criterion. DynaDiag ends, and its networks get their values
+        without gates. At the end of the block keep the masks, from which the log of rewirings measures, and at
+        --prune-at, with --init sparse, rescale the weights that are left."""
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()
@@ -589,7 +589,8 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        yield "magnitude" if global_step == self.args.final_prune_at else self.args.criterion
+        gone = self.args.criterion == "dynadiag" and global_step != self.args.prune_at  # its gates
+        yield "magnitude" if gone or global_step == self.args.final_prune_at else self.args.criterion
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.dynamic.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():

@@ -68,7 +68,10 @@ def row_of(result: dict, separate_code: bool) -> dict:
     for name in ("git_commit", "processor", "device", *PACKAGES):
         values = ((segment | segment["versions"]).get(name) or "unknown" for segment in segments)
         row[name] = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}", r"\1", " then ".join(dict.fromkeys(values)))
+    in_kernels = ("+".join(segment.get("in_kernels", ["unknown"])) or "none" for segment in segments)
+    row["in_kernels"] = " then ".join(dict.fromkeys(in_kernels))
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
+    unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
         unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
@@ -272,12 +275,15 @@ def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     """Of each run that revived: `gain`, its final return less that of its seed in the arm in `chosen`, and `cut`, the
-    percentage of the neurons before and after each layer, of all networks, that static pruning left unconnected."""
-    rows, finals = [], finals_of(runs)
+    percentage of the neurons before and after each layer, of all networks, that static pruning left unconnected. Runs
+    that differ from that arm in more than revival are left out."""
+    rows, finals, arms = [], finals_of(runs), runs.drop_duplicates("arm").set_index("arm")
     for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():
         other = finals.get((run.env_id, chosen.get(run.arm)), pd.Series(dtype=float)).get(run.seed)
         layers = [layer for network in run.topology.values() for layer in network["layers"].values()]
-        if other is not None and layers:
+        control = arms.loc[chosen[run.arm]] if other is not None else run
+        apart = differing([run.settings, control.settings]) - {"method", "critic_method", "reserve"}
+        if other is not None and layers and run.script == control.script and not apart:
             cut = sum(layer["blind_inputs"][0] + layer["dead_units"][0] for layer in layers)
             neurons = sum(sum(layer.get("part", layer["shape"])) for layer in layers)
             own = {"env_id": run.env_id, "label": run.label, "base": f"{run.base} at {run.sparsity}"}
@@ -339,6 +345,9 @@ def write_page(
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
             usual = group.processor.groupby(group.env_id).transform(lambda made: made.mode().iloc[0])
             reasons["another processor than that of most runs made them"] = group.processor != usual
+            where = group[group.base != ""].groupby("in_kernels")  # of sparse networks
+            told = [f"{which} of {', '.join(arms_of(own))}" for which, own in where]
+            later += [f"Minutes compare torch with the kernels, too, which held {'; '.join(told)}."] if told[1:] else []
         for why, those in reasons.items():
             which = [f"{len(own)} on {at} of {', '.join(arms_of(own))}" for at, own in group[those].groupby("env_id")]
             later += [f"Left out by {cost}, since {why}: {'; '.join(which)}."] if which else []

@@ -118,10 +118,10 @@ def is_another(part: object, network: nn.Module) -> bool:
 def held_apart(
     nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: tuple[Path, ...] = ()
 ) -> dict[str, str]:
-    """By name, the networks whose layers the kernels cannot replace, each with the reason. An optimizer other than that
-    of its row trains them. Or one of the `variables` of train, or an attribute in the network that is no submodule, is
-    or holds a layer or a parameter of it, and would go on with the old one. Or it is or holds a network of the same
-    class and shapes that is in no row: as an average, it could not follow the parameters one by one."""
+    """By name, the networks whose layers the kernels cannot replace, each with the reason, of which there are three. An
+    optimizer other than that of its row trains its layers. One of the `variables` of train, or an attribute in the
+    network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. Such a variable
+    or attribute is or holds a network of its class and shapes in no row, which, as an average, could not follow."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():

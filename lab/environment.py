@@ -98,8 +98,8 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
 
 
 def make_eval_env(env_id: str, video: bool) -> gym.Env:
-    """An environment for evaluations. Ends the program with one sentence if its first observation or frame shows that
-    it does not work here. Warns if resets with one seed do not begin alike."""
+    """An environment for evaluations. Ends the program with one sentence if its first observations or its first frame
+    show that it does not work here. Warns if episodes with one seed do not begin alike."""
     if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     env = make_env(env_id, video)
@@ -109,19 +109,21 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     begun, before = [], statistics(env)
     for _ in range(2):
         with apart(env, 1, torch.device("cpu")):
-            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0]]))
+            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0], env.step(env.action_space.sample())[0]]))
         set_statistics(env, before)
     advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
+    # None: it has not used np_random, which makes a generator when it is read; -1: a generator of its own
+    seeded = getattr(env.unwrapped, "_np_random_seed", None) in (None, 1, -1)
     if not isinstance(env.unwrapped.np_random, GENERATORS):
         fail(f"{env_id} has a np_random that no checkpoint can keep; {advice}")
-    seeded = getattr(env.unwrapped, "_np_random_seed", None) in (None, 1, -1)  # -1: a generator of its own
     if not seeded or not np.array_equal(*begun):
         tqdm.write(f"warning: episodes of {env_id} differ at one --seed, so evaluations do, and runs may; {advice}")
     if video:
         try:
             import moviepy  # noqa: F401 - or the first evaluation would fail
 
-            env.render()
+            if env.render_mode != "rgb_array" or not isinstance(env.render(), np.ndarray):
+                raise ValueError("render() gives no array, or __init__ does not keep render_mode")
         except Exception as error:  # every backend has errors of its own
             needs = "it needs `pip install moviepy`, and without a screen EGL (Debian: libegl1)"
             fail(f"--capture-video cannot film here ({type(error).__name__}: {error}); {needs}")
@@ -195,7 +197,10 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
     if torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
     for which, one in (("training", env), ("evaluation", eval_env)):
-        for name, part in attributes(one).items():
+        parts = attributes(one)
+        if type(one.unwrapped).np_random is not gym.Env.np_random:  # a property of its own, for one deeper inside
+            parts["np_random"] = one.unwrapped.np_random
+        for name, part in parts.items():
             part = part.np_random if isinstance(part, gym.Space) else part
             if isinstance(part, GENERATORS):
                 found[f"{which} {name}"] = part
@@ -252,8 +257,9 @@ def is_own(kind: type | ModuleType, files: tuple[Path, ...]) -> bool:
 
 
 def content_of(value: object, files: tuple[Path, ...]) -> dict[str, object]:
-    """The attributes, and submodules, of a SimpleNamespace, or of an object, but no list, tuple, dictionary or deque,
-    whose class is defined in one of these source files; the variables of such a file that was imported."""
+    """What is inside a value, by name, without names that begin with __: the attributes, and submodules, of a
+    SimpleNamespace, or of an object whose class is defined in one of these source files, but no list, tuple, dictionary
+    or deque; the variables of a Python module that is one of these files."""
     kind = value if isinstance(value, ModuleType) else type(value)
     own = not isinstance(value, (list, tuple, dict, deque)) and is_own(kind, files)
     held = {n: v for n, v in getattr(value, "__dict__", {}).items() if not n.startswith("__")} if own else {}

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def draw_gains(gains: pd.DataFrame, path: Path) -> None:
             i = names.index(name)
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
             axes.plot(points.cut, points.gain, linestyle="", label=name, **look)
-        axes.set(title="\n".join(title), xlabel="neurons cut by static pruning, %", xlim=(-3, 103))
+        title = "\n".join(textwrap.fill(line, 90 // columns) for line in title)
+        axes.set(title=title, xlabel="neurons cut by static pruning, %", xlim=(-3, 103))
     plt.setp(grid[:, 0], ylabel="gain by revival, return")
     finish(figure, path, names)
 

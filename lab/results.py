@@ -127,21 +127,27 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
     return masks if revived else {}
 
 
-def without_pauses(seconds: pd.Series, resumed_at: list[int]) -> pd.Series:
+def without_pauses(seconds: pd.Series, resumed_at: list[int], learns_from: int = 0) -> pd.Series:
     """Seconds at each evaluation, by step. An interval in which the run was resumed, or that is over five times as long
-    as the median of the two intervals before and the two after it, is replaced by the median interval of the run."""
+    as the median of the two intervals before and the two after it, is replaced by the median interval of its phase,
+    before or after learning begins. So is the time before the first evaluation, where it is over five times as long as
+    that median, as in a run that was resumed at step 0."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
-    median = np.median(intervals) if len(intervals) else 0.0
-    padded = np.pad(intervals, 2, constant_values=median)
-    paused = intervals > 5 * np.median([padded[k : k + len(intervals)] for k in (0, 1, 3, 4)], axis=0)
+    usual, paused = np.zeros(len(intervals)), np.zeros(len(intervals), bool)
+    for phase in (steps[1:] <= learns_from, steps[1:] > learns_from):
+        own = intervals[phase]
+        usual[phase] = median = np.median(own) if len(own) else 0.0
+        padded = np.pad(own, 2, constant_values=median)
+        paused[phase] = own > 5 * np.median([padded[k : k + len(own)] for k in (0, 1, 3, 4)], axis=0)
     for step in resumed_at:  # a run resumed at a step of evaluation evaluates there anew
         paused |= (steps[:-1] < step) & (step <= steps[1:])
-    return pd.Series(seconds.iloc[0] + np.cumsum([0, *np.where(paused, median, intervals)]), steps)
+    first = usual[0] if len(usual) and seconds.iloc[0] > 5 * usual[0] else seconds.iloc[0]
+    return pd.Series(first + np.cumsum([0, *np.where(paused, usual, intervals)]), steps)
 
 
 def curve_of(result: dict) -> pd.DataFrame:
     """return, minutes and 1e12 FLOPs at each evaluation, by step; the last evaluation of a step counts."""
     table = result["evaluations"].drop_duplicates("step", keep="last").set_index("step").sort_index()
     resumed_at = [segment["from_step"] for segment in result["segments"][1:]]
-    minutes = without_pauses(table.seconds, resumed_at) / 60
+    minutes = without_pauses(table.seconds, resumed_at, result["args"].get("learning_starts", 0)) / 60
     return pd.DataFrame({"return": table["return"], "minutes": minutes, "1e12 FLOPs": table.flops / 1e12})

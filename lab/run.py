@@ -112,8 +112,11 @@ class Run:
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
-        self.eval_env = make_eval_env(args.env_id, args.capture_video)
-        env.unwrapped.observation_space.seed(args.seed)
+        with environment.apart(env, args.seed, self.device):  # the environment of training, if its constructor draws
+            self.eval_env = make_eval_env(args.env_id, args.capture_video)
+        for part in environment.attributes(env).values():
+            if isinstance(part, gym.Space):
+                part.seed(args.seed)
         self.start_step, self.learn_from, self.saved_at, self.repeats = 0, args.learning_starts, -math.inf, False
         caller = inspect.currentframe().f_back
         variables = edits.variables_of(caller)
@@ -127,7 +130,7 @@ class Run:
         made = state | {"env": env, "rb": rb}
         self.named = {name: part for name, part in made.items() if variables.get(name) is part}
         self.checkpoint, self.returns, self.writer, segments, saved = None, {}, None, [], None
-        changed = []  # what is not as it was before a resume
+        changed = []  # what a resumed run does otherwise than before, in words
         if reserved := sorted(ABOUT & state.keys()):
             fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
         if "actor" not in state:
@@ -279,7 +282,7 @@ class Run:
                 why = "so checkpoints and kernels would go on with the old one; change it in place or before Run(...)"
                 fail(f"`{name}` in train is no longer the object that Run(...) was given, {why}", code=1)
         if self.args.evaluate is not None:
-            obs, _ = self.env.reset()
+            obs, _ = self.env.reset(seed=self.args.seed)
             environment.set_statistics(self.env, self.statistics)
             return obs
         saved, self.checkpoint = self.checkpoint, None
@@ -426,7 +429,7 @@ class Run:
             checkpoints.put_all_back(mine, saved)
         except (KeyError, RuntimeError, ValueError) as error:
             what = f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})"
-            fail(f"{what}; begin with the --hidden-size and the environment that it was trained with")
+            fail(f"{what}; use the script, the --hidden-size and the environment that it was trained with")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):
             fail(f"the actor in {path} is for other bounds of actions than those of {self.args.env_id}; use another")
         environment.set_statistics(self.env, saved.get("statistics", {}))  # by which its policy sees observations
@@ -438,14 +441,16 @@ class Run:
 
     def load_policy(self) -> dict:
         """Read agent, masks, statistics and, as the policy may use them, the numbers in state["progress"] from the file
-        that --evaluate names. Returns the content of the file."""
+        that --evaluate names. Returns the content of the file. Warns if other code made it."""
         path = file_of(self.args.evaluate)
         saved = checkpoints.load_state(path, self.script)
         checkpoints.check_saved_args(self.args, saved["args"])
-        code = read_config(path.parent)["segments"][-1]["code"] if (path.parent / "config.json").exists() else None
+        code = None
+        if (path.parent / "config.json").exists():  # its segments from this step on did not make the file
+            first, *later = read_config(path.parent)["segments"]
+            code = [first, *(part for part in later if part["from_step"] < saved["global_step"])][-1]["code"]
         if code not in (None, code_hash(self.script, self.args.env_id)):
-            where = f"{path.parent / 'code'} has the code of the run"
-            tqdm.write(f"warning: the code is not the one that made {path}, so the policy may be another; {where}")
+            tqdm.write(f"warning: other code made {path}, so this may be another policy")
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
         if "progress" in self.state and "progress" in saved:
@@ -546,7 +551,8 @@ class Run:
         with environment.apart(self.eval_env, self.args.seed, self.device):  # for a policy or an environment that draws
             parts = nn.ModuleList(part for part in self.state.values() if isinstance(part, nn.Module))
             training = [module for module in parts.modules() if module.training]
-            parts.eval()  # without noise, such as dropout
+            for module in training:  # no noise, as of dropout; eval() would call a layer's own train(), and not undo it
+                module.training = False
             played = play(self.eval_env, policy, self.args.eval_episodes, self.args.seed + 2**31, self.device, video)
             for module in training:
                 module.training = True

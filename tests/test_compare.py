@@ -274,10 +274,27 @@ def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_co
     ):  # fmt: skip
         seconds = pd.Series(np.cumsum([0.0, *intervals]), range(0, 100 * len(intervals) + 1, 100))
         assert results.without_pauses(seconds, []).iloc[-1] == expected
+    points = {"step": [0, 100, 200, 300, 400], "seconds": [0.0, 2, 4, 6, 31], "return": 5.0, "flops": 0.0}
+    for begins, minutes in ((300, 31 / 60), (0, 8 / 60)):  # learning takes longer than what was before it
+        run = {"args": {"learning_starts": begins}, "segments": [{}], "evaluations": pd.DataFrame(points)}
+        assert results.curve_of(run).minutes.iloc[-1] == pytest.approx(minutes)
+    assert list(results.without_pauses(pd.Series([3600.0, 3602, 3604], [0, 100, 200]), [])) == [2, 4, 6]
+
+
+def test_where_networks_were_computed_is_said_beside_minutes(make, comparison):
+    for seed, in_kernels in enumerate(([], ["actor", "qf1"])):
+        make(5, method="static", segments=[{"in_kernels": ["actor", "qf1"]}], seed=seed)
+        make(5, segments=[{"in_kernels": in_kernels}], seed=seed)
+        make(5, method="dense", segments=[{"in_kernels": []}], seed=seed)
+    said = "which held actor+qf1 of static random+er, tar random+er; none of tar random+er."
+    assert f"Minutes compare torch with the kernels, too, {said}" in comparison()["page"]
+    assert "Minutes compare" not in comparison(arm=("static", "dense"), costs=("time",))["page"]
+    assert "Minutes compare" not in comparison(costs=("flops",))["page"]
 
 
 def test_arms_are_method_and_base_mask_networks_that_differ_and_flags_that_differ(make, arms):
     make(1, method="dense")
+    make(1, method="dense", seed=2, prune_at=500)
     make(2, method="tiny")
     make(3)
     make(4, criterion="snip", distribution="global", critic_method="dense", critic_sparsity=0.0)
@@ -614,6 +631,7 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
         for method, final in (("uniform", 1000 + seed), ("tar", 2000), ("set", 5000)):
             make(final, method=method, seed=seed, distribution=base, cut=cut)
     make(3000, seed=3)  # has no control
+    make(7000, n_step=3)  # nor has this one, as the other has another n_step
     comparison()
     tar, uniform = drawn["td3_tar_gains.png"].axes
     points = {line.get_label(): line.get_xydata().tolist() for line in tar.lines[1:]}

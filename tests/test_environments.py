@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -104,8 +105,8 @@ def test_an_environment_may_change_its_arrays_in_place(run, register):
     obs, next_obs, actions = rows[:, :2], rows[:, 2:4], rows[:, 4]
     assert ((next_obs - obs)[:, 1] - 0.1).abs().max() < 1e-6 and (obs[1:] == next_obs[:-1]).all(1).sum() == 144
     assert {action.dtype for action in Shares.given} == {np.dtype(np.float64)}
-    given = torch.tensor(np.array(Shares.given), dtype=torch.float32)[:, 0]  # first ten of an evaluation
-    assert torch.equal(given[10:110], actions[:100])
+    given = torch.tensor(np.array(Shares.given), dtype=torch.float32)[:, 0]  # first two of trials, ten of an evaluation
+    assert torch.equal(given[12:112], actions[:100])
 
 
 class Strict(Plain):
@@ -130,7 +131,7 @@ def test_actions_are_inside_the_space_and_stored_as_they_were_chosen(run, script
     space = Strict.action_space
     bound = (space.high, space.low)[end < 0]
     chosen = (space.high - space.low) / 2 * F(end) + (space.high + space.low) / 2
-    assert (Strict.given[0] == bound).any() and np.allclose(Strict.given[0], bound, atol=1e-6)  # of an evaluation
+    assert (Strict.given[2] == bound).any() and np.allclose(Strict.given[2], bound, atol=1e-6)  # of an evaluation
     assert (bound != chosen).any() and not space.contains(chosen)
     assert np.array_equal(rows[-1, 4:6], chosen if script is sac_tar else np.clip(chosen, space.low, space.high))
 
@@ -151,6 +152,7 @@ LARGEST, WRONG = np.finfo(F).max, np.zeros((2, 1), F)
         ({"observation_space": box(0, 1, (2, 2, 3))}, "(2, 2, 3), float32); this script needs a 1-D Box", 2),
         ({"np_random": SimpleNamespace(normal=float)}, "has a np_random that no checkpoint can keep; let its reset", 2),
         ({"observe": lambda env: WRONG}, "the observation at step 0 has shape (2, 1) and its space (2,)", 1),
+        ({"step": lambda *_: (WRONG, 0.0, False, False, {})}, "at step 0 has shape (2, 1) and its space (2,)", 1),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("script", [sac_tar])
@@ -221,7 +223,7 @@ def test_an_environment_without_a_time_limit_is_named_and_its_evaluations_are_cu
     assert "no time limit" not in capsys.readouterr().out
 
 
-ENDED = [(None, 0, 0, 0), (None, 5, 0, 0), (None, 70, 40, 0), (10, 75, 70, 70)]
+ENDED = [(None, 0, 0, 0), (None, 7, 0, 0), (None, 72, 40, 0), (10, 77, 70, 70)]
 
 
 @pytest.mark.parametrize("limit, signal_at, stops_at, saved_at", ENDED)
@@ -357,6 +359,62 @@ class Anew(Plain):
         return self.observe(), {}
 
 
+class Alone(Plain):
+    """Leaves Gymnasium's generator alone, and needs a seed in its first reset."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.own = np.random.default_rng(seed)
+        self.x, self.t = self.own.normal(), 0
+        return self.observe(), {}
+
+
+class Drawn(Plain):
+    """Its constructor draws what it is to do."""
+
+    made: ClassVar = []
+
+    def __init__(self):
+        self.goal = np.random.normal() + random.gauss(0, 1)
+        self.made.append(self.goal)
+
+    def draw(self):
+        return self.goal + self.action_space.sample()[0]
+
+
+class Scaled(gym.wrappers.RescaleAction):
+    """Its action space is another one than that of the environment."""
+
+    def __init__(self, env):
+        super().__init__(env, np.full(1, -2, F), np.full(1, 2, F))
+
+
+class Inside(Plain):
+    """Has its generator deeper inside, as environments of dm_control have."""
+
+    np_random = property(lambda env: env.task.random)
+
+    def __init__(self):
+        self.task = SimpleNamespace(random=None)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.task.random = np.random.RandomState(seed)
+        self.x, self.t = self.begin(), 0
+        return self.observe(), {}
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_training_and_evaluation_are_in_one_environment_that_follows_the_seed(run, register):
+    Drawn.made.clear()
+    env_id = register(Drawn, Scaled)
+    one, again = (run(env_id=env_id, total_timesteps=70) for _ in range(2))
+    assert len(Drawn.made) == 4 and len({*Drawn.made}) == 1
+    assert scalars(one) == scalars(again) and torch.equal(*(load(path)["actor"]["fc1.weight"] for path in (one, again)))
+    run(env_id=env_id, total_timesteps=62, seed=2)
+    assert len({*Drawn.made}) == 2
+
+
 class Once(Anew):
     def reset(self, *, seed=None, options=None):
         if seed is None:
@@ -365,12 +423,13 @@ class Once(Anew):
 
 
 @pytest.mark.parametrize("script", [sac_tar])
-def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, capsys):
+def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, capsys, monkeypatch):
     wrappers = {Plain: (NormalizeObservation,), Once: (Normalizer,)}
-    for kind, said in ((Unseeded, 1), (Unseen, 1), (Anew, 1), (Hidden, 0), (Plain, 0), (Sloppy, 0), (Once, 0)):
-        run(env_id=register(kind, *wrappers.get(kind, ())), total_timesteps=62)
+    for kind in (Unseeded, Unseen, Anew, Hidden, Plain, Sloppy, Once, Alone):
+        run_dir = run(env_id=register(kind, *wrappers.get(kind, ())), total_timesteps=62)
         line = f"warning: episodes of {kind.__name__}-v0 differ at one --seed, so evaluations do, and runs may; let its"
-        assert capsys.readouterr().out.count(line) == said, kind
+        assert capsys.readouterr().out.count(line) == (kind in (Unseeded, Unseen, Anew)), kind
+    main(sac_tar, monkeypatch, "--evaluate", run_dir)
 
 
 @pytest.mark.parametrize(
@@ -380,6 +439,7 @@ def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, cap
         (Noisy, [Normalizer], {}),
         (OtherGenerator, [], {"kind": np.random.Philox}),
         (Once, [], {}),
+        (Inside, [], {}),
     ],
 )
 @pytest.mark.parametrize("script", [sac_tar])

@@ -193,6 +193,12 @@ def folder_of(tmp_path, script, **flags):
     return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
 
 
+def test_all_neurons_are_no_active_width_whatever_the_default_of_a_script(script):
+    width = [("active_width", int | str | None, "auto")]
+    mine = dataclasses.make_dataclass("Mine", width, bases=(script.Args,))
+    assert record.settle(mine(active_width=256)).active_width is None and record.settle(mine()).active_width == "auto"
+
+
 def test_sizes_may_be_tuples(script, capsys):
     sizes = [("hidden_size", tuple[int, ...], (256, 128))]
     mine = dataclasses.make_dataclass("Mine", sizes, bases=(script.Args,))
@@ -374,6 +380,7 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ({"method": "tiny", "sparsity": 0.999}, "weights, more than the budget of 1; choose a lower"),
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs 400000 GB of memory; lower it"),
         ({"capture_video": True, "env_id": "Probe-v0"}, "--capture-video cannot film here"),
+        ({"capture_video": True, "env_id": "Blank-v0"}, "(ValueError: render() gives no array, or __init__ does not"),
         ({"runs_dir": "/dev/null/runs"}, "cannot make the run folder"),
         pytest.param({"device": "cuda"}, "--device cuda needs a CUDA device", marks=CUDA),
     ],
