@@ -277,13 +277,15 @@ def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     """Of each run that revived: `gain`, its final return less that of its seed in the arm in `chosen`, and `cut`, the
     percentage of the neurons before and after each layer, of all networks, that static pruning left unconnected. Runs
     that differ from that arm in more than revival are left out."""
-    rows, finals, arms = [], finals_of(runs), runs.drop_duplicates("arm").set_index("arm")
+    rows, finals = [], finals_of(runs)
+    cells = runs.drop_duplicates(["env_id", "arm"]).set_index(["env_id", "arm"])
     for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():
         other = finals.get((run.env_id, chosen.get(run.arm)), pd.Series(dtype=float)).get(run.seed)
         layers = [layer for network in run.topology.values() for layer in network["layers"].values()]
-        control = arms.loc[chosen[run.arm]] if other is not None else run
+        control = cells.loc[(run.env_id, chosen[run.arm])] if other is not None else run
         apart = differing([run.settings, control.settings]) - {"method", "critic_method", "reserve"}
-        if other is not None and layers and run.script == control.script and not apart:
+        alike = run.script == control.script and run.unpruned == control.unpruned and not apart
+        if other is not None and layers and alike:
             cut = sum(layer["blind_inputs"][0] + layer["dead_units"][0] for layer in layers)
             neurons = sum(sum(layer.get("part", layer["shape"])) for layer in layers)
             own = {"env_id": run.env_id, "label": run.label, "base": f"{run.base} at {run.sparsity}"}
@@ -345,13 +347,15 @@ def write_page(
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
             usual = group.processor.groupby(group.env_id).transform(lambda made: made.mode().iloc[0])
             reasons["another processor than that of most runs made them"] = group.processor != usual
-            where = group[group.base != ""].groupby("in_kernels")  # of sparse networks
-            told = [f"{which} of {', '.join(arms_of(own))}" for which, own in where]
-            later += [f"Minutes compare torch with the kernels, too, which held {'; '.join(told)}."] if told[1:] else []
         for why, those in reasons.items():
             which = [f"{len(own)} on {at} of {', '.join(arms_of(own))}" for at, own in group[those].groupby("env_id")]
             later += [f"Left out by {cost}, since {why}: {'; '.join(which)}."] if which else []
-        if len(kept := group[~np.any([*reasons.values()], 0)]):
+        kept = group[~np.any([*reasons.values()], 0)]
+        for at, sparse in kept[kept.base != ""].groupby("env_id") if cost == "minutes" else ():
+            held = [f"{which} of {', '.join(arms_of(own))}" for which, own in sparse.groupby("in_kernels")]
+            where = f"Minutes on {at} compare torch with the kernels, which held {'; '.join(held)}."
+            later += [where] if len(held) > 1 else []
+        if len(kept):
             tables[end] = cost_table(kept, cost)
             figures.draw_curves(kept, styles, cost, f"{path}_{end}.png")
     if against and against not in set(group.arm):

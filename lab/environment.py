@@ -199,7 +199,7 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
     for which, one in (("training", env), ("evaluation", eval_env)):
         parts = attributes(one)
         if type(one.unwrapped).np_random is not gym.Env.np_random:  # a property of its own, for one deeper inside
-            parts["np_random"] = one.unwrapped.np_random
+            parts["np_random"] = getattr(one.unwrapped, "np_random", None)  # None: before the first reset
         for name, part in parts.items():
             part = part.np_random if isinstance(part, gym.Space) else part
             if isinstance(part, GENERATORS):

@@ -46,8 +46,6 @@ def settle(args: object) -> object:
     for name, other in FOLLOWS.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(args, other))
-    if {args.method, args.critic_method} <= sparse_utils.UNPRUNED.keys():
-        args.prune_at = args.learning_starts  # its default, since nothing is pruned
     if getattr(args, "active_width", None) == getattr(args, "hidden_size", "left out"):
         args.active_width = None  # all neurons
     if getattr(args, "drop_criterion", "left out") is None:

@@ -620,7 +620,8 @@ def main(arguments: type, train: Callable) -> None:
         args = tyro.cli(arguments, default=checkpoints.saved_args(arguments, args, script))
     else:
         settled = settle(args)
-        for name in sorted({"critic_sparsity", *unused(settled)} & vars(args).keys()):  # critic_sparsity: dense has 0
+        idle = {"critic_sparsity", "active_width", *unused(settled)}  # dense has a sparsity of 0, all neurons no width
+        for name in sorted(idle & vars(args).keys()):
             given, value = getattr(args, name), getattr(settled, name)
             if given is not None and given != value:
                 what = f"{name}={given} makes no difference to this run, which has {name}={value}"

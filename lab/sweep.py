@@ -215,7 +215,9 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             if clash := sorted(passed & {*own, *(f"no_{name}" for name in own), "resume", "evaluate"}):
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             asked = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
+            device, asked.device = asked.device, "cpu"  # each run checks it, which may be on another machine
             run_args = script.record.settle(asked) or asked  # an older lab/ settles in place
+            run_args.device = device
             what = identity(as_recorded(run_args))
             idle = script.record.unused(run_args)  # flags that make no difference to this run
             idle |= {"sparsity"} if {run_args.method, run_args.critic_method} == {"dense"} else set()

@@ -275,6 +275,8 @@ def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_co
         seconds = pd.Series(np.cumsum([0.0, *intervals]), range(0, 100 * len(intervals) + 1, 100))
         assert results.without_pauses(seconds, []).iloc[-1] == expected
     points = {"step": [0, 100, 200, 300, 400], "seconds": [0.0, 2, 4, 6, 31], "return": 5.0, "flops": 0.0}
+    late = pd.Series([0.0, 9000, 9003, 9006, 9009], [0, 100, 200, 300, 400])
+    assert {results.without_pauses(late, resumed_at, 100).iloc[-1] for resumed_at in ([], [60])} == {12}
     for begins, minutes in ((300, 31 / 60), (0, 8 / 60)):  # learning takes longer than what was before it
         run = {"args": {"learning_starts": begins}, "segments": [{}], "evaluations": pd.DataFrame(points)}
         assert results.curve_of(run).minutes.iloc[-1] == pytest.approx(minutes)
@@ -286,10 +288,12 @@ def test_where_networks_were_computed_is_said_beside_minutes(make, comparison):
         make(5, method="static", segments=[{"in_kernels": ["actor", "qf1"]}], seed=seed)
         make(5, segments=[{"in_kernels": in_kernels}], seed=seed)
         make(5, method="dense", segments=[{"in_kernels": []}], seed=seed)
+        make(5, "B-v1", segments=[{"in_kernels": []}], seed=seed)
     said = "which held actor+qf1 of static random+er, tar random+er; none of tar random+er."
-    assert f"Minutes compare torch with the kernels, too, {said}" in comparison()["page"]
-    assert "Minutes compare" not in comparison(arm=("static", "dense"), costs=("time",))["page"]
-    assert "Minutes compare" not in comparison(costs=("flops",))["page"]
+    assert f"Minutes on A-v1 compare torch with the kernels, {said}" in (page := comparison()["page"])
+    assert page.count("with the kernels") == 1
+    assert "Minutes on" not in comparison(arm=("static", "dense"), costs=("time",))["page"]
+    assert "Minutes on" not in comparison(costs=("flops",))["page"]
 
 
 def test_arms_are_method_and_base_mask_networks_that_differ_and_flags_that_differ(make, arms):
@@ -632,12 +636,15 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
             make(final, method=method, seed=seed, distribution=base, cut=cut)
     make(3000, seed=3)  # has no control
     make(7000, n_step=3)  # nor has this one, as the other has another n_step
+    make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
+    make(1000, "B-v1", "static", total_timesteps=1001), make(1500, "B-v1", total_timesteps=1001, cut=(1, 0))
     comparison()
-    tar, uniform = drawn["td3_tar_gains.png"].axes
+    tar, uniform, other = drawn["td3_tar_gains.png"].axes
+    assert [line.get_xydata().tolist() for line in other.lines[1:]] == [[[10, 500]]]
     points = {line.get_label(): line.get_xydata().tolist() for line in tar.lines[1:]}
     assert points == {"random+er at 0.9": [[0, 1000], [10, 1000]], "random+global at 0.9": [[50, 1000]]}
     assert [y for line in uniform.lines[1:] for y in line.get_ydata()] == [1, 2, 1]
-    assert (tar.get_title(), uniform.get_title()) == ("A-v1\ntar", "A-v1\nuniform")
+    assert [axes.get_title() for axes in (tar, uniform, other)] == ["A-v1\ntar", "A-v1\nuniform", "B-v1\ntar"]
     drawn.clear()
     make(1000, method="tiny")
     comparison(arm=("random+er", "tiny"))  # on one base mask there is nothing to compare

@@ -394,12 +394,9 @@ class Inside(Plain):
 
     np_random = property(lambda env: env.task.random)
 
-    def __init__(self):
-        self.task = SimpleNamespace(random=None)
-
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.task.random = np.random.RandomState(seed)
+            self.task = SimpleNamespace(random=np.random.RandomState(seed))
         self.x, self.t = self.begin(), 0
         return self.observe(), {}
 

@@ -357,11 +357,14 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
     reads, of_a_chain = [lambda: network.fc1.weight, lambda: network.fc1.bias], lambda: network.fc1(torch.ones(1, 9))
     reads += [lambda: sparse_utils.linear_weights(network), lambda: copy.deepcopy(network.state_dict())]
     reads += [lambda: network.apply(print), lambda: network.load_state_dict(nets["qf2"].network.state_dict())]
-    reads += [lambda: network.fc1.reset_parameters(), lambda: network.fc1.in_features]
+    reads += [lambda: network.fc1.reset_parameters()]
     of_a_chain = [of_a_chain, lambda: network.relu1.inplace, lambda: setattr(network.fc1, "bias", None)]
+    of_a_chain += [lambda: network.fc1.in_features]
     for read in [*reads, *of_a_chain] if kind is chain else reads:
         with pytest.raises(RuntimeError, match=r"do it inside `with kernels.in_torch\(nets\):`"):
             read()
+    if kind is Tanh:
+        assert (network.fc1.out_features, network.fc1.in_features) == weight.shape
     with kernels.in_torch(nets):
         assert torch.equal(network.fc1.weight, weight)
     with pytest.raises(RuntimeError, match="do it inside"):

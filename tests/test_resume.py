@@ -369,10 +369,12 @@ def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, ca
 def test_a_flag_that_makes_no_difference_is_named(script, tmp_path, monkeypatch, capsys):
     given = f"--env-id Short-v0 --total-timesteps 5 --learning-starts 2 --runs-dir {tmp_path} --reserve 0.3 --sparsity"
     given = [*given.split(), 0.5, "--method", "static", "--critic-method", "dense", "--critic-sparsity", 0.5]
+    given += ["--active-width", 256]
     main(script, monkeypatch, *given, "--eval-episodes", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "makes no difference" in line]
     decides = "`settle` in lab/record.py decides that"
     assert said == [
+        f"warning: active_width=256 makes no difference to this run, which has active_width=None; {decides}",
         f"warning: critic_sparsity=0.5 makes no difference to this run, which has critic_sparsity=0.0; {decides}",
         f"warning: reserve=0.3 makes no difference to this run, which has reserve=0.1; {decides}",
     ]

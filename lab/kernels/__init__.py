@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shlex
-import statistics
 import subprocess
 import tempfile
 import time
@@ -115,11 +114,12 @@ def load_kernels() -> ctypes.CDLL:
             built = Path(folder) / "kernels.so"
             command = [*compile, str(source), "-o", str(built)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True, **apart).returncode:
-                subprocess.run(command, capture_output=True, check=True, **apart)  # one thread, without OpenMP
+                subprocess.run(command, capture_output=True, check=True, **apart)
+                tqdm.write(f"compute: the kernels use one thread, without OpenMP; delete {cache} to build them anew")
             library = cache / named(built)
             os.replace(built, library)
     kernels = ctypes.CDLL(str(library))
-    kernels.times = cache / f"{key}.times"  # a folder, see known_times
+    kernels.times = cache / f"{library.stem.partition('-')[2]}.times"  # a folder, see known_times
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     kernels.mlp_forward.argtypes = [pointer, integer, pointer, size, pointer, pointer, pointer, integer, integer]
     kernels.mlp_backward.argtypes = [pointer, integer, pointer, size, *[pointer] * 5, integer]
@@ -164,7 +164,8 @@ class SparseMLP(nn.Module):
     of each, and may have others. The input has shape (..., n_in), the output (..., n_out), both float32 on the CPU.
     """
 
-    weight = bias = in_features = out_features = property(not_here)
+    weight = bias = property(not_here)
+    in_features, out_features = property(lambda mlp: mlp.n_in), property(lambda mlp: mlp.n_out)
     apply = reset_parameters = _load_from_state_dict = not_here
     _save_to_state_dict = not_here  # the vector alone does not say which connections it holds
     prunable = True  # so that `linear_weights` reads `weight`, which raises RuntimeError
@@ -384,9 +385,10 @@ def why_not_in_kernels(net: Net, nets: dict[str, Net]) -> str | None:
 
 
 def time_passes(net: Net, batch_size: int) -> Times:
-    """The median milliseconds of a training pass, forward and backward, in masked torch and in the kernels. Both run
-    copies of the parts of a network that the kernels would compute, with K random connections between its active
-    neurons. They take turns, and draw from no random generator of training."""
+    """The least milliseconds of a training pass, forward and backward, in masked torch and in the kernels, since other
+    work on the machine only adds to them. Both run copies of the parts of a network that the kernels would compute,
+    with K random connections between its active neurons. They take turns, and draw from no random generator of
+    training."""
     generator = torch.Generator().manual_seed(0)
     row = Net(copy.deepcopy(net.network).requires_grad_(True), None, None, "static", 0.0, width=net.width)
     row.masks = sparse_utils.static_prune(row, net.budget, "random", "er", generator)
@@ -409,7 +411,7 @@ def time_passes(net: Net, batch_size: int) -> Times:
             for module, x in zip(modules, inputs, strict=True):
                 module(x).sum().backward()
             so_far.append(1000 * (time.perf_counter() - before))
-    return tuple(map(statistics.median, times))
+    return tuple(map(min, times))
 
 
 def known_times(net: Net, batch_size: int) -> Times:
