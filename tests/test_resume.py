@@ -930,6 +930,9 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
     once, twice = run(**small), run(edited(tmp_path, again_at_80), compute="sparse", **small)
     one, other = (torch.cat([mask.flatten() for mask in load(path)["masks"]["qf1"].values()]) for path in (once, twice))
     assert one.sum() == other.sum() and not torch.equal(one, other) and criteria == ["random"] * 9
+    criteria.clear()
+    run(edited(tmp_path, again_at_80), criterion="dynadiag", prune_at=70, **small)
+    assert criteria == ["dynadiag"] * 3 + ["magnitude"] * 3  # its gates are gone
     mine = edited(
         tmp_path,
         again_at_80,
