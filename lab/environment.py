@@ -109,7 +109,7 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
     begun, before = [], statistics(env)
     for _ in range(2):
         with apart(env, 1, torch.device("cpu")):
-            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0], env.step(env.action_space.sample())[0]]))
+            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0], env.step(env.action_space.low)[0]]))
         set_statistics(env, before)
     advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
     # None: it has not used np_random, which makes a generator when it is read; -1: a generator of its own
@@ -131,10 +131,11 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 
 
 @contextlib.contextmanager
-def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
+def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None]:
     """Inside the block the global random generators and those of the environment's spaces, which training may share,
-    begin at a seed; afterwards they go on as if nothing had been drawn."""
-    spaces = {id(part): part for part in attributes(env).values() if isinstance(part, gym.Space)}.values()
+    begin at a seed; afterwards they go on as if nothing had been drawn. None: no spaces."""
+    parts = attributes(env).values() if env else ()
+    spaces = {id(part): part for part in parts if isinstance(part, gym.Space)}.values()
     python, numpy = random.getstate(), np.random.get_state()
     held = [copy.deepcopy(vars(space)) for space in spaces]  # a composite space has several generators
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -112,10 +112,10 @@ class Run:
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
-        with environment.apart(env, args.seed, self.device):  # the environment of training, if its constructor draws
+        with environment.apart(None, args.seed, self.device):  # the environment of training, if its constructor draws
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
         for part in environment.attributes(env).values():
-            if isinstance(part, gym.Space):
+            if isinstance(part, gym.Space) and part is not env.action_space:  # seeded by the script
                 part.seed(args.seed)
         self.start_step, self.learn_from, self.saved_at, self.repeats = 0, args.learning_starts, -math.inf, False
         caller = inspect.currentframe().f_back
