@@ -353,7 +353,7 @@ def write_page(
         kept = group[~np.any([*reasons.values()], 0)]
         for at, sparse in kept[kept.base != ""].groupby("env_id") if cost == "minutes" else ():
             held = [f"{which} of {', '.join(arms_of(own))}" for which, own in sparse.groupby("in_kernels")]
-            where = f"Minutes on {at} compare torch with the kernels, which held {'; '.join(held)}."
+            where = f"Minutes on {at} are of runs with other networks in the kernels: {'; '.join(held)}."
             later += [where] if len(held) > 1 else []
         if len(kept):
             tables[end] = cost_table(kept, cost)

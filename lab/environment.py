@@ -98,7 +98,7 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
 
 
 def make_eval_env(env_id: str, video: bool) -> gym.Env:
-    """An environment for evaluations. Ends the program with one sentence if its first observations or its first frame
+    """An environment for evaluations. Ends the program with one sentence if its first observations, reward or frame
     show that it does not work here. Warns if episodes with one seed do not begin alike."""
     if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
@@ -107,9 +107,10 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
         if hasattr(layer, "update_running_mean"):
             layer.update_running_mean = False  # the statistics are those of training
     begun, before = [], statistics(env)
+    action = 0.75 * env.action_space.low + 0.25 * env.action_space.high  # inside: bounds or the middle may be singular
     for _ in range(2):
         with apart(env, 1, torch.device("cpu")):
-            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0], env.step(env.action_space.low)[0]]))
+            begun.append(np.stack([env.reset(seed=1)[0], env.reset()[0], env.step(action)[0]]))
         set_statistics(env, before)
     advice = "let its reset(seed) call super().reset(seed=seed), and draw from self.np_random"
     # None: it has not used np_random, which makes a generator when it is read; -1: a generator of its own
@@ -133,7 +134,7 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 @contextlib.contextmanager
 def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None]:
     """Inside the block the global random generators and those of the environment's spaces, which training may share,
-    begin at a seed; afterwards they go on as if nothing had been drawn. None: no spaces."""
+    begin at a seed; afterwards they go on as if nothing had been drawn. Where `env` is None, the global ones alone."""
     parts = attributes(env).values() if env else ()
     spaces = {id(part): part for part in parts if isinstance(part, gym.Space)}.values()
     python, numpy = random.getstate(), np.random.get_state()

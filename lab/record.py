@@ -92,8 +92,6 @@ def unused(args: object) -> set[str]:
         found |= {"reserve"}
     if not methods - sparse_utils.UNPRUNED.keys():
         found |= {"criterion", "distribution", "active_width"}
-    if getattr(args, "active_width", None) == getattr(args, "hidden_size", "left out"):
-        found |= {"active_width"}
     if getattr(args, "autotune", False):
         found |= {"alpha"}
     return found | (baselines.unused(args) if isinstance(args, baselines.Flags) else set())

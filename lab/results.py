@@ -129,9 +129,10 @@ def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
 
 def without_pauses(seconds: pd.Series, resumed_at: list[int], learns_from: int = 0) -> pd.Series:
     """Seconds at each evaluation, by step. An interval in which the run was resumed, or that is over five times as long
-    as the median of the two intervals before and the two after it, is replaced by the median interval of the run; once
-    learning begins, by and among the intervals of learning, which take longer. So is the time before the first
-    evaluation, where it is over five times as long as the median interval, as in a run that was resumed at step 0."""
+    as the median of the two intervals before and the two after it, is replaced by the median interval of the run. Since
+    learning takes longer, an interval of learning is compared with intervals of learning alone, and replaced by their
+    median. So is the time before the first evaluation, if it is over five times as long as the median for the first
+    interval, as in a run that was resumed at step 0."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     usual, paused = np.zeros(len(intervals)), np.zeros(len(intervals), bool)
     for phase in (steps[1:] > 0, steps[1:] > learns_from):

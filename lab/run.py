@@ -41,7 +41,7 @@ from lab.replay import ReplayBuffer
 
 CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
-# keys of checkpoint.pt and final.pt that are not parts of `state`
+# keys of checkpoint.pt and final.pt that are not parts of `state`; older files have `added`
 ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
     "added", "replay", "sps_seconds", "log_sizes",
@@ -112,7 +112,8 @@ class Run:
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
-        with environment.apart(None, args.seed, self.device):  # the environment of training, if its constructor draws
+        # from the random numbers with which that of training was made, so that both are alike if the constructor draws
+        with environment.apart(None, args.seed, self.device):
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
         for part in environment.attributes(env).values():
             if isinstance(part, gym.Space) and part is not env.action_space:  # seeded by the script
@@ -406,7 +407,7 @@ class Run:
             environment.set_statistics(self.env, checkpoint["statistics"])  # for an evaluation before the first reset
             checkpoints.put_all_back(self.state, checkpoint)
             if self.has_buffer(self.start_step):
-                put_back(vars(self.rb), checkpoint["replay"])  # rb.added too
+                put_back(vars(self.rb), checkpoint["replay"])  # with rb.added, which read_replay needs
                 checkpoints.read_replay(self.folder, self.rb)
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
@@ -620,7 +621,8 @@ def main(arguments: type, train: Callable) -> None:
         args = tyro.cli(arguments, default=checkpoints.saved_args(arguments, args, script))
     else:
         settled = settle(args)
-        idle = {"critic_sparsity", "active_width", *unused(settled)}  # dense has a sparsity of 0, all neurons no width
+        # settle also sets the sparsity of dense to 0, and a width of all neurons to None
+        idle = {"critic_sparsity", "active_width", *unused(settled)}
         for name in sorted(idle & vars(args).keys()):
             given, value = getattr(args, name), getattr(settled, name)
             if given is not None and given != value:

@@ -115,7 +115,7 @@ def load_kernels() -> ctypes.CDLL:
             command = [*compile, str(source), "-o", str(built)]
             if subprocess.run([*command, "-fopenmp"], capture_output=True, **apart).returncode:
                 subprocess.run(command, capture_output=True, check=True, **apart)
-                tqdm.write(f"compute: the kernels use one thread, without OpenMP; delete {cache} to build them anew")
+                tqdm.write(f"compute: the kernels use one thread, without OpenMP; once it is installed, delete {cache}")
             library = cache / named(built)
             os.replace(built, library)
     kernels = ctypes.CDLL(str(library))
