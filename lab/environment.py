@@ -135,7 +135,7 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None]:
     """Inside the block the global random generators and those of the environment's spaces, which training may share,
     begin at a seed; afterwards they go on as if nothing had been drawn. Where `env` is None, the global ones alone."""
-    parts = attributes(env).values() if env else ()
+    parts = () if env is None else attributes(env).values()
     spaces = {id(part): part for part in parts if isinstance(part, gym.Space)}.values()
     python, numpy = random.getstate(), np.random.get_state()
     held = [copy.deepcopy(vars(space)) for space in spaces]  # a composite space has several generators
