@@ -589,8 +589,9 @@ class Schedule:
         if global_step == self.args.final_prune_at:
             for name, net in self.nets.items():
                 net.budget, net.reserve = self.final[name]
-        gone = self.args.criterion == "dynadiag" and global_step != self.args.prune_at  # its gates
-        yield "magnitude" if gone or global_step == self.args.final_prune_at else self.args.criterion
+        # DynaDiag's gates, by which it prunes, end with its pruning
+        ended = self.args.criterion == "dynadiag" and global_step != self.args.prune_at
+        yield "magnitude" if ended or global_step == self.args.final_prune_at else self.args.criterion
         self.revived = {name: copy.deepcopy(net.masks) for name, net in self.dynamic.items()}
         if self.args.init == "sparse" and global_step == self.args.prune_at:
             for net in self.nets.values():

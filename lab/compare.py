@@ -71,7 +71,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     in_kernels = ("+".join(segment.get("in_kernels", ["unknown"])) or "none" for segment in segments)
     row["in_kernels"] = " then ".join(dict.fromkeys(in_kernels))
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
-    unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()
+    unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()  # at which nothing is pruned
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
         unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}

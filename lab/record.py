@@ -259,6 +259,13 @@ def read_json(path: Path) -> dict:
         fail(f"cannot read {path} ({error}); mend the file or delete it")
 
 
+def begun_before(config: dict, step: int) -> tuple[list[dict], dict]:
+    """The segments of a run that made its checkpoint of this step, so those that began before it, and the last of them.
+    Where none did, as at step 0, the last of all."""
+    segments = [segment for segment in config["segments"] if segment["from_step"] < step]
+    return segments, (segments or config["segments"])[-1]
+
+
 def codes(config: dict) -> list[str | None]:
     """The hashes of the code that made a run, in the order of its segments, each once."""
     return list(dict.fromkeys(segment["code"] for segment in config["segments"]))

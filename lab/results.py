@@ -135,7 +135,7 @@ def without_pauses(seconds: pd.Series, resumed_at: list[int], learns_from: int =
     interval, as in a run that was resumed at step 0."""
     steps, intervals = seconds.index.to_numpy(), np.diff(seconds)
     usual, paused = np.zeros(len(intervals)), np.zeros(len(intervals), bool)
-    for phase in (steps[1:] > 0, steps[1:] > learns_from):
+    for phase in (steps[1:] > 0, steps[1:] > learns_from):  # all intervals, then those of learning anew
         own = intervals[phase]
         usual[phase] = median = np.median(own) if len(own) else 0.0
         padded = np.pad(own, 2, constant_values=median)

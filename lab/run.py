@@ -300,7 +300,7 @@ class Run:
                 self.check_weights(global_step)  # before a checkpoint takes the place of the last one
                 begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
-            if self.has_buffer(global_step):
+            if self.has_buffer(global_step):  # the name of a variable of train is ignored where an older file lacks it
                 begun["fingerprint"]["`rb.added` in train"] = self.rb.added
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
@@ -388,8 +388,7 @@ class Run:
         config = read_config(self.folder)
         checkpoints.check_saved_args(self.args, config["args"])
         self.start_step = self.saved_at = checkpoint["global_step"]
-        segments = [part for part in config["segments"] if part["from_step"] < self.start_step]
-        past = (segments or config["segments"])[-1]  # a checkpoint of step 0 has no segment before it
+        segments, past = record.begun_before(config, self.start_step)
         for name, was in past.get("optimizers", {}).items():
             here = optimizers.get(name, "none")
             which = f"{name} was {was} and is {here} in the script"
@@ -446,12 +445,10 @@ class Run:
         path = file_of(self.args.evaluate)
         saved = checkpoints.load_state(path, self.script)
         checkpoints.check_saved_args(self.args, saved["args"])
-        code = None
-        if (path.parent / "config.json").exists():  # its segments from this step on did not make the file
-            first, *later = read_config(path.parent)["segments"]
-            code = [first, *(part for part in later if part["from_step"] < saved["global_step"])][-1]["code"]
-        if code not in (None, code_hash(self.script, self.args.env_id)):
-            tqdm.write(f"warning: other code made {path}, so this may be another policy")
+        if (path.parent / "config.json").exists():
+            _, made = record.begun_before(read_config(path.parent), saved["global_step"])
+            if made["code"] not in (None, code_hash(self.script, self.args.env_id)):
+                tqdm.write(f"warning: other code made {path}, so this may be another policy")
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
         self.load_agent(path, saved)
         if "progress" in self.state and "progress" in saved:

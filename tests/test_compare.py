@@ -637,7 +637,8 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(3000, seed=3)  # has no control
     make(7000, n_step=3)  # nor has this one, as the other has another n_step
     make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
-    make(1000, "B-v1", "static", total_timesteps=1001), make(1500, "B-v1", total_timesteps=1001, cut=(1, 0))
+    make(1000, "B-v1", "static", total_timesteps=1001)
+    make(1500, "B-v1", total_timesteps=1001, cut=(1, 0))
     comparison()
     tar, uniform, other = drawn["td3_tar_gains.png"].axes
     assert [line.get_xydata().tolist() for line in other.lines[1:]] == [[[10, 500]]]

@@ -1194,6 +1194,10 @@ def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(lab.run, "code_hash", record.code_hash)
     run_dir = run(mine := edited(tmp_path), total_timesteps=70)
     main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
+    config = record.read_config(run_dir)
+    later = config["segments"][0] | {"from_step": 70, "code": "0" * 12}  # which did not make the file
+    (run_dir / "config.json").write_text(json.dumps(config | {"segments": [*config["segments"], later]}))
+    main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
     assert "warning: other code" not in capsys.readouterr().out
     mine = edited(tmp_path, ("relu1=nn.ReLU(inplace=True)", "relu1=nn.Tanh()"))
     main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
