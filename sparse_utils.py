@@ -25,7 +25,7 @@ AUTO_WIDTH_C = 4.0  # --active-width auto aims at a K of at least this many time
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. FLOPs
-    are counted of these weights alone. Raises RuntimeError for layers in the kernels, outside `in_torch`."""
+    count these weights alone. Raises RuntimeError for layers in the kernels, outside `in_torch`."""
     layers = network.named_modules()
     return {name: layer.weight for name, layer in layers if getattr(layer, "prunable", isinstance(layer, nn.Linear))}
 
@@ -73,8 +73,8 @@ class Net:
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
     """Set, in place, net.size and net.active, net.budget (K = round((1 - sparsity) * size)), net.reserve (R =
     round(reserve * K)) and net.width. K is all weights if the method prunes nothing, and R is 0 if it revives nothing.
-    Raises ValueError if no connection would be left, a weight is computed from others, or a layer of the target has
-    no namesake in the network, and as `choose_width` does."""
+    Raises ValueError if no connection would be left, a weight is computed from others, a layer of the target has no
+    namesake in the network, or `choose_width` finds `active_width` too small or the layers no chain."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(f"the weight of {found[0]} must be a parameter of its own, not computed as by weight_norm")
@@ -111,8 +111,7 @@ def allocate(total: int, shares: Sequence[float], caps: Sequence[int]) -> list[i
         open_entries = [i for i in open_entries if i not in full]
     for i in open_entries:
         counts[i] = math.floor(exact[i])
-    by_remainder = sorted(open_entries, key=lambda i: (counts[i] - exact[i], i))
-    for i in by_remainder[: total - sum(counts)]:
+    for i in sorted(open_entries, key=lambda i: counts[i] - exact[i])[: total - sum(counts)]:
         counts[i] += 1
     return counts
 
@@ -161,8 +160,8 @@ def embed(part: Masks, weights: dict[str, Tensor]) -> Masks:
 
 
 def chain_shapes(weights: dict[str, Tensor], what: str) -> list[tuple[int, int]]:
-    """The shapes (n_out, n_in) of the layers. Raises ValueError, which says that `what` needs a chain, unless a layer
-    has as many inputs as the one before it has outputs."""
+    """The shapes (n_out, n_in) of the layers. Raises ValueError, which says that `what` needs a chain, unless
+    each layer has as many inputs as the one before it has outputs."""
     shapes = [tuple(weight.shape) for weight in weights.values()]
     if any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
         raise ValueError(f"{what} needs layers that read one another in a chain, but their shapes are {shapes}")
@@ -202,8 +201,7 @@ class Rule(NamedTuple):
 
 def random_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """Uniform noise."""
-    options = {"generator": generator, "dtype": torch.float64}
-    return {name: torch.rand(w.shape, **options).to(w.device) for name, w in weights.items()}
+    return {n: torch.rand(w.shape, generator=generator, dtype=torch.float64).to(w.device) for n, w in weights.items()}
 
 
 def magnitude_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
@@ -228,18 +226,16 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
 
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """|w dR/dw|, R the sum of outputs for inputs of 1 and weights |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R
-    leaves out biases and the squashing of outputs, so it is a product of matrices. Its gradient at a layer is the outer
-    product of the vectors that reach the layer from the input and from the output. In float64: R can overflow float32.
+    leaves out biases and the squashing of outputs, so it is a product of matrices. In float64: R can overflow float32.
     Raises ValueError if the layers are not a chain."""
     chain_shapes(weights, "synflow")
-    magnitudes = [(w.detach() * masks[name]).abs().double() for name, w in weights.items()]
-    into = [magnitudes[0].new_ones(magnitudes[0].shape[1])]
-    for m in magnitudes[:-1]:
-        into.append(m @ into[-1])
-    out_of = [magnitudes[-1].new_ones(magnitudes[-1].shape[0])]
-    for m in reversed(magnitudes[1:]):
-        out_of.insert(0, m.T @ out_of[0])
-    return {name: m * torch.outer(o, i) for name, m, o, i in zip(weights, magnitudes, out_of, into, strict=True)}
+    magnitudes = {name: (w.detach() * masks[name]).abs().double().requires_grad_() for name, w in weights.items()}
+    first, *_ = magnitudes.values()
+    flow = torch.ones_like(first[0])
+    for m in magnitudes.values():
+        flow = m @ flow
+    gradients = torch.autograd.grad(flow.sum(), list(magnitudes.values()))
+    return {name: (m * g).detach() for (name, m), g in zip(magnitudes.items(), gradients, strict=True)}
 
 
 CRITERIA = {

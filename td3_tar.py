@@ -28,7 +28,6 @@ from lab.flags import RunFlags, bad_input
 from lab.record import settle
 from lab.replay import Batch, ReplayBuffer
 from lab.run import Run, main
-from sparse_utils import Net
 
 
 # More flags: other papers' methods in lab/baselines.py; folder, device, evaluation and checkpoints in lab/flags.py. The
@@ -126,7 +125,7 @@ def policy_loss(actor, qf1, data: Batch):
     return -qf1(data.observations, actor(data.observations)).mean()
 
 
-def count_flops(nets: dict[str, Net], batch_size: int) -> tuple[int, int, int]:
+def count_flops(nets: dict[str, sparse_utils.Net], batch_size: int) -> tuple[int, int, int]:
     """Floating-point operations of an action, a critic update and an actor update, as the field counts them (Evci et
     al. 2020). Per active connection and sample: 2 forward, 2 backward to the inputs and 2 for the gradient of the
     weights. Biases, activations, optimizers and one-off pruning are left out. The first network is the actor, all
@@ -178,15 +177,15 @@ def train(args: Args) -> Path:
 
     # the networks to prune, each with its target, if any (it gets the same mask), optimizer, method and sparsity
     nets = {
-        "actor": Net(actor, actor_target, actor_optimizer, args.method, args.sparsity),
-        "qf1": Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),
-        "qf2": Net(qf2, qf2_target, q_optimizer, args.critic_method, args.critic_sparsity),
+        "actor": sparse_utils.Net(actor, actor_target, actor_optimizer, args.method, args.sparsity),
+        "qf1": sparse_utils.Net(qf1, qf1_target, q_optimizer, args.critic_method, args.critic_sparsity),
+        "qf2": sparse_utils.Net(qf2, qf2_target, q_optimizer, args.critic_method, args.critic_sparsity),
     }
     with bad_input():
         for net in nets.values():
             sparse_utils.plan(net, args.reserve, args.active_width)  # K connections, R of them by revival
         schedule = baselines.Schedule(args, nets, mask_generator)  # BASELINES: at which steps to prune and rewire
-    progress = {"training_flops": 0, "actor_losses": {}}  # actor_losses: those of the actor's last update, for the log
+    progress = {"training_flops": 0, "actor_losses": {}}  # actor_losses: of the actor's last update, for the log
     # a checkpoint holds everything that is in this dictionary: add here what you add to the agent
     state = {
         "actor": actor, "qf1": qf1, "qf2": qf2, "actor_target": actor_target, "qf1_target": qf1_target,

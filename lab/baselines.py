@@ -320,8 +320,8 @@ def check_longer(args: object) -> None:
 
 
 def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, sparsity: float) -> int:
-    """Neurons in each hidden layer: those `asked`, or with `tiny` the most for which the dense `network(env, neurons)`
-    has at most as many weights as the network asked for keeps at this sparsity. ValueError if there are none."""
+    """Neurons in each hidden layer: `asked`, or with `tiny` the largest number with which the dense network has no more
+    weights than `network(env, asked)` keeps at this sparsity. Raises ValueError if one neuron has more already."""
     if method != "tiny":
         return asked
     if not isinstance(asked, int):
@@ -394,8 +394,8 @@ def rewire_layers(
 def rewire(net: Net, rules: Rules, loss: Tensor | None, stopped: list[str], fraction: float, done: float) -> None:
     """Rewire a network between its active neurons, its masks in place. If net.budget is less than its connections, a
     layer keeps as many as pruning by magnitude with the rules' distribution would leave there. `loss` is the network's
-    own, for rules that read its dense gradient; ValueError if one lacks it. Weights outside the new masks become zero,
-    also in Adam's moments and in the target; a connection that was inactive before starts at zero."""
+    own, for rules that read its dense gradient. Weights outside the new masks become zero, also in Adam's moments and
+    the target; a connection that was inactive before starts at zero. Raises ValueError if a rule lacks its loss."""
     left = sparse_utils.static_prune(net, net.budget, "magnitude", rules.distribution, rules.generator)
     counts = {name: int(mask.sum()) for name, mask in left.items()}
     weights, masks = active_part(net.weights, net.width), active_part(net.masks, net.width)

@@ -274,9 +274,9 @@ def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
-    """Of each run that revived: `gain`, its final return less that of its seed in the arm in `chosen`, and `cut`, the
-    percentage of the neurons before and after each layer, of all networks, that static pruning left unconnected. Runs
-    that differ from that arm in more than revival are left out."""
+    """Of each run that revived: `gain`, its final return minus that of the same seed in its reference arm (`chosen`),
+    and `cut`, the percentage of the inputs and outputs of all layers that its static pruning left unconnected. Runs
+    that differ from the reference arm in more than revival are left out."""
     rows, finals = [], finals_of(runs)
     cells = runs.drop_duplicates(["env_id", "arm"]).set_index(["env_id", "arm"])
     for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():

@@ -177,8 +177,8 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
 
 
 def used_later(script: Path, frame: FrameType) -> dict:
-    """The variables of train, which runs in this frame, that a later line reads, unless a later `for` sets them, and
-    those that a function inside train reads."""
+    """The variables of train, which runs in this frame, that later lines read and no later `for` sets, and all that
+    functions inside train read."""
     later = [n for n in ast.walk(ast.parse(script.read_bytes())) if getattr(n, "lineno", 0) > frame.f_lineno]
     loops = [part for node in later if isinstance(node, ast.For) for part in ast.walk(node.target)]
     changed = [node.target for node in later if isinstance(node, ast.AugAssign)]  # as in `weight *= 0.9`

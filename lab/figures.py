@@ -19,7 +19,7 @@ from lab.topology import MASK_COLOURS
 # by turns; colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and most also in grey
 COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (9, 2)))
-MARKERS = "os^Dv*"  # fewer than colours, so that a pair of both comes again late
+MARKERS = "os^Dv*"  # six, and seven colours: a pair of both comes again after 42
 THIN_LINES = 5  # up to so many seeds are drawn each, the interval of more as a shade
 MANY_ARMS = 6  # in a panel with more, only means are drawn
 plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False}

@@ -46,7 +46,6 @@ ABOUT = {
     "script", "format", "args", "global_step", "statistics", "in_kernels", "masks", "random", "fingerprint", "returns",
     "added", "replay", "sps_seconds", "log_sizes",
 }  # fmt: skip
-FINITE_TAGS = {"losses", "charts", "eval"}  # groups of TensorBoard's tags whose numbers have to be finite
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
@@ -112,7 +111,7 @@ class Run:
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
-        # from the random numbers with which that of training was made, so that both are alike if the constructor draws
+        # from the same random numbers as the environment of training, so that both are alike if the constructor draws
         with environment.apart(None, args.seed, self.device):
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
         for part in environment.attributes(env).values():
@@ -274,8 +273,8 @@ class Run:
         """Reset the environment and return the observation. Between episodes the environment should have no state but
         random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
-        Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, and
-        the last checkpoint kept, if train has replaced `env`, `rb` or a part of `state`, or by `check_weights`."""
+        Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, the
+        last checkpoint kept, if train has replaced `env`, `rb` or a part of `state`, or as `check_weights` does."""
         variables = edits.variables_of(inspect.currentframe().f_back)
         for name, part in self.named.items():
             now = variables.get(name, part)
@@ -475,12 +474,12 @@ class Run:
 
     def log(self, global_step: int, scalars: dict[str, Tensor | float]) -> None:
         """Log numbers, or tensors of one element, to TensorBoard. Ends the program with one sentence if a number whose
-        tag is in one of the groups FINITE_TAGS is NaN or infinite. With --evaluate nothing is logged."""
+        tag begins with losses/, charts/ or eval/ is NaN or infinite. With --evaluate nothing is logged."""
         if self.args.evaluate is not None:
             return
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in scalars.items()}
         for name, value in values.items():
-            if not math.isfinite(value) and name.partition("/")[0] in FINITE_TAGS:
+            if not math.isfinite(value) and name.startswith(("losses/", "charts/", "eval/")):
                 self.end(f"{name} is {value} at step {global_step}: training diverged")
             self.writer.add_scalar(name, value, global_step)
         if "charts/episodic_return" in values:

@@ -776,7 +776,7 @@ def test_what_the_kernels_would_train_otherwise_is_left_to_torch(monkeypatch, ca
         assert kernels.is_chain(net) == (name in ("Adam", "AdamW"))
     else:
         assert capsys.readouterr().out.startswith(f"compute: net masked, since {why}")
-        with pytest.raises(ValueError, match=f"^--compute sparse is not to be had for the net: {why}.*; use --compute"):
+        with pytest.raises(ValueError, match=f"^--compute sparse cannot compute the net: {why}.*; use --compute"):
             kernels.choose({"net": net}, "sparse", 8)
 
 
@@ -881,6 +881,6 @@ def test_without_a_working_compiler_auto_goes_on_in_torch_and_sparse_is_refused(
     if command == "true":  # whose file is somewhere else each time
         expected = "compute: actor masked, since kernels.cpp cannot be built here"
     assert capsys.readouterr().out.startswith(expected)
-    with pytest.raises(ValueError, match=r"not to be had for the actor: kernels.cpp cannot be built here: ."):
+    with pytest.raises(ValueError, match=r"cannot compute the actor: kernels.cpp cannot be built here: ."):
         kernels.choose(nets, "sparse", 8)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]  # nothing is left behind

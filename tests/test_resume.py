@@ -758,22 +758,22 @@ HOLDS = [
     (
         RUN_BEGINS,
         "mine = torch.optim.swa_utils.AveragedModel(actor); state['mine'] = mine",
-        "had for the actor: `mine` in train is or holds a network of its class and shapes that is in no row",
+        "cannot compute the actor: `mine` in train is or holds a network of its class and shapes that is in no row",
     ),
     (
         RUN_BEGINS,
         "params = [*critics.parameters()]",
-        "had for the qf1: `params` in train holds layers or parameters of",
+        "cannot compute the qf1: `params` in train holds layers or parameters of",
     ),
     (
         "    done = True",
         "kept = {'of all': [qf1_target.fc1]}",
         "qf1: `kept` in train holds layers or parameters of it, and",
     ),
-    (RUN_BEGINS, "last = qf1.fc3", "had for the qf1: `last` in train holds layers or parameters of it"),
+    (RUN_BEGINS, "last = qf1.fc3", "cannot compute the qf1: `last` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
     (RUN_BEGINS, "bias = qf1.fc1.bias", "`bias` in train holds layers or parameters of it"),
-    (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "had for the qf2: `box` in train holds layers or"),
+    (RUN_BEGINS, "box = Box(all=[Box(of={'qf2': qf2.fc2})])", "cannot compute the qf2: `box` in train holds layers or"),
     (RUN_BEGINS, "box = torch.jit.trace(qf1, (torch.ones(1, 3), torch.ones(1, 1)))", "the qf1: `box` in train holds"),
     (
         RUN_BEGINS,
@@ -781,12 +781,12 @@ HOLDS = [
         "the qf1: `clip` in train holds layers or",
     ),
     (RUN_BEGINS, "state['of'] = {'sgd': torch.optim.SGD(qf1.parameters(), 0.1)}", "the qf1: `state` in train holds"),
-    (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "had for the qf1: an attribute in it that is no"),
-    (RUN_BEGINS, "qf1.relu1.body = {'of': {qf1.fc3}}", "had for the qf1: an attribute in it that is no"),
+    (RUN_BEGINS, "qf1.body = [qf1.fc1, qf1.relu1]", "cannot compute the qf1: an attribute in it that is no"),
+    (RUN_BEGINS, "qf1.relu1.body = {'of': {qf1.fc3}}", "cannot compute the qf1: an attribute in it that is no"),
     (
         RUN_BEGINS,
         "state['second'] = torch.optim.SGD(qf1.parameters(), 0.1)",
-        "had for the qf1: an optimizer other than the one in its row trains its parameters",
+        "cannot compute the qf1: an optimizer other than the one in its row trains its parameters",
     ),
 ]
 

@@ -445,8 +445,8 @@ def choose(
     its layers cannot be replaced. Returns the `time_passes` of the networks that were measured.
 
     With `auto` the kernels compute a network if its training passes take less time there; in a resumed run, if it is in
-    `kept`. With `sparse` they compute the `parts` of every network; ValueError if they cannot compute one. With
-    `masked`, none.
+    `kept`. With `sparse` they compute the `parts` of every network, with `masked` none. Raises ValueError if, with
+    `sparse`, they cannot compute a network.
     """
     times = {}
 
@@ -457,7 +457,7 @@ def choose(
             return in_torch, "--compute masked asks for it"
         if why_not := (held or {}).get(name) or why_not_in_kernels(net, nets):
             if compute == "sparse":
-                raise ValueError(f"--compute sparse is not to be had for the {name}: {why_not}; use --compute auto")
+                raise ValueError(f"--compute sparse cannot compute the {name}: {why_not}; use --compute auto")
             return in_torch, why_not
         in_kernels = "sparse" if is_chain(net) else f"sparse in layers with up to {MOST_BY_LAYER:.0%} of connections"
         if compute == "sparse":
