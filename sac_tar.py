@@ -75,9 +75,9 @@ class Args(baselines.Flags, RunFlags):
 def mlp_layers(input_size: int, hidden_size: int, output_size: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         fc1=nn.Linear(input_size, hidden_size),
-        relu1=nn.ReLU(inplace=True),
+        relu1=nn.ReLU(),
         fc2=nn.Linear(hidden_size, hidden_size),
-        relu2=nn.ReLU(inplace=True),
+        relu2=nn.ReLU(),
         fc3=nn.Linear(hidden_size, output_size),
     )
 
@@ -157,7 +157,7 @@ def count_flops(nets: dict[str, sparse_utils.Net], batch_size: int) -> tuple[int
 
 @torch.no_grad()
 def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
-    """target += tau * (online - target), all parameters of all targets in one call."""
+    """target += tau * (online - target), all parameters of all targets in one call. Buffers do not follow."""
     torch._foreach_lerp_(list(targets.parameters()), list(online.parameters()), tau)
 
 
@@ -191,11 +191,10 @@ def train(args: Args) -> Path:
     targets = nn.ModuleList([qf1_target, qf2_target])
     log_alpha = nn.Parameter(torch.tensor([1.0 if args.autotune else args.alpha], device=device).log(), args.autotune)
     target_entropy = -env.action_space.shape[0]
-    # one step updates the actor and alpha together; alpha has the learning rate of the critics
-    actor_groups = [{"params": actor.parameters(), "lr": args.policy_lr}, {"params": [log_alpha], "lr": args.q_lr}]
     # KERNELS: torch.optim.Adam(..., fused=True) gives the same bits, a little slower
-    actor_optimizer = kernels.Adam(actor_groups)
+    actor_optimizer = kernels.Adam(actor.parameters(), lr=args.policy_lr)
     q_optimizer = kernels.Adam(critics.parameters(), lr=args.q_lr)
+    a_optimizer = kernels.Adam([log_alpha], lr=args.q_lr)
 
     # the networks to prune, each with its target, if any (it gets the same mask), optimizer, method and sparsity
     nets = {
@@ -212,8 +211,8 @@ def train(args: Args) -> Path:
     state = {
         "actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target,
         "entropy": nn.ParameterDict({"log_alpha": log_alpha}), "actor_optimizer": actor_optimizer,
-        "q_optimizer": q_optimizer, "nets": nets, "schedule": schedule, "mask_generator": mask_generator,
-        "progress": progress,
+        "q_optimizer": q_optimizer, "a_optimizer": a_optimizer, "nets": nets, "schedule": schedule,
+        "mask_generator": mask_generator, "progress": progress,
     }  # fmt: skip
     run = Run(args, Path(__file__), env, state, rb)  # makes the run folder; with --resume it loads a checkpoint
 
@@ -300,12 +299,14 @@ def train(args: Args) -> Path:
                         progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
                         actor_optimizer.zero_grad()
                         actor_loss.backward()
+                        actor_optimizer.step()
                         if args.autotune:
                             alpha_loss = -log_alpha.exp() * (log_pi.detach().mean() + target_entropy)
                             progress["actor_losses"]["losses/alpha_loss"] = alpha_loss.detach()
+                            a_optimizer.zero_grad()
                             alpha_loss.backward()
-                        actor_optimizer.step()
-                        alpha = log_alpha.detach().exp()
+                            a_optimizer.step()
+                            alpha = log_alpha.detach().exp()
                         progress["training_flops"] += actor_flops
 
             if global_step % args.target_network_frequency == 0:

@@ -378,7 +378,7 @@ def zero_pruned(net: Net) -> None:
         for tensor in (weight, targets.get(name), *state):
             # a tensor that is zero there already is not written to, so that backward through it stays possible
             if torch.is_tensor(tensor) and tensor.shape == weight.shape and tensor[~net.masks[name]].any():
-                tensor.mul_(net.masks[name])
+                tensor.masked_fill_(~net.masks[name], 0)  # not a product, which would be NaN for an infinite value
 
 
 def mask_gradients(net: Net) -> None:

@@ -75,9 +75,9 @@ class Args(baselines.Flags, RunFlags):
 def mlp_layers(input_size: int, hidden_size: int, output_size: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(
         fc1=nn.Linear(input_size, hidden_size),
-        relu1=nn.ReLU(inplace=True),
+        relu1=nn.ReLU(),
         fc2=nn.Linear(hidden_size, hidden_size),
-        relu2=nn.ReLU(inplace=True),
+        relu2=nn.ReLU(),
         fc3=nn.Linear(hidden_size, output_size),
     )
 
@@ -138,7 +138,7 @@ def count_flops(nets: dict[str, sparse_utils.Net], batch_size: int) -> tuple[int
 
 @torch.no_grad()
 def polyak_update(targets: nn.Module, online: nn.Module, tau: float) -> None:
-    """target += tau * (online - target), all parameters of all targets in one call."""
+    """target += tau * (online - target), all parameters of all targets in one call. Buffers do not follow."""
     torch._foreach_lerp_(list(targets.parameters()), list(online.parameters()), tau)
 
 

@@ -540,6 +540,9 @@ class Schedule:
     """When networks are pruned and rewired, and what else the flags of this file do at a step. With tar, uniform,
     static and dense and the default flags, that is one pruning at --prune-at and nothing else."""
 
+    # what a checkpoint does not hold, since the constructor makes it anew from the flags
+    MADE_ANEW = ("args", "nets", "final", "first", "rewirings", "dynamic", "rules")
+
     def __init__(self, args: object, nets: dict[str, Net], generator: torch.Generator):
         self.args, self.nets = args, nets
         self.final = {name: (net.budget, net.reserve) for name, net in nets.items()}
@@ -566,13 +569,14 @@ class Schedule:
                 self.diagonals[name] = Diagonals(net, args.distribution)
 
     def state_dict(self) -> dict:
-        return {"stopped": self.stopped, "revived": self.revived, "diagonals": self.diagonals}
+        return {name: part for name, part in vars(self).items() if name not in self.MADE_ANEW}
 
     def load_state_dict(self, state: dict) -> None:
-        self.stopped, self.revived = state["stopped"], state["revived"]
+        saved = state["diagonals"]
+        vars(self).update(state | {"diagonals": self.diagonals})
         for name, learned in [*self.diagonals.items()]:
-            if name in state["diagonals"]:
-                learned.load_state_dict(state["diagonals"][name])
+            if name in saved:
+                learned.load_state_dict(saved[name])
             else:
                 self.diagonals.pop(name).end()
 

@@ -84,7 +84,7 @@ def read_tensors(path: Path) -> object:
 
 def is_of_the_policy(name: str, part: object) -> bool:
     """Whether a part of `state` belongs to the agent itself, rather than to its training."""
-    return name not in OF_TRAINING and not isinstance(part, (*edits.OPTIMIZERS, ReplayBuffer))
+    return name not in OF_TRAINING and not isinstance(part, (*edits.OPTIMIZERS, *GENERATORS, ReplayBuffer))
 
 
 def pack(part: object) -> object:

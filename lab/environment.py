@@ -149,13 +149,19 @@ def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None
     np.random.set_state(numpy)
 
 
+def has_time_limit(env: gym.Env) -> bool:
+    """Whether a TimeLimit wrapper, or an attribute of the environment itself, ends episodes by step 1,000,000."""
+    limit = env.get_wrapper_attr("_max_episode_steps") if env.has_wrapper_attr("_max_episode_steps") else None
+    return limit is not None and limit <= 1_000_000
+
+
 @torch.no_grad()
 def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch.device, video: Path | None):
     """The returns and the lengths of noise-free episodes, two lists. The first reset takes `seed`, so every evaluation
     has the same start states (if only resets draw random numbers). With `video`, the first episode is filmed as
     <video>.mp4. Without a time limit, episodes are cut after EVALUATION_LIMIT steps, and a stop signal returns None."""
     returns, lengths = [0.0] * episodes, [0] * episodes
-    limit = math.inf if env.has_wrapper_attr("_max_episode_steps") else EVALUATION_LIMIT
+    limit = math.inf if has_time_limit(env) else EVALUATION_LIMIT
     if video:
         env = gym.wrappers.RecordVideo(env, video.parent, lambda episode: False)
     for episode in range(episodes):

@@ -55,10 +55,11 @@ class ReplayBuffer:
             indices[:recent] = (newest - ages) % held
         obs, next_obs, action, rewards, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
         discounts = torch.full_like(rewards, gamma)
+        last = indices
         for _ in range(1, self.n_step if global_step >= self.n_step_from else 1):
-            goes_on = (indices.unsqueeze(1) != newest) & (terminated + truncated == 0)
-            indices = (indices + goes_on.squeeze(1)) % held
-            _, next_obs, _, reward, terminated, truncated = self.rows.index_select(0, indices).split(self.widths, 1)
+            goes_on = (last.unsqueeze(1) != newest) & (terminated + truncated == 0)
+            last = (last + goes_on.squeeze(1)) % held
+            _, next_obs, _, reward, terminated, truncated = self.rows.index_select(0, last).split(self.widths, 1)
             rewards = rewards + goes_on * discounts * reward
             discounts = torch.where(goes_on, gamma * discounts, discounts)
         return Batch(obs, next_obs, action, rewards, (1 - terminated) * discounts)

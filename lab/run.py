@@ -39,7 +39,7 @@ from lab.flags import PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 
-CHECKPOINT_FORMAT = 7  # increased by every change after which older checkpoints cannot be resumed
+CHECKPOINT_FORMAT = 8  # increased by every change after which older checkpoints cannot be resumed
 SPS_BURN_IN = 1000  # steps after learning starts and pruning that do not count in charts/SPS
 # keys of checkpoint.pt and final.pt that are not parts of `state`; older files have `added`
 ABOUT = {
@@ -110,7 +110,7 @@ class Run:
     def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
         self.nets, self.device = state["nets"], torch.device(args.device)
-        self.limited = env.has_wrapper_attr("_max_episode_steps")  # by a TimeLimit wrapper, or an attribute of its own
+        self.limited = environment.has_time_limit(env)
         # from the same random numbers as the environment of training, so that both are alike if the constructor draws
         with environment.apart(None, args.seed, self.device):
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
@@ -149,7 +149,8 @@ class Run:
         networks = {id(network): network for net in self.nets.values() for network in net.networks}
         classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
         named = {name for name, value in variables.items() if id(value) in networks}
-        walks = (edits.one_by_one(path, before.get(path, ()), named, classes) for path in self.own_files)
+        read = (*self.own_files, PROJECT / "sparse_utils.py")
+        walks = (edits.one_by_one(path, before.get(path, ()), named, classes) for path in read)
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
@@ -319,7 +320,7 @@ class Run:
         self.writer.flush()
         with kernels.in_torch(self.nets):
             checkpoint = {name: pack(part) for name, part in self.state.items()}
-        checkpoint |= self.about(global_step) | begun | {"returns": self.returns}
+        checkpoint |= self.about(global_step) | begun
         checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
         if with_buffer := self.has_buffer(global_step):
@@ -341,7 +342,7 @@ class Run:
 
     def about(self, global_step: int) -> dict:
         about = {"script": self.script.stem, "format": CHECKPOINT_FORMAT, "args": self.flags}
-        return about | {"global_step": global_step, "in_kernels": self.in_kernels()}
+        return about | {"global_step": global_step, "in_kernels": self.in_kernels(), "returns": self.returns}
 
     def in_kernels(self) -> list[str]:
         return [name for name, net in self.nets.items() if net.in_kernels]
@@ -455,6 +456,8 @@ class Run:
         for name, net in self.nets.items():
             net.load_state_dict({"masks": masks.get(name, {})})
         self.statistics, self.start_step, self.folder = saved.get("statistics", {}), saved["global_step"], path.parent
+        alike = self.args.eval_episodes == saved["args"].get("eval_episodes")
+        self.recorded = saved.get("returns", {}).get(self.start_step) if alike else None
         self.bar, self.sps_from = [self.args.total_timesteps], math.inf
         return saved
 
@@ -559,6 +562,9 @@ class Run:
             returns = ", ".join(f"{value:.1f}" for value in played[0])
             mean, deviation = np.mean(played[0]), np.std(played[0])
             print(f"step {step}: mean {mean:.1f}, standard deviation {deviation:.1f}\nreturns: {returns}")
+            if self.recorded not in (None, mean):
+                why = "its policy uses something that is not saved, or code, packages, --compute or machine differ"
+                tqdm.write(f"warning: in the run itself the mean was {self.recorded:.1f}: {why}")
             return
         self.returns[global_step], length = map(float, map(np.mean, played))
         scalars = {"eval/episodic_return": self.returns[global_step], "eval/episodic_length": length}

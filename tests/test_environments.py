@@ -216,9 +216,10 @@ def test_a_reward_may_be_any_one_number(register, monkeypatch, reward):
 @pytest.mark.parametrize("script", [sac_tar])
 def test_an_environment_without_a_time_limit_is_named_and_its_evaluations_are_cut(run, register, monkeypatch, capsys):
     monkeypatch.setattr(lab.environment, "EVALUATION_LIMIT", 30)
-    run_dir = run(env_id=register(Plain, limit=None), eval_episodes=2)
-    assert "warning: Plain-v0 has no time limit, so checkpoints come only where" in capsys.readouterr().out
-    assert {value for _, value in scalars(run_dir)["eval/episodic_length"]} == {30}
+    for kind, limit in ((Plain, None), (type("Far", (Plain,), {}), 10**9)):
+        run_dir = run(env_id=(name := register(kind, limit=limit)), eval_episodes=2)
+        assert f"warning: {name} has no time limit, so checkpoints come only where" in capsys.readouterr().out
+        assert {value for _, value in scalars(run_dir)["eval/episodic_length"]} == {30}
     run(env_id=register(Plain))
     assert "no time limit" not in capsys.readouterr().out
 

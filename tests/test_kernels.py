@@ -834,7 +834,7 @@ def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):
     assert known(net)[2] == 1
     kernels.known_times(net, 11)
     (file,) = [path for path in kernels.load_kernels().times.iterdir() if ", 11, " in path.read_text()]
-    for damaged in ("", "{", "\0", "7", "{}"):
+    for damaged in ("", "{", "\0", "7", "{}", '{"milliseconds": [0.0, -1]}', '{"milliseconds": [1.0]}'):
         file.write_text(damaged)
         assert known(net, 11) == ((1.0, 1.0), (1.0, 1.0), 1)
 

@@ -274,7 +274,7 @@ DIFFS = {re.match(r"--- .*: (normalizer|LayerNorm|scheduler|trained)", b)[1]: b 
 DIFFS["third layer"] = """--- sac_tar.py
 -        fc3=nn.Linear(hidden_size, output_size),
 +        fc3=nn.Linear(hidden_size, hidden_size),
-+        relu3=nn.ReLU(inplace=True),
++        relu3=nn.ReLU(),
 +        fc4=nn.Linear(hidden_size, output_size),
 """
 SMALL = "--env-id Pendulum-v1 --hidden-size 24 --batch-size 32 --learning-starts 60 --total-timesteps 200 --prune-at 70"

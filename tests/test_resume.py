@@ -446,7 +446,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
         (load(sac), "lacks actor_optimizer, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
-        (state | {"format": 3}, "has format 3 and this version resumes 7; use the"),
+        (state | {"format": 3}, "has format 3 and this version resumes 8; use the"),
     ]:
         torch.save(bad, file)
         assert sentence in resume(tmp_path)
@@ -527,7 +527,7 @@ ADDED = [
         state["batch_norm"].running_mean += mean.count
         state["array"][0] += global_step
         state["counts"]["steps"] += 1
-        actor_groups[1]["lr"] *= 1 - 1e-3 * (global_step > 65)
+        a_optimizer.param_groups[0]["lr"] *= 1 - 1e-3 * (global_step > 65)
         second_buffer.add(obs, obs, env.action_space.low, global_step, False, False)
         state["tensor"][1] += state["array"][0]
         norm, generator, _ = state["all"]["these"]
@@ -557,11 +557,11 @@ def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run,
     assert whole["counts"]["steps"] == 91 and 0 <= whole["q_optimizer"]["param_groups"][0]["lr"] < 1e-3
     run_dir = work(total_timesteps=70)
     config = record.read_config(run_dir)
-    kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "second": "SGD"}
+    kinds = {"actor_optimizer": "Adam", "q_optimizer": "Adam", "a_optimizer": "Adam", "second": "SGD"}
     kinds |= {"cosine": "CosineAnnealingLR", "steps": "MultiStepLR", "falls": "ReduceLROnPlateau"}
     recorded = config["segments"][0]["optimizers"]
     assert {name: text.partition("(")[0] for name, text in recorded.items()} == kinds
-    assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("initial_lr=") == 2
+    assert "SGD(lr=0.1, momentum=0.9, " in recorded["second"] and recorded["actor_optimizer"].count("initial_lr=") == 1
     assert "__my_sac_tar__tar__" in run_dir.name
     capsys.readouterr()
     again(mine, run_dir, total_timesteps=90)
@@ -609,6 +609,7 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         (f"{OWN}; state['of'] = {{'a': [box.inner.rng]}}; box.all = [actor, box, env, state, rb, Null(), args]", None),
         ("box = Box(rng=env.action_space.np_random, alpha=log_alpha.exp(), of=q_optimizer)", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
+        ("state['all'] = {'q': q_optimizer}", "state['all'] holds an optimizer or scheduler; give it a name"),
         ("first, act, turned = actor.fc1, nn.Tanh(), actor.fc1.weight.T", None),
         ("state['slow'] = {'of': [average := copy.deepcopy(actor)]}; both = nn.ModuleList([average, actor])", None),
         ("state['support'] = torch.ones(0).to_sparse(); atoms = [state['support']]", None),
@@ -987,6 +988,15 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
 
 
 @pytest.mark.parametrize("script", [sac_tar])
+def test_who_goes_through_parameters_in_sparse_utils_is_seen(run, tmp_path, monkeypatch, capsys):
+    ours, mine, look = Path(sparse_utils.__file__), tmp_path / "sparse_utils.py", edits.one_by_one
+    mine.write_text(f"{ours.read_text()}\n\ndef l1(net):\n    return sum(p.abs().sum() for p in net.parameters())\n")
+    monkeypatch.setattr(edits, "one_by_one", lambda path, *given: look(mine if path == ours else path, *given))
+    small = {"env_id": "Short-v0", "total_timesteps": 62, "compute": "sparse"}
+    assert "sparse_utils.py goes through parameters in line " in refused(capsys, run, **small)
+
+
+@pytest.mark.parametrize("script", [sac_tar])
 def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path, capsys):
     small = {"env_id": "Short-v0", "total_timesteps": 90, "compute": "sparse"}
     walk, at = "for param in critics.parameters():", "            q_optimizer.step()\n"
@@ -1011,6 +1021,10 @@ def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path
     method = "    def features(self, x, a):\n        return self[:-1](torch.cat([x, a], 1))\n\n\nLOG_STD_MAX"
     mine = edited(tmp_path, ("\n\nLOG_STD_MAX = 2", f"{method} = 2"))
     assert "my_sac_tar.py goes through self in line " in refused(capsys, run, mine, **small)
+    unseen = "            for critic in critics:\n                [*critic]\n"  # by another name
+    assert run(edited(tmp_path, (at, unseen + at)), **small | {"compute": "masked"}).exists()
+    with pytest.raises(RuntimeError, match="a layer in the kernels cannot be read"):
+        run(edited(tmp_path, (at, unseen + at)), **small)
     mine = edited(tmp_path, (at, f"            qf1_target[0].requires_grad\n{at}"))
     assert "my_sac_tar.py goes through qf1_target in line " in refused(capsys, run, mine, **small)
     decay = f"    def decay():\n        {walk}\n            param.data.mul_(0.9)\n\n{RUN_BEGINS}"
@@ -1035,7 +1049,7 @@ def test_parameters_of_critics_that_are_frozen_stay_so(run, tmp_path, script, mo
 
 
 def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch):
-    at, seen, forward = "        relu2=nn.ReLU(inplace=True),\n", [], nn.Dropout.forward
+    at, seen, forward = "        relu2=nn.ReLU(),\n", [], nn.Dropout.forward
     mine = edited(tmp_path, (at, f"{at}        dropout=nn.Dropout(0.5),\n"), script=script)
 
     def watched(self, x):
@@ -1083,7 +1097,27 @@ def test_a_checkpoint_keeps_what_is_added_to_the_row_of_a_network():
     assert other.stage == 2 and "network" not in row.state_dict()
 
 
+@pytest.mark.parametrize("script", [sac_tar])
+def test_a_checkpoint_keeps_what_is_added_to_the_schedule(run, tmp_path):
+    small = {"env_id": "Short-v0", "checkpoint_frequency": 10}
+    mine = edited(tmp_path, (STEP, f"        if global_step == 63:\n            schedule.prunings.add(85)\n{STEP}"))
+    whole, run_dir = (run(mine, total_timesteps=end, **small) for end in (90, 70))
+    before = load(run_dir)["masks"]
+    again(mine, run_dir, total_timesteps=90)
+    assert same(load(run_dir)["masks"], load(whole)["masks"]) and not same(load(run_dir)["masks"], before)
+
+
 # begin from a trained policy
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_the_generators_of_a_reader_are_those_of_the_new_seed(run, tmp_path):
+    mine = edited(tmp_path, (RUN_BEGINS, f"    state['rng'] = np.random.default_rng(args.seed)\n{RUN_BEGINS}"))
+    small = {"env_id": "Short-v0", "total_timesteps": 62}
+    begun = run(mine, seed=2, load=str(run(mine, **small)), **small)
+    rngs = (np.random.Generator(np.random.PCG64(seed)) for seed in (1, 2))
+    one, two = (rng.bit_generator.state["state"]["state"] for rng in rngs)
+    assert str(two) in (held := str(load(begun / "checkpoint.pt")["rng"])) and str(one) not in held
 
 
 def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path, monkeypatch):
@@ -1199,9 +1233,24 @@ def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys)
     (run_dir / "config.json").write_text(json.dumps(config | {"segments": [*config["segments"], later]}))
     main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
     assert "warning: other code" not in capsys.readouterr().out
-    mine = edited(tmp_path, ("relu1=nn.ReLU(inplace=True)", "relu1=nn.Tanh()"))
+    mine = edited(tmp_path, ("relu1=nn.ReLU()", "relu1=nn.Tanh()"))
     main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
     assert f"warning: other code made {run_dir}/final.pt, so" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_an_evaluation_that_lacks_what_the_policy_used_in_the_run_says_so(run, tmp_path, monkeypatch, capsys):
+    policy = "actor.get_mean_action"
+    used = (f"evaluate(global_step, {policy}", f"evaluate(global_step, lambda obs: {policy}(obs / scale[0])")
+    counted = (STEP, f"        scale[0] += 1.0\n{STEP}")
+    mine = edited(tmp_path, used, counted, (RUN_BEGINS, f"    scale = [1.0]\n{RUN_BEGINS}"))
+    run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
+    capsys.readouterr()
+    main(mine, monkeypatch, "--evaluate", run_dir)
+    assert "warning: in the run itself the mean was " in capsys.readouterr().out
+    main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 2)
+    main(sac_tar, monkeypatch, "--evaluate", run(env_id="Short-v0", total_timesteps=90))
+    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [sac_tar])

@@ -444,6 +444,12 @@ def test_the_command_line_refuses_what_cannot_work(script, tmp_path, monkeypatch
     assert stop.value.code == code and sentence in output.out + output.err and not list(tmp_path.iterdir())
 
 
+def test_a_default_that_is_no_whole_number_is_refused(script, capsys):
+    mine = type("Mine", (script.Args,), {"__annotations__": {"total_timesteps": int}, "total_timesteps": 1e6})
+    sentence = "total_timesteps must be a whole number, got 1000000.0; write it without a point or an exponent"
+    assert sentence in refused(capsys, record.settle, dataclasses.dataclass(mine)())
+
+
 # divergence
 
 
