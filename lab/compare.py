@@ -143,7 +143,8 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
     names = sorted({name for settings in runs.settings for name in settings} - told)
     columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
-    for name, values in (columns | {f"version of {name}": runs[name] for name in PACKAGES}).items():
+    columns |= {f"version of {name}": runs[name] for name in PACKAGES} | {"processor": runs.processor}
+    for name, values in columns.items():
         counts = pd.Series(map(str, values)).value_counts().sort_index()
         which = [f"{value} in {count} of {len(runs)} runs" for value, count in counts.items()]
         found += [f"Not the same {name}: {'; '.join(which)}."] if len(which) > 1 else []
@@ -153,6 +154,18 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
             gaps.setdefault(f"{env_id}, seed {', '.join(map(str, missing))}" if own else env_id, []).append(arm)
     where = "; ".join(f"{at}: {', '.join(arms)}" for at, arms in gaps.items())
     return found + notes + ([f"No finished run on {where}."] if gaps else [])
+
+
+def shared_by(runs: pd.DataFrame) -> str:
+    """In a sentence, the length of training, and --load and flags of lab/baselines.py, that all pruned runs have
+    alike and not at their defaults, so that neither names of arms nor caveats tell them. Empty if there are none."""
+    every = [*(runs.settings[runs.base != ""] if runs.base.any() else runs.settings)]
+    shared = []
+    for name in sorted(set.intersection(*map(set, every)) - IN_EVERY_NAME - differing(every)):
+        value, usual = every[0][name], record.usual(name, every[0])
+        if name in ("total_timesteps", "load") or usual not in (value, MISSING):
+            shared.append(f"{name}={value}")
+    return f"All runs have {', '.join(shared)}." if shared else ""
 
 
 def iqm(*samples: np.ndarray, axis: int) -> np.ndarray:
@@ -364,7 +377,8 @@ def write_page(
     if len(caveats) > CAVEATS_ON_TOP:
         caveats.insert(CAVEATS_ON_TOP - 1, f"{len(caveats) - CAVEATS_ON_TOP + 1} further caveats are at the end.")
     caveats = [f"- {sentence}" for sentence in caveats] or ["Nothing is missing or unequal."]
-    page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}", "\n".join(caveats[:CAVEATS_ON_TOP])]
+    page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}", *filter(None, [shared_by(group)])]
+    page += ["\n".join(caveats[:CAVEATS_ON_TOP])]
     for kind, table in tables.items():
         if len(table):
             if kind != "wins":

@@ -439,9 +439,20 @@ def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, com
         f"No finished run on A-v1, seed 2, 3: {tar}; A-v1, seed 3: {uniform}; B-v1: {tar}, {uniform}.",
     ]
     top, rest = page.split("\n\n## Final return")
-    assert [line.removeprefix("- ") for line in top.splitlines()[2:]] == sentences[:5]
+    assert [line.removeprefix("- ") for line in top.splitlines()[4:]] == sentences[:5]
     below, printed = rest.split("## Further caveats\n\n- ")[1].split("\n\n")[0], capsys.readouterr().out
     assert below.split("\n- ") == sentences[5:] and all(sentence in printed for sentence in sentences)
+
+
+def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
+    make(5, method="dense")  # on which no such flag acts
+    for seed in (1, 2):
+        make(5, method="static", seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400)
+        other = {"processor": "another"} if seed == 2 else {}
+        make(5, seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400, segments=[other])
+    said = "\n\nAll runs have init=sparse, load=@0123456789ab, prune_at=400, total_timesteps=1000.\n\n- Not the same "
+    assert said in (page := comparison()["page"])
+    assert "\n- Not the same processor: a processor in 4 of 5 runs; another in 1 of 5 runs.\n" in page
 
 
 def test_what_differs_by_design_is_no_caveat(make, comparison):
