@@ -458,7 +458,7 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
 def test_what_differs_by_design_is_no_caveat(make, comparison):
     for method, flags in (("dense", {}), ("tiny", {}), ("static", {}), ("tar", {"reserve": 0.3}), ("rigl", {})):
         make(5, method=method, drop_criterion="magnitude" if method == "rigl" else None, rewire_every=500, **flags)
-    assert "\n\nNothing is missing or unequal.\n\n## Final return" in comparison()["page"]
+    assert "\n\nAll runs have total_timesteps=1000.\n\nNothing is missing or unequal.\n\n## " in comparison()["page"]
 
 
 def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arms):

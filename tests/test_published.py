@@ -86,6 +86,33 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
     assert found >= 10
 
 
+def test_every_number_of_the_front_page_is_that_of_published_runs():
+    """A cell of its table, and the return of `dense`, is a mean over runs of 300,000 steps in some grid."""
+    known, found, text = defaultdict(set), 0, (PROJECT / "README.md").read_text()
+    for grid in GRIDS:
+        for page, group in pages_of(grid).items():
+            group = group[[args["total_timesteps"] == 300_000 for args in group.args]]
+            for (env_id, arm), finals in compare.finals_of(group).items():
+                arm = arm.removesuffix(" td3_tar")  # which tells it from an edited copy
+                known[env_id, page.rpartition("+")[2], arm].add(round(finals.mean()))
+    bases = {name: f"{name.lower()}+global" for name in ("magnitude", "SNIP", "SynFlow")} | {"random": "random+er"}
+    (_, *columns), rows = next(tables("README.md"))
+    for method, *cells in rows:
+        for column, cell in zip(columns, cells, strict=True):
+            base, sparsity, flags = re.match(r"(\w+), (\d+)%(?:, `(.*)`)?", column).groups()
+            arm = arm_named(f"{method[:-1]} {flags}`" if flags else method, bases[base])
+            of = known["HalfCheetah-v4", f"td3_tar_s{int(sparsity) / 100}", arm]
+            assert not cell or int(cell) in of, (method, column, of)
+            found += bool(cell)
+    dense = known["HalfCheetah-v4", "td3_tar_s0.95", "dense"]
+    assert found == 27 and int(re.search(r"`dense`: (\d+)", text)[1]) in dense
+    gains = re.search(r"of (\d+)% \(SAC\) and (\d+)% \(TD3\)", text).groups()
+    for algo, gain in zip(("sac", "td3"), gains, strict=True):
+        finals = compare.finals_of(pages_of("metric")[f"{algo}_tar_s0.9"])
+        tar, static = (finals["HalfCheetah-v4", f"{method} magnitude+global"].mean() for method in ("tar", "static"))
+        assert int(gain) == round(100 * (tar / static - 1))
+
+
 @functools.cache
 def intervals_of(grid):
     """Of a mean, or of a difference of two arms paired by seed, in one environment; of all seeds or of the first three.
