@@ -224,6 +224,7 @@ def grasp_scores(weights: dict[str, Tensor], masks: Masks, loss: Tensor, generat
     return {name: (w * hg).detach() for (name, w), hg in zip(weights.items(), products, strict=True)}
 
 
+@torch.enable_grad()
 def synflow_scores(weights: dict[str, Tensor], masks: Masks, loss: None, generator: torch.Generator):
     """|w dR/dw|, R the sum of outputs for inputs of 1 and weights |w|, 100 rounds (SynFlow, Tanaka et al. 2020). R
     leaves out biases and the squashing of outputs, so it is a product of matrices. In float64: R can overflow float32.

@@ -157,15 +157,16 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
 
 
 def shared_by(runs: pd.DataFrame) -> str:
-    """In a sentence, the length of training, and --load and flags of lab/baselines.py, that all pruned runs have
-    alike and not at their defaults, so that neither names of arms nor caveats tell them. Empty if there are none."""
+    """In a sentence, the length of training, and --load and the flags that `record.usual` knows, that all pruned runs
+    have alike and not at their defaults, so that no name of an arm tells them. Empty if there are none."""
     every = [*(runs.settings[runs.base != ""] if runs.base.any() else runs.settings)]
     shared = []
     for name in sorted(set.intersection(*map(set, every)) - IN_EVERY_NAME - differing(every)):
         value, usual = every[0][name], record.usual(name, every[0])
         if name in ("total_timesteps", "load") or usual not in (value, MISSING):
             shared.append(f"{name}={value}")
-    return f"All runs have {', '.join(shared)}." if shared else ""
+    which = "All" if len({*(runs.base == "")}) == 1 else "All pruned"
+    return f"{which} runs have {', '.join(shared)}." if shared else ""
 
 
 def iqm(*samples: np.ndarray, axis: int) -> np.ndarray:

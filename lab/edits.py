@@ -21,7 +21,7 @@ from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
-OUR_OWN = ("linear_weights", "plan")  # functions of sparse_utils.py that go through layers, and may
+OUR_OWN = ("linear_weights", "plan")  # functions of sparse_utils.py that may go through layers
 COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 # functions that iterate over their arguments, from the one with this index on
@@ -86,7 +86,7 @@ def check_parts(
             params += [("", param) for group in part.param_groups for param in group["params"]]
         elif not hasattr(part, "load_state_dict") and not isinstance(part, (*GENERATORS, Tensor, np.ndarray, dict)):
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
-        elif isinstance(part, dict) and any(isinstance(value, OPTIMIZERS) for value in part.values()):
+        elif isinstance(part, dict) and any(isinstance(x, OPTIMIZERS) for _, x in walk([("", part)], set(), ())):
             raise ValueError(f"state[{name!r}] holds an optimizer or scheduler; give it a name of its own in `state`")
     kept = walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, whole))
     # modules in `state` are looked into below, since they hold more than tensors
@@ -157,7 +157,8 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
     nodes = [(node, networks | ({"self"} if node.name in classes else set()), before) for node in nodes]
     for node, known, allowed in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and any("in_torch" in ast.unparse(item) for item in node.items)
-        if inside or getattr(node, "name", None) in ("__init__", "forward", *OUR_OWN):
+        own = OUR_OWN if source.name == "sparse_utils.py" else ()
+        if inside or getattr(node, "name", None) in ("__init__", "forward", *own):
             continue
         later = isinstance(node, (ast.FunctionDef, ast.Lambda)) and node.lineno in before[1:]  # not train itself
         nodes += [(child, known, () if later else allowed) for child in ast.iter_child_nodes(node)]

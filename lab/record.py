@@ -100,7 +100,8 @@ def unused(args: object) -> set[str]:
 def check(args: object) -> None:
     """End the program with one sentence if a value cannot work."""
     for flag in fields(args):  # of a default in the script: the command line takes no 5e3
-        if flag.type is int and isinstance(value := getattr(args, flag.name), float):
+        whole = str(flag.type) in ("<class 'int'>", "int", "int | None")
+        if whole and isinstance(value := getattr(args, flag.name), float):
             fail(f"{flag.name} must be a whole number, got {value}; write it without a point or an exponent")
     rules = positive(
         args, "total_timesteps", "hidden_size", "buffer_size", "batch_size", "policy_lr", "q_lr", "learning_rate",

@@ -149,8 +149,8 @@ class Run:
         networks = {id(network): network for net in self.nets.values() for network in net.networks}
         classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
         named = {name for name, value in variables.items() if id(value) in networks}
-        read = (*self.own_files, PROJECT / "sparse_utils.py")
-        walks = (edits.one_by_one(path, before.get(path, ()), named, classes) for path in read)
+        walks = [edits.one_by_one(path, before.get(path, ()), named, classes) for path in self.own_files]
+        walks += [edits.one_by_one(PROJECT / "sparse_utils.py", (), set(), set())]
         if walked := next(filter(None, walks), None):
             held = dict.fromkeys(self.nets, walked)
         if dense := edits.without_masks(state):
@@ -389,6 +389,9 @@ class Run:
         checkpoints.check_saved_args(self.args, config["args"])
         self.start_step = self.saved_at = checkpoint["global_step"]
         segments, past = record.begun_before(config, self.start_step)
+        if checkpoint["format"] != CHECKPOINT_FORMAT:
+            which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
+            fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
         for name, was in past.get("optimizers", {}).items():
             here = optimizers.get(name, "none")
             which = f"{name} was {was} and is {here} in the script"
@@ -397,9 +400,6 @@ class Run:
             if was != here:
                 tqdm.write(f"warning: {which}; the run goes on with what it was")
             optimizers[name] = was
-        if checkpoint["format"] != CHECKPOINT_FORMAT:
-            which = f"format {checkpoint['format']} and this version resumes {CHECKPOINT_FORMAT}"
-            fail(f"the checkpoint of {self.folder} has {which}; use the version that wrote it")
         if lost := sorted({*self.state, "random", "fingerprint", "log_sizes"} - checkpoint.keys()):
             fail(f"the checkpoint of {self.folder} lacks {', '.join(lost)}; use the script that saved it")
         try:
@@ -563,7 +563,7 @@ class Run:
             mean, deviation = np.mean(played[0]), np.std(played[0])
             print(f"step {step}: mean {mean:.1f}, standard deviation {deviation:.1f}\nreturns: {returns}")
             if self.recorded not in (None, mean):
-                why = "its policy uses something that is not saved, or code, packages, --compute or machine differ"
+                why = "the policy uses something that is not saved, or code, packages, machine or --compute differ"
                 tqdm.write(f"warning: in the run itself the mean was {self.recorded:.1f}: {why}")
             return
         self.returns[global_step], length = map(float, map(np.mean, played))

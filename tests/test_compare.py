@@ -450,7 +450,7 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
         make(5, method="static", seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400)
         other = {"processor": "another"} if seed == 2 else {}
         make(5, seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400, segments=[other])
-    said = "\n\nAll runs have init=sparse, load=@0123456789ab, prune_at=400, total_timesteps=1000.\n\n- Not the same "
+    said = "\n\nAll pruned runs have init=sparse, load=@0123456789ab, prune_at=400, total_timesteps=1000.\n\n- Not "
     assert said in (page := comparison()["page"])
     assert "\n- Not the same processor: a processor in 4 of 5 runs; another in 1 of 5 runs.\n" in page
 
@@ -458,7 +458,7 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
 def test_what_differs_by_design_is_no_caveat(make, comparison):
     for method, flags in (("dense", {}), ("tiny", {}), ("static", {}), ("tar", {"reserve": 0.3}), ("rigl", {})):
         make(5, method=method, drop_criterion="magnitude" if method == "rigl" else None, rewire_every=500, **flags)
-    assert "\n\nAll runs have total_timesteps=1000.\n\nNothing is missing or unequal.\n\n## " in comparison()["page"]
+    assert "All pruned runs have total_timesteps=1000.\n\nNothing is missing or unequal.\n" in comparison()["page"]
 
 
 def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arms):

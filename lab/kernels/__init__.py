@@ -160,12 +160,17 @@ class InChain:
 
 class Submodules(dict):
     """The submodules of a network, of which one has replaced its layers. Refuses to give them one after another, as to
-    `for layer in network` or `network[0]`, except to a `forward`."""
+    `for layer in network`, `network[0]` or `network[:-1]`, except to a `forward`."""
 
     def values(self):
         if "forward" not in [sys._getframe(i).f_code.co_name for i in (2, 3, 4)]:
             not_here()
         return super().values()
+
+    def items(self):
+        if sys._getframe(1).f_code.co_name == "__getitem__":  # of nn.Sequential, for a slice
+            self.values()
+        return super().items()
 
 
 class SparseMLP(nn.Module):
