@@ -1,8 +1,8 @@
-"""Sparsity that both scripts share: how many connections a network keeps and in which layer, static pruning,
-Topology-Aware Revival, and the hooks that keep pruned weights at zero.
+"""Functions that both scripts share: the number of connections in each layer, static pruning, Topology-Aware Revival,
+and the hooks that keep pruned weights at zero.
 
 `weights` and `masks` of a network are dictionaries from layer name to a tensor of shape (n_out, n_in), in the order in
-which the network defines its layers. A mask is boolean, and True marks an active connection. Nothing here moves torch's
+which the network defines its layers. A mask is boolean, and True marks an active connection. Nothing here uses torch's
 global random generator.
 
 To add a rule, write a function and add one line to the dictionary of its kind: CRITERIA, DISTRIBUTIONS or REVIVALS

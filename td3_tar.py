@@ -46,12 +46,12 @@ class Args(baselines.Flags, RunFlags):
     # The fraction of each network's weights that is pruned, in [0, 1). Biases stay dense.
     sparsity: float = 0.9
     critic_sparsity: float | None = None  # The sparsity of the critics; default: --sparsity.
-    reserve: float = 0.1  # The fraction of the active connections that revival places, in [0, 1).
+    reserve: float = 0.1  # The fraction of the active connections that are revived, in [0, 1).
     criterion: baselines.Criterion = "magnitude"
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
-    # The number of neurons of each hidden layer that get connections; default: all. auto, not in the paper: as many as
-    # keep the active connections at least 4 times the topology need of all layers (README.md), but enough to hold them.
+    # How many neurons of each hidden layer get connections; default: all. auto, not in the paper: the most for which
+    # the active connections are at least 4 times the layers' summed topology need (README.md), but enough to hold them.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -219,8 +219,8 @@ def train(args: Args) -> Path:
                     net.static = sparse_utils.static_prune(
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
-                # revive last, so that --criterion random draws equal scores under all methods: R pruned connections
-                # come back with their weights, at random in the layers whose topology needs them (static: R = 0)
+                # revive: R pruned connections come back with their weights, at random in the layers whose topology
+                # needs them (static: R = 0); last, so that --criterion random draws equal scores under all methods
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)

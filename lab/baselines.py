@@ -58,7 +58,7 @@ sparse_utils.UNPRUNED["tiny"] = "Train a dense network so narrow that it has at 
 
 
 def diagonals(weight: Tensor) -> Tensor:
-    """For each connection of a layer the number of its diagonal, of max(n_out, n_in) that go round the edges."""
+    """The index of each connection's diagonal, one of max(n_out, n_in) that wrap around the edges."""
     rows, columns = (torch.arange(n, device=weight.device) for n in weight.shape)
     return (columns - rows.unsqueeze(1)) % max(weight.shape)
 
@@ -207,16 +207,16 @@ DropCriterion = one_of(
 @dataclass
 class Flags:
     rewire_every: int = 1000  # For methods that rewire: environment steps between rewirings (Graesser et al. 2022).
-    # For methods that rewire: the fraction of a layer's connections that a rewiring replaces. It falls along a cosine
-    # from this value at step 0 to 0 at --rewire-stop (Graesser et al. 2022). cht and chts also replace connections that
-    # lead nowhere.
+    # For methods that rewire: the fraction of a layer's connections that a rewiring replaces, at step 0. It falls along
+    # a cosine to 0 at --rewire-stop (Graesser et al. 2022). cht and chts also replace connections of neurons without
+    # inputs or outputs.
     rewire_fraction: float = 0.5
     rewire_stop: float = 0.8  # For methods that rewire: the fraction of training after which masks stay as they are.
     drop_criterion: DropCriterion = None
     # For methods that rewire: connections that were just dropped may grow again at once (Evci et al. 2020).
     regrow: bool = True
-    # The weights of active connections after pruning. dense: unchanged. sparse: scaled to how many active inputs a
-    # neuron has (Evci et al. 2022).
+    # The weights of active connections after pruning. dense: unchanged. sparse: multiplied by sqrt(inputs / active
+    # inputs) of their neuron (Evci et al. 2022).
     init: Literal["dense", "sparse"] = "dense"
     # The fraction of the weights that are active after the first pruning. It falls to 1 - sparsity at the rewirings, or
     # at --final-prune-at for methods that do not rewire (CHTss, Zhang et al. 2025; SCULPT, Gadhikar et al. 2024).
@@ -344,8 +344,8 @@ def hidden_size(network: type[nn.Module], env: object, asked: int, method: str, 
 
 
 def remove_chains(masks: Masks, stopped: list[str]) -> None:
-    """Drop, in place, the connections of hidden neurons that have no active output, or no active input, until there are
-    none (Zhang et al. 2024), but not those of the layers that have `stopped`."""
+    """Drop, in place, the connections of hidden neurons without active outputs or without active inputs, until no such
+    neuron is connected (Zhang et al. 2024), but none in layers that have `stopped`."""
     pairs = [*zip(masks, list(masks)[1:])]
     for a, b in reversed(pairs):
         masks[a] &= masks[b].any(0).unsqueeze(1) | (a in stopped)
@@ -370,8 +370,7 @@ def rewire_layers(
     of that count; then grow up to the count, among all connections that are not kept, or without `regrow` among those
     that were inactive before. Of equal ones the lower index is dropped, or grows, first. With cht and chts
     `remove_chains` drops more in between, and a layer that has settled joins `stopped`. A layer that is to be full
-    drops nothing: it would regrow all of it, but neurons that it had cut off meanwhile would have lost their
-    connections in other layers."""
+    drops nothing: it would regrow all of it, but meanwhile `remove_chains` could drop connections in other layers."""
     kept = {}
     for name, layer in layers.items():
         stays = name in stopped or counts[name] == layer.mask.numel()

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sparse_utils
 from lab import baselines, figures, record, results
 from lab.figures import arms_of, t_interval
-from lab.flags import fail
+from lab.flags import fail, refuse_repeated
 
 
 @dataclass
@@ -461,4 +461,8 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    refuse_repeated(sys.argv[1:])
+    try:
+        main(tyro.cli(Args, description=__doc__.splitlines()[0]))
+    except OSError as error:
+        fail(f"cannot write {error.filename} ({error.strerror}); choose another --out, --publish or --events")

@@ -35,8 +35,11 @@ class NewWorld(gym.Wrapper):
 
     def reset(self, **kwargs):
         self.unwrapped._destroy()
-        if not self.unwrapped.world.bodies:  # a subclass may keep some
-            self.unwrapped.world = type(self.unwrapped.world)(gravity=self.unwrapped.world.gravity)
+        old = self.unwrapped.world
+        if not old.bodies:  # a subclass may keep some
+            self.unwrapped.world = type(old)(gravity=old.gravity)
+            for setting in ("allowSleeping", "continuousPhysics", "warmStarting", "subStepping"):
+                setattr(self.unwrapped.world, setting, getattr(old, setting))
         return super().reset(**kwargs)
 
 
@@ -47,6 +50,11 @@ class Guard(gym.Wrapper):
 
     global_step = 0  # for messages; the run sets it
     taken = 0  # steps so far
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        # once, since an environment whose spaces are properties makes new ones, which no seed reaches
+        self.action_space, self.observation_space = env.action_space, env.observation_space
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -86,9 +94,10 @@ def make_env(env_id: str, video: bool = False) -> gym.Env:
         where = "`pip install -r requirements.txt` brings MuJoCo and Box2D; PYTHONPATH must have your module's folder"
         fail(f"cannot make {env_id} ({why}); {where}")
     actions, observations = env.action_space, env.observation_space
-    if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1):
-        fail(f"{env_id} has the observation space {observations}; this script needs a 1-D Box")
-    if not (isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"):
+    if not (isinstance(observations, gym.spaces.Box) and len(observations.shape) == 1 and observations.shape[0]):
+        fail(f"{env_id} has the observation space {observations}; this script needs a 1-D Box that is not empty")
+    flat = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.shape[0]
+    if not (flat and actions.dtype.kind == "f"):
         fail(f"{env_id} has the action space {actions}; this script needs a bounded 1-D Box of floating-point numbers")
     with np.errstate(over="ignore", invalid="ignore"):
         widths = actions.high.astype(np.float32) - actions.low.astype(np.float32)
@@ -136,15 +145,15 @@ def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None
     """Inside the block the global random generators and those of the environment's spaces, which training may share,
     begin at a seed; afterwards they go on as if nothing had been drawn. Where `env` is None, the global ones alone."""
     parts = () if env is None else attributes(env).values()
-    spaces = {id(part): part for part in parts if isinstance(part, gym.Space)}.values()
+    spaces = [part for part in parts if isinstance(part, gym.Space)]
     python, numpy = random.getstate(), np.random.get_state()
-    held = [copy.deepcopy(vars(space)) for space in spaces]  # a composite space has several generators
+    held = [(space, copy.deepcopy(space._np_random)) for part in spaces for space in inner_spaces(part)]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for seeded in (random.seed, np.random.seed, torch.manual_seed, *(space.seed for space in spaces)):
             seeded(seed)
         yield
-    for space, before in zip(spaces, held):
-        vars(space).update(before)
+    for space, before in held:
+        space._np_random = before
     random.setstate(python)
     np.random.set_state(numpy)
 
@@ -199,6 +208,13 @@ def attributes(env: gym.Env) -> dict[str, object]:
     return found
 
 
+def inner_spaces(space: gym.Space) -> list[gym.Space]:
+    """A space and, if it is composed of others, these, each of which has a random generator of its own."""
+    parts = getattr(space, "spaces", ())
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return [space, *(one for part in parts for one in inner_spaces(part))]
+
+
 def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
     """Every random generator that training may draw from: the global ones and the environments' own."""
     found = {"python": random, "numpy": np.random, "torch": torch.default_generator}
@@ -208,10 +224,10 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
         parts = attributes(one)
         if type(one.unwrapped).np_random is not gym.Env.np_random:  # a property of its own, for one deeper inside
             parts["np_random"] = getattr(one.unwrapped, "np_random", None)  # None: before the first reset
-        for name, part in parts.items():
-            part = part.np_random if isinstance(part, gym.Space) else part
-            if isinstance(part, GENERATORS):
-                found[f"{which} {name}"] = part
+        for name, part in [*parts.items()]:
+            for i, space in enumerate(inner_spaces(part) if isinstance(part, gym.Space) else ()):
+                parts[f"{name} {i}"] = space._np_random  # not np_random, which seeds anew where nothing has seeded yet
+        found |= {f"{which} {name}": part for name, part in parts.items() if isinstance(part, GENERATORS)}
     return found
 
 
@@ -322,5 +338,6 @@ def fingerprint(
     for layer in layers(env):
         if not isinstance(layer, (Guard, NewWorld)) and not type(layer).__module__.startswith("gymnasium."):
             held = {name: value for name, value in vars(layer).items() if value is not None}  # None: not used yet
+            held |= {f"{name}.{key}": v for name, own in [*held.items()] for key, v in content_of(own, files).items()}
             named += [(f"{type(layer).__name__}.{name}", value) for name, value in held.items()]
     return {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}

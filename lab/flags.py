@@ -16,9 +16,16 @@ PROJECT = Path(__file__).resolve().parent.parent  # the folder of the scripts
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print the sentence to stderr and exit by SystemExit with `code`: 2 for bad input, 1 for a run that failed."""
+    """Print `message` to stderr and exit by SystemExit with `code`: 2 for bad input, 1 for a run that failed."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # tqdm's own, so that it does not run into a progress bar
     sys.exit(code)
+
+
+def refuse_repeated(words: list[str]) -> None:
+    """End the program with one sentence if a flag is given twice, of which the parser would keep the last alone."""
+    names = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    if twice := [name for name in names if names.count(name) > 1]:
+        fail(f"{twice[0]} is given twice; put all its values behind one")
 
 
 @contextlib.contextmanager

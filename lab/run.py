@@ -325,16 +325,20 @@ class Run:
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
         if with_buffer := self.has_buffer(global_step):
             checkpoints.write_replay(self.folder, self.rb)
-        logs = list(self.folder.glob("*tfevents*"))
-        for path in logs:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in logs}
+        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.synced_logs()}
         write_tensors(self.folder / "checkpoint.pt", checkpoint)
         for path, (_, stop) in checkpoints.replay_files(self.folder).items():
             if not with_buffer or stop <= self.rb.added - len(self.rb.rows):
                 path.unlink()
         self.saved_at = global_step
+
+    def synced_logs(self) -> list[Path]:
+        """The event files, as they are on the disk even if the power fails now."""
+        logs = list(self.folder.glob("*tfevents*"))
+        for path in logs:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        return logs
 
     def has_buffer(self, global_step: int) -> bool:
         """Whether the checkpoint of this step holds the replay buffer, which pruning may need."""
@@ -583,6 +587,7 @@ class Run:
         final_return = np.mean([value for step, value in self.returns.items() if step > 0.9 * end])
         self.writer.add_scalar("eval/final_return", final_return, end)
         self.writer.close()
+        self.synced_logs()
         with kernels.in_torch(self.nets):
             self.check_weights(end)
             final = {n: pack(part) for n, part in self.state.items() if is_of_the_policy(n, part) or n == "progress"}

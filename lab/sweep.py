@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lab.flags import PROJECT, fail, require
+from lab.flags import PROJECT, fail, refuse_repeated, require
 from lab.record import FOLLOWS, NOT_OF_THE_RESULT, codes, configs, identity
 
 
@@ -212,6 +212,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
                 default = script.defaults[name]
                 words = {"true": True, "false": False} if isinstance(default, bool) else {}
                 own[name] = ({"none": None} if default is None else words).get(text.lower(), text)
+                own[name] = text.split() if isinstance(default, list) else own[name]  # as configs hold a tuple
             if clash := sorted(passed & {*own, *(f"no_{name}" for name in own), "resume", "evaluate"}):
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             asked = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
@@ -268,7 +269,8 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
             child.kill()
     log.seek(start)
     lines = [line for line in map(str.strip, log.read().decode(errors="replace").splitlines()) if line]
-    return child.returncode, lines[-1] if lines else "it printed nothing"
+    errors = [line for line in lines if line.startswith("error: ")]  # after which a progress bar may be drawn again
+    return child.returncode, (errors or lines or ["it printed nothing"])[-1]
 
 
 def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str, bool]:
@@ -358,8 +360,9 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
             running = sum(is_running(run.log) for run in tasks.values())
             counts = f"{before + done} of {total} runs done, {running} running, {len(failures)} failed"
             if counts != shown:
-                left = tqdm.format_interval((time.monotonic() - began) / done * len(tasks)) if done else "unknown"
-                print(f"{counts}, time left {left}", flush=True)
+                half = running / 2  # as if each of them were halfway
+                seconds = (time.monotonic() - began) / (done + half) * (len(tasks) - half) if done else None
+                print(f"{counts}, time left {tqdm.format_interval(seconds) if done else 'unknown'}", flush=True)
                 shown = counts
     except KeyboardInterrupt:
         print("\nstopping: each run ends its episode and writes its checkpoint; the same command goes on", flush=True)
@@ -376,6 +379,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
 def main() -> int:
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
+    refuse_repeated(words[:end])
     args, flags = tyro.cli(Args, description=__doc__.splitlines()[0], args=words[:end]), words[end + 1 :]
     rules = {
         "script": (len({Path(name).stem for name in args.script}) == len(args.script), "files of different names"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -442,6 +443,19 @@ def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, com
     assert [line.removeprefix("- ") for line in top.splitlines()[4:]] == sentences[:5]
     below, printed = rest.split("## Further caveats\n\n- ")[1].split("\n\n")[0], capsys.readouterr().out
     assert below.split("\n- ") == sentences[5:] and all(sentence in printed for sentence in sentences)
+
+
+def test_the_command_refuses_a_flag_given_twice_and_a_place_where_it_cannot_write(make, monkeypatch, capsys, tmp_path):
+    make(1)
+    (tmp_path / "file").touch()
+    for words, sentence in (
+        ("--arm tar --arm static", "error: --arm is given twice; put all its values behind one\n"),
+        (f"--out {tmp_path}/file/x", f"error: cannot write {tmp_path}/file/x (Not a directory); choose another --out"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path}/runs", *words.split()])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(compare.__file__, run_name="__main__")
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(sentence)
 
 
 def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):

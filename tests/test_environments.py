@@ -150,6 +150,8 @@ LARGEST, WRONG = np.finfo(F).max, np.zeros((2, 1), F)
         ({"action_space": box([-LARGEST], [LARGEST])}, "whose ranges are positive and finite", 2),
         ({"action_space": box([-1, 0], [1, 0])}, "[1. 0.], (2,), float32); this script needs one whose ranges", 2),
         ({"observation_space": box(0, 1, (2, 2, 3))}, "(2, 2, 3), float32); this script needs a 1-D Box", 2),
+        ({"observation_space": box([], [])}, "(0,), float32); this script needs a 1-D Box that is not empty", 2),
+        ({"action_space": box([], [])}, "(0,), float32); this script needs a bounded 1-D Box", 2),
         ({"np_random": SimpleNamespace(normal=float)}, "has a np_random that no checkpoint can keep; let its reset", 2),
         ({"observe": lambda env: WRONG}, "the observation at step 0 has shape (2, 1) and its space (2,)", 1),
         ({"step": lambda *_: (WRONG, 0.0, False, False, {})}, "at step 0 has shape (2, 1) and its space (2,)", 1),
@@ -413,6 +415,29 @@ def test_training_and_evaluation_are_in_one_environment_that_follows_the_seed(ru
     assert len({*Drawn.made}) == 2
 
 
+class Properties(Plain):
+    """Makes its spaces whenever they are read, but for a composite one."""
+
+    action_space = property(lambda env: box([-1], [1]))
+    tasks = gym.spaces.Dict(goal=(goal := gym.spaces.Tuple([box([-1], [1])])))
+
+
+@pytest.mark.parametrize("script", [sac_tar])
+def test_spaces_that_are_properties_and_those_inside_others_are_seeded_and_kept(run, register):
+    env_id = register(Properties)
+    one, again = (rows_of(run(env_id=env_id, total_timesteps=30, learning_starts=20))[0] for _ in range(2))
+    assert torch.equal(one, again)
+    env = make_env(env_id)
+    env.unwrapped.tasks = Properties.tasks
+    Properties.tasks.seed(1)
+    expected = Properties.tasks.sample()
+    Properties.tasks.seed(1)
+    with lab.environment.apart(env, 2, torch.device("cpu")):
+        assert Properties.tasks.sample() != expected
+    assert Properties.goal[0].np_random in lab.environment.generators(env, env).values()
+    assert Properties.tasks.sample() == expected and Properties.tasks["goal"] is Properties.goal
+
+
 class Once(Anew):
     def reset(self, *, seed=None, options=None):
         if seed is None:
@@ -466,11 +491,13 @@ class Hidden(Plain):
         self.seen, self.task, self.solver, self.loop = set(), {"params": [0]}, None, []
         self.loop.append(self.loop)
         self.pool = set()  # of objects, of which nothing can be compared
+        self.held = SimpleNamespace(level=0)
 
     def begin(self):
         self.episodes += 1
         self.seen.add(str(self.episodes))
         self.pool.add(object())
+        self.held.level += 1
         self.task["params"][0] = self.episodes
         self.visits[self.episodes % 2] += 1
         return 0.0
@@ -485,7 +512,7 @@ class Now(Plain):
         return time.perf_counter()
 
 
-HIDDEN = "Hidden.episodes, Hidden.visits, Hidden.seen, Hidden.task"
+HIDDEN = "Hidden.episodes, Hidden.visits, Hidden.seen, Hidden.task, Hidden.held.level"
 
 
 @pytest.mark.parametrize("kind, names", [(Hidden, HIDDEN), (Now, "Now.x, the observation")])

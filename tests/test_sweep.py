@@ -49,7 +49,7 @@ if __name__ == "__main__":
         args = vars(Args()) | {name: type(getattr(Args, name))(value) for name, value in flags.items()}
         args |= {"critic_method": "tar", "critic_sparsity": args["sparsity"], "prune_at": args["learning_starts"]}
         if str(args["seed"]) in args["refused"]:
-            sys.exit(print("error: this seed cannot work") or 2)
+            sys.exit(print("error: this seed cannot work\\n 45%|bar|") or 2)
         args[args["forgets"]] = args["pause"]
         config = {"script": Path(__file__).stem, "args": args, "segments": []}
         folder, step = Path(args["runs_dir"]) / f"{args['env_id']}-{args['seed']}-{time.time_ns()}", 0
@@ -161,6 +161,8 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli, 
     assert all(f"--sparsity {run.args['critic_sparsity']}" in shlex.join(run.command) for run in runs)
     _, text = cli("--script fake.py --seeds 1 --method tar --vary device=cpu --dry-run -- --layers 3 4")
     assert commands(text)[0].endswith("--torch-threads 1 --device cpu --layers 3 4")
+    _, text = cli("--script fake.py --seeds 1 --method tar --vary 'layers=3 4,5' --dry-run")
+    assert [command.rpartition(" --layers ")[2] for command in commands(text)] == ["3 4", "5"]
     monkeypatch.setattr(record.torch.cuda, "is_available", lambda: False)  # which the nodes of a cluster may have
     _, text = cli(f"--script {ROOT}/sac_tar.py --seeds 1 --method tar --dry-run -- --device cuda")
     assert commands(text)[0].endswith(" --device cuda")
@@ -173,6 +175,8 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli, 
 --script sac_tar.py ./fake.py mine/fake.py | --script must be files of different names
 --script open.py | missing 1 required positional argument: 'env_id'
 --vary reserve=0.1, | --vary is <name>=<value>,<value>
+--vary reserve=0.1 --vary=tau=0.1 | --vary is given twice; put all its values behind one
+--seeds 1 --total_timesteps 9 --total-timesteps 8 | --total-timesteps is given twice; put
 --vary no-such-flag=3 | --vary no_such_flag: sac_tar.py has no such flag
 --vary checkpoint_frequency=3 | --vary checkpoint_frequency: the sweep sets it itself, or it leaves
 --vary autotune=true -- --no-autotune | --no-autotune is for the sweep to set
