@@ -443,7 +443,7 @@ def test_foreign_files_are_refused_in_one_sentence(finished, capsys, tmp_path, m
     (tmp_path / "config.json").write_text(json.dumps(config))
     less = {name: state[name] for name in state.keys() - {"entropy", "random"}}
     for bad, sentence in [
-        (load(sac), "lacks actor_optimizer, fingerprint, log_sizes, mask_generator, nets"),
+        (load(sac), "lacks a_optimizer, actor_optimizer, fingerprint, log_sizes, mask_generator, nets"),
         (less, "lacks entropy, random; use the script that saved it"),
         (state | {"qf1": {"fc1.weight": torch.ones(3, 3)}, "added": 0}, "is not one of this script"),
         (state | {"format": 3}, "has format 3 and this version resumes 8; use the"),
