@@ -539,7 +539,7 @@ class Schedule:
     """When networks are pruned and rewired, and what else the flags of this file do at a step. With tar, uniform,
     static and dense and the default flags, that is one pruning at --prune-at and nothing else."""
 
-    # what a checkpoint does not hold, since the constructor makes it anew; it holds all other numbers and collections
+    # what a checkpoint does not hold, since the constructor makes it anew
     MADE_ANEW = ("args", "nets", "final", "first", "rewirings", "dynamic", "rules")
 
     def __init__(self, args: object, nets: dict[str, Net], generator: torch.Generator):
@@ -569,7 +569,8 @@ class Schedule:
 
     def state_dict(self) -> dict:
         held = {name: part for name, part in vars(self).items() if name not in self.MADE_ANEW}
-        return {name: part for name, part in held.items() if isinstance(part, (int, float, str, list, set, dict))}
+        others = (torch.Generator, torch.optim.Optimizer)  # as modules and functions, parts of something else
+        return {name: part for name, part in held.items() if not callable(part) and not isinstance(part, others)}
 
     def load_state_dict(self, state: dict) -> None:
         saved = state["diagonals"]

@@ -465,4 +465,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__.splitlines()[0]))
     except OSError as error:
-        fail(f"cannot write {error.filename} ({error.strerror}); choose another --out, --publish or --events")
+        which = f"{error.filename or 'a file'} ({error.strerror or error})"
+        fail(f"cannot read or write {which}; check the folder of the runs, --out, --publish and --events")

@@ -38,7 +38,8 @@ class NewWorld(gym.Wrapper):
         old = self.unwrapped.world
         if not old.bodies:  # a subclass may keep some
             self.unwrapped.world = type(old)(gravity=old.gravity)
-            for setting in ("allowSleeping", "continuousPhysics", "warmStarting", "subStepping"):
+            self.unwrapped.world.SetAllowSleeping(old.GetAllowSleeping())
+            for setting in ("autoClearForces", "continuousPhysics", "warmStarting", "subStepping"):
                 setattr(self.unwrapped.world, setting, getattr(old, setting))
         return super().reset(**kwargs)
 
@@ -210,9 +211,9 @@ def attributes(env: gym.Env) -> dict[str, object]:
 
 def inner_spaces(space: gym.Space) -> list[gym.Space]:
     """A space and, if it is composed of others, these, each of which has a random generator of its own."""
-    parts = getattr(space, "spaces", ())
-    parts = parts.values() if isinstance(parts, dict) else parts
-    return [space, *(one for part in parts for one in inner_spaces(part))]
+    held = [[*part.values()] if isinstance(part, dict) else part for part in vars(space).values()]
+    parts = [one for part in held for one in (part if isinstance(part, (list, tuple)) else [part])]
+    return [space, *(one for part in parts if isinstance(part, gym.Space) for one in inner_spaces(part))]
 
 
 def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
@@ -226,7 +227,8 @@ def generators(env: gym.Env, eval_env: gym.Env) -> dict[str, object]:
             parts["np_random"] = getattr(one.unwrapped, "np_random", None)  # None: before the first reset
         for name, part in [*parts.items()]:
             for i, space in enumerate(inner_spaces(part) if isinstance(part, gym.Space) else ()):
-                parts[f"{name} {i}"] = space._np_random  # not np_random, which seeds anew where nothing has seeded yet
+                # not np_random, which seeds a space anew that nothing has seeded yet, and those inside it
+                parts[f"{name} {i}" if i else name] = space._np_random
         found |= {f"{which} {name}": part for name, part in parts.items() if isinstance(part, GENERATORS)}
     return found
 
@@ -337,7 +339,8 @@ def fingerprint(
     named = [pair for variable in variables.items() for pair in inside(*variable)]
     for layer in layers(env):
         if not isinstance(layer, (Guard, NewWorld)) and not type(layer).__module__.startswith("gymnasium."):
-            held = {name: value for name, value in vars(layer).items() if value is not None}  # None: not used yet
+            held = {name: value for name, value in vars(layer).items() if name != "env"}
             held |= {f"{name}.{key}": v for name, own in [*held.items()] for key, v in content_of(own, files).items()}
-            named += [(f"{type(layer).__name__}.{name}", value) for name, value in held.items()]
+            # None: not used yet
+            named += [(f"{type(layer).__name__}.{name}", value) for name, value in held.items() if value is not None]
     return {name: zlib.crc32(whole) for name, value in named if (whole := content(value)) is not None}

@@ -99,7 +99,8 @@ def unused(args: object) -> set[str]:
 
 def check(args: object) -> None:
     """End the program with one sentence if a value cannot work."""
-    for flag in fields(args):  # of a default in the script: the command line takes no 5e3
+    # a float can only be a default in the script; flags that follow another one come last, since that one is to blame
+    for flag in sorted(fields(args), key=lambda flag: flag.name in FOLLOWS):
         whole = str(flag.type) in ("<class 'int'>", "int", "int | None")
         if whole and isinstance(value := getattr(args, flag.name), float):
             fail(f"{flag.name} must be a whole number, got {value}; write it without a point or an exponent")

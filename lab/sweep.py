@@ -250,7 +250,7 @@ def is_running(log: Path) -> bool:
 
 
 def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
-    """Run a script that writes to the log and so shares its lock. Returns its exit code and last line of output."""
+    """Run a script that writes to the log and so shares its lock. Returns its exit code and last error or line."""
     log.write(f"{shlex.join(['python', *command])}\n".encode())
     log.flush()
     start = log.seek(0, os.SEEK_END)
@@ -360,7 +360,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
             running = sum(is_running(run.log) for run in tasks.values())
             counts = f"{before + done} of {total} runs done, {running} running, {len(failures)} failed"
             if counts != shown:
-                half = running / 2  # as if each of them were halfway
+                half = running / 2 if done < running else 0  # the first ones that run are halfway, say
                 seconds = (time.monotonic() - began) / (done + half) * (len(tasks) - half) if done else None
                 print(f"{counts}, time left {tqdm.format_interval(seconds) if done else 'unknown'}", flush=True)
                 shown = counts

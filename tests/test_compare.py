@@ -450,7 +450,7 @@ def test_the_command_refuses_a_flag_given_twice_and_a_place_where_it_cannot_writ
     (tmp_path / "file").touch()
     for words, sentence in (
         ("--arm tar --arm static", "error: --arm is given twice; put all its values behind one\n"),
-        (f"--out {tmp_path}/file/x", f"error: cannot write {tmp_path}/file/x (Not a directory); choose another --out"),
+        (f"--out {tmp_path}/file/x", f"error: cannot read or write {tmp_path}/file/x (Not a directory); check"),
     ):
         monkeypatch.setattr(sys, "argv", ["compare.py", f"{tmp_path}/runs", *words.split()])
         with pytest.raises(SystemExit) as end:

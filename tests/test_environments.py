@@ -430,6 +430,7 @@ def test_spaces_that_are_properties_and_those_inside_others_are_seeded_and_kept(
     env = make_env(env_id)
     env.unwrapped.tasks = Properties.tasks
     Properties.tasks.seed(1)
+    assert len(lab.environment.inner_spaces(gym.spaces.Sequence(gym.spaces.OneOf([Properties.tasks])))) == 5
     expected = Properties.tasks.sample()
     Properties.tasks.seed(1)
     with lab.environment.apart(env, 2, torch.device("cpu")):
@@ -491,7 +492,7 @@ class Hidden(Plain):
         self.seen, self.task, self.solver, self.loop = set(), {"params": [0]}, None, []
         self.loop.append(self.loop)
         self.pool = set()  # of objects, of which nothing can be compared
-        self.held = SimpleNamespace(level=0)
+        self.held = SimpleNamespace(level=0, solver=None)
 
     def begin(self):
         self.episodes += 1
@@ -503,7 +504,7 @@ class Hidden(Plain):
         return 0.0
 
     def step(self, action):
-        self.solver = object()  # at its first use, so a resumed run begins without
+        self.solver = self.held.solver = object()  # at its first use, so a resumed run begins without
         return super().step(action)
 
 

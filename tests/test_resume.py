@@ -1100,12 +1100,13 @@ def test_a_checkpoint_keeps_what_is_added_to_the_row_of_a_network():
 @pytest.mark.parametrize("script", [sac_tar])
 def test_a_checkpoint_keeps_what_is_added_to_the_schedule(run, tmp_path):
     small = {"env_id": "Short-v0", "checkpoint_frequency": 10}
-    added = "schedule.prunings.add(85); schedule.of = print"
+    added = "schedule.prunings.add(85); schedule.of = print; schedule.last = (63, None)"
     mine = edited(tmp_path, (STEP, f"        if global_step == 63:\n            {added}\n{STEP}"))
     whole, run_dir = (run(mine, total_timesteps=end, **small) for end in (90, 70))
     before = load(run_dir)["masks"]
     again(mine, run_dir, total_timesteps=90)
     assert same(load(run_dir)["masks"], load(whole)["masks"]) and not same(load(run_dir)["masks"], before)
+    assert load(run_dir / "checkpoint.pt")["schedule"]["last"] == (63, None)
 
 
 # begin from a trained policy

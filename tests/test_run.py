@@ -445,8 +445,8 @@ def test_the_command_line_refuses_what_cannot_work(script, tmp_path, monkeypatch
 
 
 def test_a_default_that_is_no_whole_number_is_refused(script, capsys):
-    mine = type("Mine", (script.Args,), {"__annotations__": {"total_timesteps": int}, "total_timesteps": 1e6})
-    sentence = "total_timesteps must be a whole number, got 1000000.0; write it without a point or an exponent"
+    mine = type("Mine", (script.Args,), {"__annotations__": {"learning_starts": int}, "learning_starts": 5e3})
+    sentence = "learning_starts must be a whole number, got 5000.0; write it without a point or an exponent"
     assert sentence in refused(capsys, record.settle, dataclasses.dataclass(mine)())
 
 
