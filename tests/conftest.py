@@ -62,12 +62,7 @@ class ProbeEnv(gym.Env):
         return self.observe(), 1.0, terminated, False, {}
 
 
-class BrokenEnv(ProbeEnv):
-    def __init__(self, render_mode=None):
-        raise AttributeError("module has no attribute 'bool8'")  # as of a package that is older than its NumPy
-
-
-gym.register("BrokenProbe-v0", BrokenEnv)
+gym.register("BrokenProbe-v0", lambda **_: {}["bool8"])  # fails, as a package that is older than its NumPy
 gym.register("Probe-v0", ProbeEnv, max_episode_steps=7)
 filmed = {"metadata": {"render_modes": ["rgb_array"]}, "render": lambda env: np.zeros((8, 8, 3), np.uint8)}
 gym.register("Blank-v0", type("BlankEnv", (ProbeEnv,), filmed), max_episode_steps=7)  # it does not keep render_mode
@@ -103,8 +98,10 @@ def script(request):
 
 
 @pytest.fixture
-def run(script, tmp_path):
-    """Run the training of the script, or of a copy of it, in this process, small, and return its run folder."""
+def run(request, tmp_path):
+    """Run the training of the script, by default SAC's, or of a copy of it, in this process, small, and return its run
+    folder. A test that asks for `script` runs once for each."""
+    script = request.getfixturevalue("script") if "script" in request.fixturenames else sac_tar
 
     def run(mine=script, **overrides):
         small = {

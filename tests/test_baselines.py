@@ -129,7 +129,8 @@ def test_cht_and_tar_ch_take_the_highest_scores():
     assert torch.equal(state, torch.get_rng_state())  # ties are drawn from the generator of the masks
     for added in (grown, revived):
         assert int(added.sum()) == 15 and scores[added].min() >= scores[~mask & ~added].max() - 1e-6
-    assert baselines.tar_ch_budgets({"fc": mask}, 15) == su.tar_budgets({"fc": mask}, 15)
+    two = {"fc": mask, "out": torch.zeros(1, 12).bool()}
+    assert baselines.tar_ch_budgets(two, 15) == su.tar_budgets(two, 15) != su.uniform_budgets(two, 15)
 
 
 def test_a_rule_may_revive_the_largest_of_the_pruned_weights(monkeypatch):
@@ -657,6 +658,6 @@ REFUSED = [
 ]
 
 
-def test_what_makes_no_sense_is_refused_in_a_sentence(run, capsys, tmp_path):
+def test_what_makes_no_sense_is_refused_in_a_sentence(run, script, capsys, tmp_path):
     for flags, sentence in REFUSED:
         assert sentence in refused(capsys, run, **flags) and not list(tmp_path.iterdir())

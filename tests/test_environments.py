@@ -99,7 +99,7 @@ class Shares(Plain):
         return self.shared
 
 
-def test_an_environment_may_change_its_arrays_in_place(run, register):
+def test_an_environment_may_change_its_arrays_in_place(run, script, register):
     Shares.given.clear()
     rows, _ = rows_of(run(env_id=register(Shares)))
     obs, next_obs, actions = rows[:, :2], rows[:, 2:4], rows[:, 4]
@@ -157,7 +157,6 @@ LARGEST, WRONG = np.finfo(F).max, np.zeros((2, 1), F)
         ({"step": lambda *_: (WRONG, 0.0, False, False, {})}, "at step 0 has shape (2, 1) and its space (2,)", 1),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_environment_that_cannot_work_is_refused_before_anything_is_written(
     run, register, tmp_path, capsys, attributes, sentence, code
 ):
@@ -215,7 +214,6 @@ def test_a_reward_may_be_any_one_number(register, monkeypatch, reward):
 # environments that never end
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_environment_without_a_time_limit_is_named_and_its_evaluations_are_cut(run, register, monkeypatch, capsys):
     monkeypatch.setattr(lab.environment, "EVALUATION_LIMIT", 30)
     for kind, limit in ((Plain, None), (type("Far", (Plain,), {}), 10**9)):
@@ -230,7 +228,6 @@ ENDED = [(None, 0, 0, 0), (None, 7, 0, 0), (None, 72, 40, 0), (10, 77, 70, 70)]
 
 
 @pytest.mark.parametrize("limit, signal_at, stops_at, saved_at", ENDED)
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_signal_ends_what_would_not_end(
     run, register, capsys, monkeypatch, tmp_path, limit, signal_at, stops_at, saved_at
 ):
@@ -252,17 +249,8 @@ def test_a_signal_ends_what_would_not_end(
     assert last.startswith(f"stopped at step {stops_at}; go on") and load(path)["global_step"] == saved_at
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_the_first_ctrl_c_ends_an_evaluation_at_once(run):
-    command = [
-        sys.executable,
-        "-u",
-        sac_tar.__file__,
-        "--evaluate",
-        run(total_timesteps=62),
-        "--eval-episodes",
-        "1000000",
-    ]
+    command = [sys.executable, "-u", sac_tar.__file__, "--evaluate", run(total_timesteps=62), "--eval-episodes=1000000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("compute: ")
     process.send_signal(signal.SIGINT)
@@ -325,7 +313,6 @@ class Sloppy(Plain):
         return float(np.random.normal() + random.gauss(0, 1) + drawn)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_random_numbers_of_no_generator_of_its_own_are_those_of_the_seed_and_not_of_evaluations(
     run, register, monkeypatch, capsys
 ):
@@ -404,7 +391,6 @@ class Inside(Plain):
         return self.observe(), {}
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_training_and_evaluation_are_in_one_environment_that_follows_the_seed(run, register):
     Drawn.made.clear()
     env_id = register(Drawn, Scaled)
@@ -422,7 +408,6 @@ class Properties(Plain):
     tasks = gym.spaces.Dict(goal=(goal := gym.spaces.Tuple([box([-1], [1])])))
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_spaces_that_are_properties_and_those_inside_others_are_seeded_and_kept(run, register):
     env_id = register(Properties)
     one, again = (rows_of(run(env_id=env_id, total_timesteps=30, learning_starts=20))[0] for _ in range(2))
@@ -446,7 +431,6 @@ class Once(Anew):
         return super().reset(seed=seed)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, capsys, monkeypatch):
     wrappers = {Plain: (NormalizeObservation,), Once: (Normalizer,)}
     for kind in (Unseeded, Unseen, Anew, Hidden, Plain, Sloppy, Once, Alone):
@@ -466,9 +450,8 @@ def test_an_environment_whose_episodes_do_not_repeat_is_named(run, register, cap
         (Inside, [], {}),
     ],
 )
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_run_with_randomness_and_statistics_of_its_own_is_resumed_exactly(
-    run, script, register, tmp_path, capsys, kind, wrappers, attributes
+    run, register, tmp_path, capsys, kind, wrappers, attributes
 ):
     env_id = register(type("Odd", (kind,), attributes), *wrappers)
 
@@ -479,7 +462,7 @@ def test_a_run_with_randomness_and_statistics_of_its_own_is_resumed_exactly(
     assert child(lambda: dies(ReplayBuffer, "add", 97, lambda: work("b"))) == -9
     (run_dir,) = (tmp_path / "b").iterdir()
     capsys.readouterr()
-    again(script, run_dir)
+    again(sac_tar, run_dir)
     assert "warning: the episode" not in capsys.readouterr().out
     assert_same_run(run_dir, undisturbed)
 
@@ -517,13 +500,12 @@ HIDDEN = "Hidden.episodes, Hidden.visits, Hidden.seen, Hidden.task, Hidden.held.
 
 
 @pytest.mark.parametrize("kind, names", [(Hidden, HIDDEN), (Now, "Now.x, the observation")])
-@pytest.mark.parametrize("script", [sac_tar])
-def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, script, register, tmp_path, capsys, kind, names):
+def test_state_that_outlives_a_reset_is_a_warning_that_names_it(run, register, tmp_path, capsys, kind, names):
     work = lambda: run(env_id=register(kind), checkpoint_frequency=20)  # noqa: E731
     assert child(lambda: dies(ReplayBuffer, "add", 97, work)) == -9
     register(kind)
     (run_dir,) = (tmp_path / "runs").iterdir()
-    again(script, run_dir)
+    again(sac_tar, run_dir)
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: the episode")]
     assert f"at step 80 begins with another value of {names} than before" in warning
 
@@ -615,7 +597,6 @@ def test_evaluations_normalize_with_the_statistics_of_training(run, script, regi
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: latin-1\nname = '\xe4'\n"])
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_module_may_begin_as_python_allows(run, tmp_path, monkeypatch, start):
     for name in ("code_hash", "sources"):
         monkeypatch.setattr(lab.run, name, getattr(record, name))

@@ -528,12 +528,11 @@ class TanhCritic(sac_tar.QNetwork):
 
 
 @pytest.mark.parametrize("critic", [NormedCritic, TanhCritic])
-@pytest.mark.parametrize("script", ["sac"], indirect=True)
-def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, capsys, script, critic):
-    monkeypatch.setattr(script, "QNetwork", critic)
-    seen, update = [], script.polyak_update
+def test_a_critic_that_is_no_chain_trains_past_the_pruning(run, monkeypatch, capsys, critic):
+    monkeypatch.setattr(sac_tar, "QNetwork", critic)
+    seen, update = [], sac_tar.polyak_update
     see = lambda targets, networks, tau: seen.append([*map(in_kernels, networks)]) or update(targets, networks, tau)  # noqa: E731
-    monkeypatch.setattr(script, "polyak_update", see)
+    monkeypatch.setattr(sac_tar, "polyak_update", see)
     folder = run(compute="sparse", method="rigl", rewire_every=40)
     assert "compute: qf1, qf2 sparse in layers with up to 25% of connections, since" in capsys.readouterr().out
     assert len(seen) > 50 and all({"trunk.fc0", "fc2"} & {*names} for step in seen for names in step)

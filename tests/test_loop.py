@@ -122,7 +122,7 @@ def test_when_it_prunes_learns_evaluates_and_logs(run, script, monkeypatch):
     assert inference[120] == inference[0] > 9 * inference[140] and found["flops/training"][60] == 0
 
 
-def test_evaluations_begin_at_the_same_states_and_do_not_disturb_training(run):
+def test_evaluations_begin_at_the_same_states_and_do_not_disturb_training(run, script):
     often, seldom = (run(eval_frequency=frequency) for frequency in (40, 1000))
     assert same_weights(often, seldom)
     a, b = (scalars(run_dir)["eval/episodic_return"] for run_dir in (often, seldom))
@@ -130,7 +130,7 @@ def test_evaluations_begin_at_the_same_states_and_do_not_disturb_training(run):
     assert a[0] == a[40] == b[0] != a[80]  # until the pruning at 60 nothing changes
 
 
-def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_another(run):
+def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_another(run, script):
     first = run(seed=5)
     random.random(), np.random.random(), torch.randn(3)
     again, other = run(seed=5), run(seed=6, torch_threads=3)

@@ -278,7 +278,7 @@ def test_i4_sparsity_zero_is_dense_bit_for_bit(train, compute):
         assert all(m.all() for masks in seen.masks.values() for m in masks.values())
 
 
-def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(run, monkeypatch):
+def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(run, script, monkeypatch):
     """TAR and its controls need neither: with stand-ins that do nothing, and torch's own Adam, all is as before."""
 
     def nothing(args, nets, generator):
@@ -300,7 +300,7 @@ def test_without_baselines_and_kernels_the_four_methods_train_to_the_same_bits(r
         assert all(same(a["masks"][name], b["masks"][name]) for name in ("actor", "qf1", "qf2"))
 
 
-def test_a_bad_revival_rule_is_refused_with_a_sentence_that_names_it(run, monkeypatch):
+def test_a_bad_revival_rule_is_refused_with_a_sentence_that_names_it(run, script, monkeypatch):
     net = row({"fc1": torch.zeros(9, 9), "fc2": torch.zeros(9, 9), "fc3": torch.zeros(2, 9)}, "greedy", reserve=20)
     net.static = {name: torch.zeros_like(weight).bool() for name, weight in net.weights.items()}
     for bad in ([21, 0, 0], [-1, 21, 0], [0, 0, 20]):

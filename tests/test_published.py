@@ -81,7 +81,8 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
                     assert value in (shown(interval), shown(interval[:1])), (name, column)
                 else:
                     gains = compare.gains_of(group, compare.references(group, None))
-                    assert value == f"{gains.cut[gains.base == f'{base} at {sparsity}'].mean():.0f}%", (name, column)
+                    own = gains.cut[(gains.base == f"{base} at {sparsity}") & (gains.env_id == env_id[0])]
+                    assert value == f"{own.mean():.0f}%", (name, column)
                 found += 1
     assert found >= 10
 
@@ -94,7 +95,8 @@ def test_every_number_of_the_front_page_is_that_of_published_runs():
             group = group[[args["total_timesteps"] == 300_000 for args in group.args]]
             for (env_id, arm), finals in compare.finals_of(group).items():
                 arm = arm.removesuffix(" td3_tar")  # which tells it from an edited copy
-                known[env_id, page.rpartition("+")[2], arm].add(round(finals.mean()))
+                if len(finals) == (5 if "magnitude" in arm else 3):  # as below the table
+                    known[env_id, page.rpartition("+")[2], arm].add(round(finals.mean()))
     bases = {name: f"{name.lower()}+global" for name in ("magnitude", "SNIP", "SynFlow")} | {"random": "random+er"}
     (_, *columns), rows = next(tables("README.md"))
     for method, *cells in rows:
@@ -102,10 +104,10 @@ def test_every_number_of_the_front_page_is_that_of_published_runs():
             base, sparsity, flags = re.match(r"(\w+), (\d+)%(?:, `(.*)`)?", column).groups()
             arm = arm_named(f"{method[:-1]} {flags}`" if flags else method, bases[base])
             of = known["HalfCheetah-v4", f"td3_tar_s{int(sparsity) / 100}", arm]
-            assert not cell or int(cell) in of, (method, column, of)
+            assert of == {int(cell)} if cell else "tiny" in method, (method, column, of)
             found += bool(cell)
     dense = known["HalfCheetah-v4", "td3_tar_s0.95", "dense"]
-    assert found == 27 and int(re.search(r"`dense`: (\d+)", text)[1]) in dense
+    assert found == 27 and {int(re.search(r"after 300,000 steps \(`dense`: (\d+)\)", text)[1])} == dense
     gains = re.search(r"of (\d+)% \(SAC\) and (\d+)% \(TD3\)", text).groups()
     for algo, gain in zip(("sac", "td3"), gains, strict=True):
         finals = compare.finals_of(pages_of("metric")[f"{algo}_tar_s0.9"])

@@ -13,13 +13,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import gymnasium as gym
-import pandas as pd
 import pytest
 import torch
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_resume import edited
-from test_run import copy_project, main
+from test_run import copy_project, events, main
 
 import lab.run
 import sac_tar
@@ -135,35 +133,11 @@ def test_the_defaults_are_those_of_cleanrl(script):
     assert vars(script.Args()).items() >= theirs.items()
 
 
-def test_the_numbers_of_the_front_page_are_those_of_the_published_runs():
-    """As in the comparisons, which test_published.py holds against the runs."""
-
-    def mean(at, arm):
-        table = pd.read_csv(PROJECT / "runs" / f"{at}_returns.csv").set_index(["environment", "arm"])
-        own = table.loc[("HalfCheetah-v4", arm)]
-        assert own.n in (3, 5)
-        return str(round(own["final return"]))
-
-    metric, systems = "metric/comparison/td3_tar_s0.9", "systems/comparison/td3_ln+td3_tar_s0.9"
-    at_95, at_98 = (f"evidence/comparison/td3_tar_s{sparsity}" for sparsity in (0.95, 0.98))
-    columns = [(metric, f" {criterion}+global") for criterion in ("magnitude", "snip", "synflow")]
-    columns += [(systems, " random+er td3_tar"), (at_95, " random+er"), (at_98, " random+er")]
-    columns += [(at_98, " random+er active_width=auto")]
-    for row in README.split("| TD3 on HalfCheetah-v4 |")[1].splitlines()[2:6]:
-        method = re.match(r"\| `(\w+)`", row)[1]
-        for cell, (at, mask) in zip(map(str.strip, row.split("|")[2:-1]), columns, strict=True):
-            at, mask = (metric if at == systems else at, "") if method == "tiny" else (at, mask)
-            assert cell == mean(at, method + mask) if cell else method == "tiny", row
-    assert f"after 300,000 steps (`dense`: {mean(at_95, 'dense')})" in README
-    for grid in ("metric", "systems", "evidence"):
-        assert {config["args"]["total_timesteps"] for _, config in record.configs(PROJECT / "runs" / grid)} == {300_000}
-
-
 def test_the_tables_name_every_tag_every_file_and_every_key_of_a_run(run, script, monkeypatch):
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
     base = {"criterion": "magnitude", "distribution": "global", "sparsity": 0.95}  # cuts, so that there are warnings
     run_dir = run(total_timesteps=210, method="rigl", rewire_every=50, lr_cycles=1, **base)
-    kinds = EventAccumulator(str(run_dir)).Reload().Tags()
+    kinds = events(run_dir).Tags()
     tags = {*kinds["scalars"], *kinds["images"], *(tag.removesuffix("/text_summary") for tag in kinds["tensors"])}
     tags = {re.sub(r"(actor|qf[12])\.fc\d$", "<network>.<layer>", tag) for tag in tags}
     tags = {re.sub(r"^sparsity/(actor|qf[12])(_\w+)?$", r"sparsity/<network>\2", tag) for tag in tags}
@@ -181,7 +155,6 @@ SYSTEMS = dict(re.findall(r"^\| ([^|]*?) \(.*?\) \| `(--.*?)` \|", FIELD, re.M))
 assert len(SYSTEMS) >= 13
 
 
-@pytest.mark.parametrize("script", [td3_tar])
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_system_of_the_field_trains_k_connections_and_each_of_its_flags_acts(system, run):
     """In a thousandth of the steps."""
@@ -307,7 +280,7 @@ def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, s
     main(mine, monkeypatch, *SMALL.split(), "--runs-dir", tmp_path / "there")
     (run_dir,) = tmp_path.glob("there/*")
     final, checkpoint = (torch.load(run_dir / f"{kind}.pt", weights_only=True) for kind in ("final", "checkpoint"))
-    returns = {e.step: e.value for e in EventAccumulator(str(run_dir)).Reload().Scalars("eval/episodic_return")}
+    returns = {e.step: e.value for e in events(run_dir).Scalars("eval/episodic_return")}
     match name:
         case "normalizer":
             assert any(part.get("count", 0) > 200 for part in final["statistics"].values())
@@ -319,8 +292,7 @@ def test_every_edit_of_the_agent_acts_and_is_evaluated_as_it_was_trained(name, s
             rates = [group["lr"] for group in checkpoint["q_optimizer"]["param_groups"]]
             assert 0 < max(rates) < 1e-5 and "scheduler" not in final
         case "trained":
-            events = EventAccumulator(str(dense)).Reload().Scalars("eval/episodic_return")
-            assert returns[0] == events[-1].value
+            assert returns[0] == events(dense).Scalars("eval/episodic_return")[-1].value
     main(mine, monkeypatch, "--evaluate", run_dir)
     printed = float(re.search(r"step 200: mean (\S+),", capsys.readouterr().out)[1])
     assert printed == pytest.approx(returns[200], abs=0.06)

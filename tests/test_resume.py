@@ -244,7 +244,6 @@ def test_a_checkpoint_copies_only_what_is_new_of_the_buffer(tmp_path, monkeypatc
 # the command line
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_another_process_may_have_a_folder_once_its_run_has_ended(run):
     lock = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
     subprocess.run([sys.executable, "-c", lock, run(total_timesteps=62) / ".lock"], check=True)
@@ -340,7 +339,6 @@ def test_train_of_a_launcher_needs_the_flags_of_the_run_that_it_resumes(finished
         ({"lr_cycles": 3}, "--lr-cycles splits --total-timesteps into cycles"),
     ],
 )
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_has_a_schedule_over_all_of_training_may_not_grow(run, monkeypatch, capsys, flags, sentence):
     run_dir = run(env_id="Short-v0", total_timesteps=90, **flags)
     longer = ("--resume", run_dir, "--total-timesteps", 100)
@@ -354,7 +352,6 @@ COSINE = "torch.optim.lr_scheduler.CosineAnnealingLR(q_optimizer, args.total_tim
     "scheduler",
     [COSINE, f"torch.optim.lr_scheduler.SequentialLR(q_optimizer, [{COSINE}, {COSINE}], [args.total_timesteps])"],
 )
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_longer_run_says_that_a_scheduler_keeps_its_schedule(run, tmp_path, capsys, scheduler):
     mine = edited(tmp_path, (RUN_BEGINS, f"    state['rates'] = {scheduler}\n{RUN_BEGINS}"))
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90)
@@ -547,7 +544,6 @@ ADDED = [
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_user_adds_to_the_agent_is_resumed_exactly_if_it_is_in_state(run, tmp_path, capsys, compute):
     """Schedulers, a second optimizer, a normalizer of NumPy's arrays, counters: some read as soon as they are there."""
     mine = edited(tmp_path, *ADDED)
@@ -615,7 +611,6 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("state['support'] = torch.ones(0).to_sparse(); atoms = [state['support']]", None),
     ],
 )
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_resumed_run_would_lose_is_named_before_anything_is_written(run, tmp_path, capsys, line, sentence):
     lines = f"    state['log_prob'] = {{}}\n    {line}\n{RUN_BEGINS}"
     mine = edited(tmp_path, ("class QNetwork", f"{BOX}class QNetwork"), (RUN_BEGINS, lines))
@@ -674,7 +669,6 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("before, after, sentence, code", BROKEN)
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
     run, tmp_path, capsys, before, after, sentence, code
 ):
@@ -684,7 +678,6 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
     assert bool([*tmp_path.glob("runs/*/checkpoint.pt")]) == (code == 1)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
     new = "    betas: tuple[float, float] = (0.9, 0.99)\n    sizes: list[int] = field(default_factory=lambda: [1])\n"
     new += "    words: list = field(default_factory=list)\n"
@@ -721,7 +714,6 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     again(mine, run_dir)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_state_in_a_module_of_the_reader_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "my_tools", raising=False)  # of another run of this test
     (tmp_path / "my_tools.py").write_text("import numpy\nSCALE, LUCK = 1.0, numpy.random.default_rng(1)\n")
@@ -745,7 +737,6 @@ def test_a_critic_whose_target_is_forgotten_ends_the_run(run, script, tmp_path):
         run(mine, env_id="Short-v0", total_timesteps=70)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch):
     monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
@@ -793,7 +784,6 @@ HOLDS = [
 
 
 @pytest.mark.parametrize("place, line, sentence", HOLDS)
-@pytest.mark.parametrize("script", [sac_tar])
 def test_parameters_that_train_keeps_are_not_replaced_by_the_kernels(run, tmp_path, capsys, place, line, sentence):
     name = line.partition(" = ")[0]
     before, later = (f"    penalty = lambda: {name}\n", "") if name == "params" else ("", f"        {name}\n")
@@ -814,7 +804,6 @@ def test_layers_and_parameters_are_held_but_not_parts_that_stay():
         assert edits.held_apart(nets, [], {"mine": value}) == {}
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     """Parameters in a list for the optimizer alone, learning rates and compiled networks set before the loop, an
     evaluation before the reset at the same step, which a resumed run makes anew, a diagnosis that is not finite."""
@@ -843,7 +832,6 @@ def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     assert run(compiled, total_timesteps=20, learning_starts=15, env_id="Short-v0").exists()
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     """A variable of train, a network that is in no row, a wrapper around the environment of training alone."""
     lines = "    level, state['average'] = 0, copy.deepcopy(actor)\n    actor_names = [*nets]\n"
@@ -888,7 +876,6 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     assert {*named.split(", ")} == {f"`{name}` in train" for name in names}
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_policy_that_draws_is_evaluated_as_logged_and_training_does_not_notice(run, tmp_path, capsys, monkeypatch):
     policy = ("actor.get_mean_action, progress", "lambda obs: actor.get_action(obs + progress['shift'])[0], progress")
     begins = (RUN_BEGINS, f"    progress['shift'] = 0.0\n{RUN_BEGINS}")
@@ -913,7 +900,6 @@ def test_a_run_whose_folder_is_moved_meanwhile_says_so(tmp_path, capsys, monkeyp
         main(edited(tmp_path, (RUN_BEGINS, f"    open('expert.pt')\n{RUN_BEGINS}")), monkeypatch, *flags.split())
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_learning_rates_of_all_optimizers_follow_the_cycles(run, tmp_path, capsys):
     lines = f"    state['slow'] = slow = torch.optim.SGD([log_alpha], 8.0)\n{RUN_BEGINS}"
     print_it = f"        if global_step == 89:\n            print('rate', slow.param_groups[0]['lr'])\n{STEP}"
@@ -922,7 +908,6 @@ def test_learning_rates_of_all_optimizers_follow_the_cycles(run, tmp_path, capsy
     assert rate == pytest.approx(8 * baselines.lr_factor(89, 60, 90, 1)) and rate < 8
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path, monkeypatch):
     criteria, prune = [], sparse_utils.static_prune
     monkeypatch.setattr(sparse_utils, "static_prune", lambda *given: criteria.append(given[2]) or prune(*given))
@@ -944,7 +929,6 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_layer_may_be_reset_where_torch_holds_the_networks(run, tmp_path, compute):
     reset = "with kernels.in_torch(nets):\n                qf2.fc2.reset_parameters()"
     mine = edited(tmp_path, (STEP, f"        if global_step == 75:\n            {reset}\n{STEP}"))
@@ -987,7 +971,6 @@ def test_who_goes_through_parameters_one_by_one_is_seen(tmp_path, call):
     assert edits.one_by_one(file, (), *of) is None
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_who_goes_through_parameters_in_sparse_utils_is_seen(run, tmp_path, monkeypatch, capsys):
     ours, mine, look = Path(sparse_utils.__file__), tmp_path / "sparse_utils.py", edits.one_by_one
     mine.write_text(f"{ours.read_text()}\n\ndef l1(net):\n    return sum(p.abs().sum() for p in net.parameters())\n")
@@ -996,7 +979,6 @@ def test_who_goes_through_parameters_in_sparse_utils_is_seen(run, tmp_path, monk
     assert "sparse_utils.py goes through parameters in line " in refused(capsys, run, **small)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_the_networks_of_who_goes_through_parameters_stay_in_torch(run, tmp_path, capsys):
     small = {"env_id": "Short-v0", "total_timesteps": 90, "compute": "sparse"}
     walk, at = "for param in critics.parameters():", "            q_optimizer.step()\n"
@@ -1070,7 +1052,6 @@ def test_dropout_is_off_in_evaluations_alone(run, tmp_path, script, monkeypatch)
     assert {*seen} == {(True, False), (False, True)} and seen[-1] == (True, False)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_flag_that_the_script_no_longer_needs_may_go(run, tmp_path):
     flag = "    tau: float = 0.005  # The fraction by which an update moves targets toward the online networks.\n"
     width = ("QNetwork, env, args.hidden_size", "QNetwork, env, 24"), ("Actor, env, args.hidden_size", "Actor, env, 24")
@@ -1079,7 +1060,6 @@ def test_a_flag_that_the_script_no_longer_needs_may_go(run, tmp_path):
     assert mine.train(mine.Args(**small, active_width=16)).exists()
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_flag_that_cannot_be_recorded_is_refused_and_leaves_no_folder(run, tmp_path, capsys):
     mine = edited(tmp_path, ("    tau: float", "    where: Path = Path('here')\n    tau: float"))
     assert "PosixPath is not JSON serializable); make it a text" in refused(capsys, run, mine)
@@ -1097,7 +1077,6 @@ def test_a_checkpoint_keeps_what_is_added_to_the_row_of_a_network():
     assert other.stage == 2 and "network" not in row.state_dict()
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_a_checkpoint_keeps_what_is_added_to_the_schedule(run, tmp_path):
     small = {"env_id": "Short-v0", "checkpoint_frequency": 10}
     added = "schedule.prunings.add(85); schedule.of = print; schedule.last = (63, None)"
@@ -1112,7 +1091,6 @@ def test_a_checkpoint_keeps_what_is_added_to_the_schedule(run, tmp_path):
 # begin from a trained policy
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_the_generators_of_a_reader_are_those_of_the_new_seed(run, tmp_path):
     mine = edited(tmp_path, (RUN_BEGINS, f"    state['rng'] = np.random.default_rng(args.seed)\n{RUN_BEGINS}"))
     small = {"env_id": "Short-v0", "total_timesteps": 62}
@@ -1225,7 +1203,6 @@ def test_an_agent_of_an_active_width_is_evaluated_and_begun_from(run, script, mo
     assert scalars(begun)["eval/episodic_return"][0][1] == pytest.approx(logged, abs=0.06)
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab.run, "code_hash", record.code_hash)
     run_dir = run(mine := edited(tmp_path), total_timesteps=70)
@@ -1240,7 +1217,6 @@ def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys)
     assert f"warning: other code made {run_dir}/final.pt, so" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_an_evaluation_that_lacks_what_the_policy_used_in_the_run_says_so(run, tmp_path, monkeypatch, capsys):
     policy = "actor.get_mean_action"
     used = (f"evaluate(global_step, {policy}", f"evaluate(global_step, lambda obs: {policy}(obs / scale[0])")
@@ -1255,7 +1231,6 @@ def test_an_evaluation_that_lacks_what_the_policy_used_in_the_run_says_so(run, t
     assert "warning" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [sac_tar])
 def test_what_a_reader_logs_does_not_disturb_an_evaluation(run, tmp_path, monkeypatch, capsys):
     at_end = "        if global_step == args.total_timesteps:\n"
     mine = edited(tmp_path, (at_end, f"        run.log(global_step, {{'eval/mine': 1.0}})\n{at_end}"))
