@@ -152,13 +152,16 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
 
 
 def draw_gains(gains: pd.DataFrame, path: Path) -> None:
-    """What runs gained by revival, against what static pruning had cut: a point for each seed."""
-    cells = list(gains.groupby(["env_id", "label"]))
-    columns = min(len(cells), 3)
-    rows = -(-len(cells) // columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(9, 0.7 + 3.3 * rows), sharey=True, squeeze=False)
-    names = sorted(set(gains.base))
-    for axes, (title, own) in itertools.zip_longest(grid.flat, cells, fillvalue=("", gains[:0])):
+    """What runs gained by revival, against what static pruning had cut: a point for each seed. Environments, whose
+    returns have different scales, are in rows of their own, the one with most points first."""
+    rows, names = [], sorted(set(gains.base))
+    for _, of_env in sorted(gains.groupby("env_id"), key=lambda pair: -len(pair[1])):
+        cells = list(of_env.groupby(["env_id", "label"]))
+        rows += [cells[i : i + 3] for i in range(0, len(cells), 3)]
+    n, columns = len(rows), max(map(len, rows))
+    figure, grid = plt.subplots(n, columns, figsize=(9, 0.7 + 3.3 * n), sharey="row", squeeze=False)
+    filled = [cell for row in rows for cell in row + [("", gains[:0])] * (columns - len(row))]
+    for axes, (title, own) in zip(grid.flat, filled, strict=True):
         axes.set_visible(len(own) > 0)
         axes.axhline(0, color="#999999", linewidth=0.8)
         for name, points in own.groupby("base"):
