@@ -1,4 +1,4 @@
-"""SAC with static pruning and Topology-Aware Revival (TAR, arXiv 2602.04166), in one file.
+"""SAC with static pruning and Topology-Aware Revival (TAR, arXiv 2602.04166), in one script.
 
 python sac_tar.py --env-id Hopper-v4 --sparsity 0.9
 python sac_tar.py --env-id Hopper-v4 --sparsity 0.9 --method static   # the control without revival

@@ -160,8 +160,8 @@ def embed(part: Masks, weights: dict[str, Tensor]) -> Masks:
 
 
 def chain_shapes(weights: dict[str, Tensor], what: str) -> list[tuple[int, int]]:
-    """The shapes (n_out, n_in) of the layers. Raises ValueError, which says that `what` needs a chain, unless
-    each layer has as many inputs as the one before it has outputs."""
+    """The shapes (n_out, n_in) of the layers. Raises ValueError, which says that `what` needs a chain, unless each
+    layer has as many inputs as the one before it has outputs."""
     shapes = [tuple(weight.shape) for weight in weights.values()]
     if any(b[1] != a[0] for a, b in zip(shapes, shapes[1:])):
         raise ValueError(f"{what} needs layers that read one another in a chain, but their shapes are {shapes}")

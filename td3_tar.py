@@ -1,4 +1,4 @@
-"""TD3 with static pruning and Topology-Aware Revival (TAR, arXiv 2602.04166), in one file.
+"""TD3 with static pruning and Topology-Aware Revival (TAR, arXiv 2602.04166), in one script.
 
 python td3_tar.py --env-id Hopper-v4 --sparsity 0.9
 python td3_tar.py --env-id Hopper-v4 --sparsity 0.9 --method static   # the control without revival

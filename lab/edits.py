@@ -155,10 +155,10 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
     but for functions inside train, which run later."""
     nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     nodes = [(node, networks | ({"self"} if node.name in classes else set()), before) for node in nodes]
+    passed = {"__init__", "forward", *(OUR_OWN if source.name == "sparse_utils.py" else ())}
     for node, known, allowed in nodes:  # which grows on the way
         inside = isinstance(node, ast.With) and any("in_torch" in ast.unparse(item) for item in node.items)
-        own = OUR_OWN if source.name == "sparse_utils.py" else ()
-        if inside or getattr(node, "name", None) in ("__init__", "forward", *own):
+        if inside or getattr(node, "name", None) in passed:
             continue
         later = isinstance(node, (ast.FunctionDef, ast.Lambda)) and node.lineno in before[1:]  # not train itself
         nodes += [(child, known, () if later else allowed) for child in ast.iter_child_nodes(node)]

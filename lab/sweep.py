@@ -360,9 +360,12 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
             running = sum(is_running(run.log) for run in tasks.values())
             counts = f"{before + done} of {total} runs done, {running} running, {len(failures)} failed"
             if counts != shown:
-                half = running / 2 if done < running else 0  # the first ones that run are halfway, say
-                seconds = (time.monotonic() - began) / (done + half) * (len(tasks) - half) if done else None
-                print(f"{counts}, time left {tqdm.format_interval(seconds) if done else 'unknown'}", flush=True)
+                left = "unknown"
+                if done:
+                    half = running / 2 if done < running else 0  # the first ones that run are halfway, say
+                    each = (time.monotonic() - began) / (done + half)
+                    left = tqdm.format_interval(each * (len(tasks) - half))
+                print(f"{counts}, time left {left}", flush=True)
                 shown = counts
     except KeyboardInterrupt:
         print("\nstopping: each run ends its episode and writes its checkpoint; the same command goes on", flush=True)

@@ -519,8 +519,11 @@ def test_a_world_in_which_a_subclass_has_bodies_is_kept():
     gym.register("WithABody-v0", WithABody, max_episode_steps=40)
     for env, kept in ((make_env("WithABody-v0"), True), (make_env("ShortBox2D-v0"), False)):
         world = env.unwrapped.world
+        world.SetAllowSleeping(False)
+        world.subStepping = True
         env.reset(seed=1)
         assert (env.unwrapped.world is world) == kept
+        assert env.unwrapped.world.subStepping and not env.unwrapped.world.GetAllowSleeping()
 
 
 IDS = ["Pendulum-v1", "Hopper-v4", "Humanoid-v5", "MountainCarContinuous-v0", "ShortBox2D-v0"]

@@ -174,6 +174,8 @@ def test_the_comparison_of_a_grid_is_of_its_runs(grid):
         written = pd.read_csv(folder / f"{name}_returns.csv", dtype={"seeds": str})
         pd.testing.assert_frame_equal(written, returns, check_dtype=False)
         page = (folder / f"{name}.md").read_text()
+        notes = folder.parent / "NOTES.md"
+        assert all(line in page for line in (notes.read_text().splitlines() if notes.exists() else ()))
         for table in (returns, compare.wins_table(group)):
             assert table.empty or compare.markdown(table) in page
         others = {"aggregate": compare.aggregate_table(group, chosen), "flops": compare.cost_table(group, "1e12 FLOPs")}

@@ -163,7 +163,8 @@ class Submodules(dict):
     `for layer in network`, `network[0]` or `network[:-1]`, except to a `forward`."""
 
     def values(self):
-        if "forward" not in [sys._getframe(i).f_code.co_name for i in (2, 3, 4)]:
+        caller = sys._getframe(2)  # of __iter__ or __getitem__; a comprehension is a frame of its own
+        if "forward" not in (caller.f_code.co_name, caller.f_back.f_code.co_name):
             not_here()
         return super().values()
 
