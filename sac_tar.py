@@ -280,7 +280,7 @@ def train(args: Args) -> Path:
         if done:
             run.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
 
-        # ALGO LOGIC: training
+        # ALGO LOGIC: training; put further losses into the functions above, which pruning and rewiring use too
         if global_step > run.learn_from:  # --learning-starts, or later if a resumed run refills its buffer
             data = rb.sample(args.batch_size, args.gamma, global_step)
             alpha = log_alpha.detach().exp()
@@ -293,7 +293,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += critic_flops
 
             if global_step % args.policy_frequency == 0:
-                with kernels.frozen(critics):  # KERNELS: the actor's loss needs no gradient of the critics' weights
+                with kernels.frozen(critics):  # KERNELS: inside, no weight of the critics gets a gradient
                     for _ in range(args.policy_frequency):  # make up for the delay
                         actor_loss, log_pi = policy_loss(actor, qf1, qf2, alpha, data)
                         progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()

@@ -82,11 +82,10 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
         return
     if net.target and not linear_weights(net.target).keys() <= dict(net.network.named_modules()).keys():
         raise ValueError("a target's layers must have the names of its network's; of an AveragedModel pass `module`")
-    if not net.size:
-        raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)
     if net.budget < 1:
-        raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; choose a lower sparsity")
+        mend = "choose a lower sparsity" if net.size else "it has no nn.Linear; use --method dense for it"
+        raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; {mend}")
     net.reserve = round(reserve * net.budget) if net.method in REVIVALS else 0
     if active_width is not None:
         net.width = choose_width(net.weights, net.budget, active_width)
@@ -279,14 +278,14 @@ def static_prune(
         scores = rule.scores(weights, masks, loss, generator)
         # minus infinity, so that pruned connections stay pruned even where active ones score zero
         scores = {name: scores[name].masked_fill(~mask, -math.inf) for name, mask in masks.items()}
-        scores, left = active_part(scores, net.width), active_part(masks, net.width)
+        scores = active_part(scores, net.width)
         count = round(size * (keep / size) ** (i / rule.rounds))
         counts = DISTRIBUTIONS[distribution](scores, count)
         most = room(scores)
         if sum(counts) != count or any(not 0 <= n <= m for n, m in zip(counts, most, strict=True)):
             where = f"{counts} connections to layers with room for {most}; {count} are to be placed"
             raise ValueError(f"distribution {distribution} gives {where}")
-        masks = embed({name: highest(scores[name], n, left[name]) for name, n in zip(left, counts)}, weights)
+        masks = embed({name: highest(s, n, s != -math.inf) for (name, s), n in zip(scores.items(), counts)}, weights)
     return masks
 
 
@@ -388,7 +387,7 @@ def mask_gradients(net: Net) -> None:
     that is all active needs no hook."""
 
     def zero_gradient(name: str, weight: nn.Parameter) -> None:
-        weight.grad.mul_(net.masks[name])
+        weight.grad.masked_fill_(~net.masks[name], 0)
 
     if all(mask.all() for mask in net.masks.values()):
         return
@@ -402,7 +401,7 @@ def mask_gradients(net: Net) -> None:
 def fix_masks(nets: dict[str, Net]) -> None:
     """From here on each network trains, and its target stays, within its masks: pruned weights and their Adam moments
     are zeroed once, so they start at zero if they return, and their gradients are zero once `backward()` returns."""
-    for net in nets.values():
+    for net in [net for net in nets.values() if net.masks]:  # the others are not pruned yet
         zero_pruned(net)
         mask_gradients(net)
         net.active = sum(int(mask.sum()) for mask in net.masks.values())

@@ -257,7 +257,7 @@ def train(args: Args) -> Path:
         if done:
             run.log(global_step, {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length})
 
-        # ALGO LOGIC: training
+        # ALGO LOGIC: training; put further losses into the functions above, which pruning and rewiring use too
         if global_step > run.learn_from:  # --learning-starts, or later if a resumed run refills its buffer
             data = rb.sample(args.batch_size, args.gamma, global_step)
             qf1_loss, qf2_loss, qf1_values, qf2_values = critic_losses(
@@ -269,7 +269,7 @@ def train(args: Args) -> Path:
             progress["training_flops"] += critic_flops
 
             if global_step % args.policy_frequency == 0:
-                with kernels.frozen(critics):  # KERNELS: the actor's loss needs no gradient of the critics' weights
+                with kernels.frozen(critics):  # KERNELS: inside, no weight of the critics gets a gradient
                     actor_loss = policy_loss(actor, qf1, data)
                     progress["actor_losses"]["losses/actor_loss"] = actor_loss.detach()
                     actor_optimizer.zero_grad()

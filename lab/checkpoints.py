@@ -144,9 +144,9 @@ def put_back(part: object, saved: object) -> object:
         part.data.copy_(saved)
     elif isinstance(part, np.ndarray):
         part[...] = saved
-    elif isinstance(part, dict):
+    elif isinstance(part, dict) and isinstance(saved, dict):
         dict.update(part, {name: put_back(part.get(name), value) for name, value in saved.items()})
-    elif type(part) in (list, tuple):
+    elif type(part) in (list, tuple) and type(saved) is type(part):
         return type(part)(put_back(*pair) for pair in itertools.zip_longest(part[: len(saved)], saved))
     else:
         return saved

@@ -5,8 +5,9 @@ python lab/compare.py runs --against rigl --env-id Hopper-v4 --arm tar rigl
 python lab/compare.py runs --publish runs/mine               # add the runs to a published grid and compare that
 python lab/compare.py runs/published --events /tmp/events    # event files of published runs, for TensorBoard
 
-Runs with the same algorithm and flags form one arm; they differ only in seed and environment. Its name is the method,
-the base mask (criterion+distribution), and every flag in which runs of one method in one environment differ.
+Runs with the same algorithm and flags form one arm. They differ in seed and environment, and may be of different code,
+unless other code ran a seed again: then each code has an arm. The name of an arm is the method, the base mask
+(criterion+distribution), and every flag in which runs of one method on one base mask in one environment differ.
 """
 
 import itertools
@@ -43,10 +44,9 @@ class Args:
     arm: tuple[str, ...] = ()
     # Compare returns at equal cost, too. Time says nothing where runs shared their cores with other work.
     costs: tuple[Literal["time", "flops"], ...] = ("time", "flops")
-    separate_code: bool = False  # Split an arm whose runs were made by different code into an arm for each code.
+    separate_code: bool = False  # Split each arm whose runs were made by different code into an arm for each code.
     publish: Path | None = None  # First add the finished runs to the published grid in this folder, and compare that.
     events: Path | None = None  # Only write the runs as event files with their hyperparameters into this folder.
-    masks_of: str | None = None  # Draw the masks of this run folder; default: of the first run that revived some.
 
 
 RUN = ["algo", "sparsity", "env_id", "arm", "seed"]  # what tells runs apart
@@ -57,7 +57,7 @@ FEW_SEEDS = 5  # below so many a bootstrap gives no interval of P(better)
 CAVEATS_ON_TOP = 5
 
 
-def row_of(result: dict, separate_code: bool) -> dict:
+def row_of(result: dict) -> dict:
     """The row of a finished run. `settings` are the flags that act on its result, but for environment and seed; `more`
     follows method and base mask in the name of its arm; `pruned` are the methods of its pruned networks."""
     args, segments, curve = result["args"], result["segments"], results.curve_of(result)
@@ -71,17 +71,16 @@ def row_of(result: dict, separate_code: bool) -> dict:
     in_kernels = ("+".join(segment.get("in_kernels", ["unknown"])) or "none" for segment in segments)
     row["in_kernels"] = " then ".join(dict.fromkeys(in_kernels))
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
-    unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()  # at which nothing is pruned
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
         unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
     defaults |= {"load": ""}
     settings = record.identity(args) | {"load": (args.get("load") or "")[-13:]}  # of a file, @ and its hash alone
-    settings = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
-    row["settings"] = settings | ({"code": row["code"]} if separate_code else {})
+    row["settings"] = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
     row |= {"pruned": methods - sparse_utils.UNPRUNED.keys(), "dense": methods == {"dense"}}
     row["unpruned"] = [args[name] in sparse_utils.UNPRUNED and args[name] for name in ("method", "critic_method")]
     row["base"] = f"{args['criterion']}+{args['distribution']}" if row["pruned"] else ""
+    row["cut"] = cut_by_pruning(result["topology"])
     row["sparsity"] = max(args["sparsity"], args["critic_sparsity"])
     row["more"] = f" critic {args['critic_method']}" if args["critic_method"] != args["method"] else ""
     for network, prefix in (("actor", ""), ("critic", "critic_")):
@@ -93,7 +92,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
 def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFrame:
     """One row for each finished run. The notes say which runs are left out."""
     unfinished = []
-    rows = [row_of(result, separate_code) for result in results.results_in(folder, unfinished)]
+    rows = [row_of(result) for result in results.results_in(folder, unfinished)]
     if not rows:
         fail(f"{folder} holds no finished run; it needs run folders with config.json and final.pt, or a runs.json")
     runs = pd.DataFrame(rows).sort_values("began", ignore_index=True)
@@ -109,19 +108,21 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFra
     for _, of_algo in runs.groupby("algo"):
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
-        codes = of_algo.groupby("script").code.nunique()
-        differ |= {"code"} if codes.max() > 1 else set()  # in `settings` only with --separate-code
         for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
             runs.loc[index, "more"] += "".join(told)
-    runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
     runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
+    changed = runs.groupby("script" if separate_code else RUN).code.transform("nunique") > 1
+    split = changed.groupby([runs.algo, runs.arm]).transform("any")
+    for index in runs.index[split]:
+        runs.settings[index]["code"] = runs.code[index]
+    for name in ("more", "arm"):
+        runs[name] += (" code=" + runs.code).where(split, "")
+    runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
     again = runs.duplicated(RUN, keep="last")
-    other = runs.code != runs.groupby(RUN).code.transform("last")
-    left_out = {"not finished": unfinished, "run again later": [path.name for path in runs.path[again & ~other]]}
-    by_other = "run again later by other code (with --separate-code each code has an arm)"
-    left_out[by_other] = [path.name for path in runs.path[again & other]]
+    left_out = {"not finished, or without event files up to the end": unfinished}
+    left_out["run again later"] = [path.name for path in runs.path[again]]
     notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
     return runs[~again].sort_values(RUN)
 
@@ -132,13 +133,23 @@ def differing(dictionaries: Iterable[dict]) -> set[str]:
     return {name for name in names if len({str(d.get(name, MISSING)) for d in dictionaries}) > 1}
 
 
+def cut_by_pruning(topology: dict) -> float:
+    """The percentage of the inputs and outputs of all layers that static pruning left unconnected; NaN without any."""
+    layers = [layer for network in topology.values() for layer in network["layers"].values()]
+    cut = sum(layer["blind_inputs"][0] + layer["dead_units"][0] for layer in layers)
+    return 100 * cut / (sum(sum(layer.get("part", layer["shape"])) for layer in layers) or np.nan)
+
+
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
-    """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
-    names of the arms; the notes; the environments and seeds that only some arms have."""
+    """In sentences: what static pruning cut; whether different code made the runs, above all those of one arm; what
+    differs and is not in the names of the arms; the notes; the environments and seeds that only some arms have."""
     # by environment, since a reader's own environment is part of the code of its runs
     cells, gaps = runs.groupby(["arm", "env_id"]), {}
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
-    found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
+    cuts = runs[runs.base != ""].groupby("base").cut.mean()
+    cut = ", ".join(f"{share:.0f}% on {base}" for base, share in cuts.items() if share >= 1)
+    found = [f"On average, static pruning left neurons unconnected, which revival repairs: {cut}."] if cut else []
+    found += [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
     found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
     told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
     names = sorted({name for settings in runs.settings for name in settings} - told)
@@ -289,21 +300,18 @@ def cost_table(runs: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 def gains_of(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     """Of each run that revived: `gain`, its final return minus that of the same seed in its reference arm (`chosen`),
-    and `cut`, the percentage of the inputs and outputs of all layers that its static pruning left unconnected. Runs
-    that differ from the reference arm in more than revival are left out."""
+    and `cut`, as `cut_by_pruning` gives it. Runs that differ from the reference arm in more than revival are left out.
+    """
     rows, finals = [], finals_of(runs)
     cells = runs.drop_duplicates(["env_id", "arm"]).set_index(["env_id", "arm"])
     for run in runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].itertuples():
         other = finals.get((run.env_id, chosen.get(run.arm)), pd.Series(dtype=float)).get(run.seed)
-        layers = [layer for network in run.topology.values() for layer in network["layers"].values()]
         control = cells.loc[(run.env_id, chosen[run.arm])] if other is not None else run
         apart = differing([run.settings, control.settings]) - {"method", "critic_method", "reserve"}
         alike = run.script == control.script and run.unpruned == control.unpruned and not apart
-        if other is not None and layers and alike:
-            cut = sum(layer["blind_inputs"][0] + layer["dead_units"][0] for layer in layers)
-            neurons = sum(sum(layer.get("part", layer["shape"])) for layer in layers)
+        if other is not None and not np.isnan(run.cut) and alike:
             own = {"env_id": run.env_id, "label": run.label, "base": f"{run.base} at {run.sparsity}"}
-            rows.append(own | {"cut": 100 * cut / neurons, "gain": run.final - other})
+            rows.append(own | {"cut": run.cut, "gain": run.final - other})
     return pd.DataFrame(rows)
 
 
@@ -429,10 +437,6 @@ def main(args: Args) -> None:
     runs, notes, against = read(args.folder, args, strict=not args.publish)  # the grid may have the missing arms
     if args.events:
         return results.write_events(runs, args.events)
-    asked = [path for path in runs.path if Path(args.masks_of or path).name == path.name]
-    drawn, masks = next(((path.name, masks) for path in asked if (masks := results.masks_of(path))), ("", {}))
-    if args.masks_of and not masks:
-        fail(f"--masks-of {args.masks_of} is no finished run here with a masks.pt in which connections were revived")
     if args.publish:
         results.publish(runs.to_dict("records"), folder)
         print(*(note for note in notes if note.startswith("Left out")), sep="\n")
@@ -454,8 +458,6 @@ def main(args: Args) -> None:
             gains.append(gains_of(group, references(group, None)))
         if sparse.base[sparse.base != ""].nunique() > 1 and len(gained := pd.concat(gains)):
             figures.draw_gains(gained, out / f"{algo}_gains.png")
-    for network, layers in masks.items():
-        figures.draw_masks(network, layers, drawn, out / f"masks_{network}.png")
     older = sorted(path.name for path, changed in before.items() if path.stat().st_mtime_ns == changed)
     print(f"wrote {out}" + (f", where older files are: {', '.join(older)}" if older else ""))
 

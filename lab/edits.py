@@ -62,9 +62,10 @@ def check_parts(
     state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...], restored: Collection
 ) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if a part of
-    `state` could not be put back, or if a checkpoint, which holds `state`, the buffer `rb` and the generators
-    `restored`, would lack a parameter that an optimizer trains, or an object with a state that a variable of the script
-    or of train is or holds. Objects inside an environment are left out."""
+    `state` could not be put back, if no optimizer in it trains a parameter of a row's network that needs a gradient, or
+    if a checkpoint, which holds `state`, the buffer `rb` and the generators `restored`, would lack a parameter that an
+    optimizer trains, or an object with a state that a variable of the script or of train is or holds. Objects inside an
+    environment are left out."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -95,6 +96,10 @@ def check_parts(
     if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
+    trained = {id(param) for _, param in params}
+    for row, net in state["nets"].items():
+        if idle := [n for n, p in net.network.named_parameters() if p.requires_grad and id(p) not in trained]:
+            raise ValueError(f"no optimizer in `state` trains {idle[0]} of {row}; give it to one or freeze it")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
 

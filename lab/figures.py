@@ -1,4 +1,4 @@
-"""The figures of a comparison: learning curves, returns against sparsity, gains by revival, masks."""
+"""The figures of a comparison: learning curves, returns against sparsity, gains by revival."""
 
 import io
 import itertools
@@ -9,12 +9,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import ListedColormap
 from matplotlib.ticker import EngFormatter
 from PIL import Image
 from scipy import stats
-
-from lab.topology import MASK_COLOURS
 
 # by turns; colours that colour-blind readers can tell apart (after Okabe and Ito, and Tol), and most also in grey
 COLOURS = ("#000000", "#CC79A7", "#D55E00", "#882255", "#56B4E9", "#E69F00", "#004488")
@@ -75,6 +72,7 @@ def finish(figure, path: Path | str, names: Iterable[str]) -> None:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     names, png = [name for name in names if name in entries], io.BytesIO()
     columns = max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, names)))))
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(names) // columns))  # or the legend takes it from the axes
     figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=columns, handlelength=3.2)
     figure.savefig(png)
     plt.close(figure)
@@ -123,7 +121,7 @@ def draw_curves(runs: pd.DataFrame, styles: dict[str, dict], x: str, path: Path 
             end = min(curve[x].iloc[-1] for curve in of_env)
             axes.axvline(end, color="#999999", linewidth=0.8)  # where the table compares
             axes.set(xscale="log", xlim=(0.03 * end, None))
-            axes.xaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
+            axes.xaxis.set(major_locator=plt.LogLocator(subs=(1, 3)), major_formatter="{x:g}", minor_formatter="")
     finish(figure, path, styles)
 
 
@@ -172,27 +170,3 @@ def draw_gains(gains: pd.DataFrame, path: Path) -> None:
         axes.set(title=title, xlabel="neurons cut by static pruning, %", xlim=(-3, 103))
     plt.setp(grid[:, 0], ylabel="gain by revival, return")
     finish(figure, path, names)
-
-
-def draw_masks(network: str, layers: dict[str, tuple[np.ndarray, np.ndarray]], run: str, path: Path) -> None:
-    """The masks of a network before and after revival, and how many connections each of its neurons has."""
-    n = len(layers)
-    figure, grid = plt.subplots(n, 4, figsize=(12, 1 + 2.6 * n), squeeze=False)
-    figure.suptitle(f"{network} of {run}\ndark: pruned, grey: kept by static pruning, orange: revived")
-    colours = ListedColormap([np.array(colour) / 255 for colour, _ in MASK_COLOURS[:3]])
-    looks = ({"color": "#0072B2", "linewidth": 3.5}, {"color": "#D55E00", "linewidth": 1.5})
-    for (layer, masks), row in zip(layers.items(), grid):
-        for axes, mask, when, look in zip(row, masks, ("before", "after"), looks):
-            kinds = mask.astype(int) + (mask & ~masks[0])
-            axes.imshow(kinds, colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-            axes.set(title=f"{layer} {when}: {mask.sum()} of {mask.size}", xlabel="input", ylabel="output")
-            for side, what, degrees_of in zip((0, 1), ("input", "output"), row[2:]):
-                degrees_of.stairs(-np.sort(-mask.sum(side)), baseline=None, label=f"{when} revival", **look)
-                degrees_of.set(title=f"{layer}: connections per {what}", xlabel=f"{what}s, by degree")
-        plt.setp(row[2:], ylim=(0, None))
-        for axes in row:
-            axes.locator_params(integer=True, nbins=6)
-        if len(masks[0]) == 1:  # one output, between whose edges there is no other whole number
-            plt.setp(row[:2], yticks=[0])
-            row[3].set_xticks([0, 1])
-    finish(figure, path, ["before revival", "after revival"])

@@ -18,7 +18,8 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last --buffer-size transitions, one float32 row each, in one block that takes CPU memory as it fills."""
+    """The last --buffer-size transitions, one float32 row each, in one block that takes CPU memory as it fills. A row
+    must not change once it is added: a checkpoint writes only those that are new since the last one."""
 
     def __init__(self, args: object, env: gym.Env, device: torch.device):
         observation_size, action_size = env.observation_space.shape[0], env.action_space.shape[0]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -67,12 +66,15 @@ def read_run(path: Path) -> dict:
 
 def publish(results: Iterable[dict], grid: Path) -> None:
     """Add runs to a published grid, or begin one. Of a run that is there already, the new result counts. Numbers are
-    written as the shortest text that reads back as the same float32."""
+    written as the shortest text that reads back as the same float32. Ends the program with one sentence if another run
+    of the grid has the name of one, by which it is known."""
     file = grid / "runs.json"
     runs = record.read_json(file) if file.exists() else {}
     tables = [read_evaluations(grid)] if runs else []
     for result in results:
         name = result["path"].name
+        if runs.get(name, result)["began"] != result["began"]:
+            fail(f"{grid} has another run named {name}; rename the folder of one of them")
         tables = [table[table.run != name] for table in tables] + [result["evaluations"].assign(run=name)]
         runs[name] = {key: result[key] for key in ("script", "args", "segments", "began", "topology")}
         runs[name]["args"] = dict(sorted(record.identity(result["args"]).items()))
@@ -113,18 +115,6 @@ def write_events(runs: pd.DataFrame, folder: Path) -> None:
             for event in events:
                 RecordWriter(file).write(event.SerializeToString())
     print(f"wrote {folder}; watch it with: tensorboard --logdir {folder}")
-
-
-def masks_of(run: Path) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The masks of each network and layer after static pruning and after revival; empty if nothing was revived."""
-    saved = torch.load(run / "masks.pt", weights_only=True) if (run / "masks.pt").exists() else {}
-    masks = {
-        network: {layer: (kinds["static"][layer].numpy(), mask.numpy()) for layer, mask in kinds["masks"].items()}
-        for network, kinds in saved.items()
-        if kinds["masks"]
-    }
-    revived = any((after & ~before).any() for layers in masks.values() for before, after in layers.values())
-    return masks if revived else {}
 
 
 def without_pauses(seconds: pd.Series, resumed_at: list[int], learns_from: int = 0) -> pd.Series:

@@ -72,6 +72,13 @@ def claim(run_dir: Path) -> int:
     return lock
 
 
+def versions_of(env: gym.Env) -> dict[str, str]:
+    """The versions of what every run uses, of the environment's own package, and of what its file imports."""
+    own = sys.modules[type(env).__module__]
+    modules = [*VERSIONED, sys.modules[own.__name__.partition(".")[0]], *vars(own).values()]
+    return {m.__name__: str(m.__version__) for m in modules if inspect.ismodule(m) and hasattr(m, "__version__")}
+
+
 def git_commit(folder: Path) -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -112,7 +119,7 @@ class Run:
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = environment.has_time_limit(env)
         # from the same random numbers as the environment of training, so that both are alike if the constructor draws
-        with environment.apart(None, args.seed, self.device):
+        with environment.apart(env, args.seed, self.device):
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
         for part in environment.attributes(env).values():
             if isinstance(part, gym.Space) and part is not env.action_space:  # seeded by the script
@@ -179,7 +186,7 @@ class Run:
             "in_kernels": self.in_kernels(),
             "milliseconds": milliseconds,
             "optimizers": optimizers,
-            "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in VERSIONED},
+            "versions": {"python": platform.python_version()} | versions_of(env.unwrapped),
         }
         if self.checkpoint is None:
             self.folder = self.make_folder()
@@ -417,7 +424,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
-        sparse_utils.fix_masks({name: net for name, net in self.nets.items() if net.masks})
+        sparse_utils.fix_masks(self.nets)
         self.returns = {step: value for step, value in checkpoint["returns"].items() if step < self.start_step}
         return checkpoint, segments, past
 
@@ -516,8 +523,6 @@ class Run:
 
     def log_topology(self, global_step: int) -> None:
         """Write topology.json and masks.pt, and log what pruning and revival did to each network (lab/topology.py)."""
-        if self.args.evaluate is not None:
-            return
         sizes = self.env.observation_space.shape + self.env.action_space.shape
         report = topology.log_pruning(self.writer, global_step, self.nets, *sizes)
         write_json(self.folder / "topology.json", report)

@@ -396,7 +396,8 @@ def main() -> int:
         rules[name] = (holds, "a folder of runs, each a folder with a config.json or an entry of its runs.json")
     require(args, rules)
     of_a_grid = ("env_id", "method", "base", "sparsity", "seeds", "first_seed", "total_timesteps")
-    if args.like and (given := [name for name in of_a_grid if getattr(args, name) != getattr(Args, name)]):
+    given = [word.partition("=")[0][2:].replace("-", "_") for word in words[:end] if word.startswith("--")]
+    if args.like and (given := [name for name in of_a_grid if name in given]):
         fail(f"--{given[0].replace('_', '-')} is of a grid, and with --like each run has the value that it records")
     runs, found = plan(args, flags), list(configs(Path(args.runs_dir)))
     if args.published:

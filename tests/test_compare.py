@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
@@ -408,13 +407,25 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
     assert comparison()["returns"].set_index("arm").against["tar snip+er"] == "rigl snip+er"
 
 
-def test_what_other_code_ran_again_later_is_said(make, comparison):
-    first = make(1, segments=[{"code": 12 * "a"}])
-    make(2, segments=[{"code": 12 * "b"}])
-    sentence = "Left out, since run again later by other code (with --separate-code each code has an arm): "
-    assert f"- {sentence}{first.name}.\n" in comparison()["page"]
-    first.rename(first.with_name(first.name.replace("__1__", "__z__1__")))  # in whose name more flags are
-    assert f"- {sentence}{first.name.replace('__1__', '__z__1__')}.\n" in comparison()["page"]
+def test_a_seed_that_other_code_ran_again_makes_an_arm_of_each_code(make, comparison, arms):
+    """With its own code as control, if that ran again too. In an arm of equal code the later run of a seed counts."""
+    for value, edit in ((10, "a"), (30, "b")):
+        make(value, segments=[{"code": 12 * edit}])
+        make(value - 1, method="static", segments=[{"code": 12 * edit}])
+    make(20, seed=2, segments=[{"code": 12 * "a"}])
+    make(5, method="uniform", segments=[{"code": 12 * "a"}])
+    make(7, method="uniform", seed=2, segments=[{"code": 12 * "b"}])  # of another seed, which is said alone
+    table = comparison()["returns"].set_index("arm")
+    a, b = (f" random+er code={7 * edit}" for edit in "ab")
+    assert dict(table["final return"]) == {
+        f"tar{a}": 15, f"static{a}": 9, f"tar{b}": 30, f"static{b}": 29, "uniform random+er": 6
+    }  # fmt: skip
+    assert [table.against[f"tar{code}"] for code in (a, b)] == [f"static{a}", f"static{b}"]
+    first = make(50, seed=2, segments=[{"code": 12 * "b"}])
+    make(60, seed=2, segments=[{"code": 12 * "b"}])
+    first = first.rename(first.with_name(first.name.replace("__2__", "__z__2__")))  # in whose name more flags are
+    assert f"Left out, since run again later: {first.name}." in comparison()["page"]
+    assert arms()[f"tar{b}"] == 45
 
 
 def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, comparison, capsys, tmp_path):
@@ -435,7 +446,8 @@ def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, com
         "These are old.",
         "Those are not.",
         "3 further caveats are at the end.",
-        f"Left out, since not finished: {', '.join(sorted([unfinished.name, empty.name]))}.",
+        "Left out, since not finished, or without event files up to the end: "
+        f"{', '.join(sorted([unfinished.name, empty.name]))}.",
         f"Left out, since run again later: {rerun.name}.",
         f"No finished run on A-v1, seed 2, 3: {tar}; A-v1, seed 3: {uniform}; B-v1: {tar}, {uniform}.",
     ]
@@ -532,7 +544,7 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     make(9, seed=2)  # added to the grid, in which the other runs stay as they are
     capsys.readouterr()
     comparison(publish=published)
-    assert capsys.readouterr().out.startswith("Left out, since not finished: ")  # which the grid cannot say
+    assert capsys.readouterr().out.startswith("Left out, since not finished, or")  # which the grid cannot say
     assert json.loads((published / "runs.json").read_text()).items() > runs.items()
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
@@ -560,6 +572,9 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
         table = comparison(numbered.parent, publish=tmp_path / "of 7")["returns"]
         assert list(table.n) == [1] and list(table["final return"]) == [value]
     assert len((tmp_path / "of 7" / "evaluations.csv").read_text().splitlines()) == 1 + len(STEPS)
+    write_events(events, 3.0, [("eval/episodic_return", step, 5.0) for step in STEPS], dict.fromkeys(STEPS, 4.0))
+    message = refused(capsys, comparison, numbered.parent, publish=tmp_path / "of 7")
+    assert "of 7 has another run named 7; rename the folder of one" in message  # though of another begin
     (tmp_path / "of 7" / "evaluations.csv").unlink()
     assert "has runs.json and no evaluations.csv; bring both" in refused(capsys, comparison, tmp_path / "of 7")
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
@@ -664,7 +679,8 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
     make(1000, "0-v1", "static", total_timesteps=1001)
     make(1500, "0-v1", total_timesteps=1001, cut=(1, 0))
-    comparison()
+    said = "static pruning left neurons unconnected, which revival repairs: 18% on random+er, 62% on random+global.\n"
+    assert f"- On average, {said}" in comparison()["page"]
     tar, uniform, other, unused = drawn["td3_tar_gains.png"].axes
     assert tar.get_ylim() == uniform.get_ylim() != other.get_ylim() and not unused.get_visible()
     assert [line.get_xydata().tolist() for line in other.lines[1:]] == [[[10, 500]]]
@@ -678,29 +694,8 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     assert "td3_tar_gains.png" not in drawn
 
 
-def test_masks_are_drawn_from_masks_pt(make, comparison, drawn):
-    run = make(5)
-    static = {"fc1": torch.tensor([[True, False, False], [True, False, True]]), "fc2": torch.tensor([[True, False]])}
-    masks = {"fc1": torch.tensor([[True, True, False], [True, True, True]]), "fc2": torch.tensor([[True, False]])}
-    empty = {"static": {}, "masks": {}}  # of a network without an nn.Linear
-    torch.save({"actor": empty, "qf1": {"static": static, "masks": masks}}, run / "masks.pt")
-    comparison()
-    before, after, inputs, outputs, *second = drawn["masks_qf1.png"].axes
-    assert before.images[0].get_array().tolist() == [[1, 0, 0], [1, 0, 1]]
-    assert after.images[0].get_array().tolist() == [[1, 2, 0], [1, 2, 1]]
-    assert [list(patch.get_data().values) for patch in inputs.patches] == [[2, 1, 0], [2, 2, 1]]
-    assert [list(patch.get_data().values) for patch in outputs.patches] == [[2, 1], [3, 2]]
-    assert outputs.get_ylim()[1] > 3  # all of it is seen
-    every = {"fc1": torch.ones(2, 3).bool(), "fc2": torch.tensor([[True, False]])}
-    torch.save({"qf1": {"static": masks, "masks": every}}, (other := make(5, seed=2)) / "masks.pt")
-    comparison(masks_of=f"runs/{other.name}/")
-    assert drawn["masks_qf1.png"].axes[1].images[0].get_array().tolist() == [[1, 1, 2], [1, 1, 1]]
-    assert all(tick == round(tick) for axes in second for tick in [*axes.get_yticks(), *axes.get_xticks()])
-
-
 @pytest.mark.parametrize("args, sentence", [
     ({}, "holds no finished run"),
-    ({"masks_of": "nothing"}, "--masks-of nothing is no finished run here with a masks.pt"),
     ({"publish": Path("runs")}, "--publish needs another folder"),
     ({"events": Path("runs")}, "--events needs another folder"),
     ({"against": "random"}, "--against random is not one arm; there are: static random+er, tar random+er"),

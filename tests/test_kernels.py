@@ -384,7 +384,7 @@ def test_a_layer_that_is_not_to_be_pruned_stays_in_its_network(monkeypatch):
     every = sparse_utils.linear_weights
     few = lambda network: {name: weight for name, weight in every(network).items() if weight.shape[0] > 1}  # noqa: E731
     monkeypatch.setattr(sparse_utils, "linear_weights", few)
-    nets = make_nets(kind=chain)
+    nets = make_nets()
     net, x = nets["qf1"], torch.linspace(-1, 1, 50).view(10, 5)
     net.in_kernels = True
     with kernels.in_torch(nets):

@@ -368,7 +368,7 @@ def test_allocate_by_hand():
 
 
 def test_networks_of_no_or_one_linear_layer_and_whole_ones():
-    with pytest.raises(ValueError, match="has nothing that can be pruned"):
+    with pytest.raises(ValueError, match=r"keeps none of 0 connections; it has no nn\.Linear"):
         su.plan(row({}, "tar", 0.5), 0.1)
     averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)
     averaged.target = torch.optim.swa_utils.AveragedModel(averaged.network)
@@ -647,6 +647,16 @@ def test_what_is_pruned_after_dense_training_stays_at_zero(kind):
         for tensor in (*stored(net, name), gradients[name]):
             assert not tensor[~mask].any() and tensor[mask].any()
         assert (net.weights[name] != before[f"{name}.weight"])[mask].any() and len(stored(net, name)) > 2
+
+
+def test_an_infinite_gradient_of_a_pruned_weight_is_zero():
+    """As where a product of the batch overflows; times zero it would be NaN."""
+    net = row({"fc1": torch.ones(3, 4), "fc2": torch.ones(1, 3)}, budget=8)
+    net.masks = su.static_prune(net, 8, "random", "uniform", generator(1))
+    su.fix_masks({"net": net})
+    for name, weight in net.weights.items():
+        (weight * torch.where(net.masks[name], 1, torch.inf)).sum().backward()
+        assert torch.equal(weight.grad, net.masks[name].float()) and not net.masks[name].all()
 
 
 def test_a_row_that_does_not_say_what_was_done_has_no_report():

@@ -737,6 +737,21 @@ def test_a_critic_whose_target_is_forgotten_ends_the_run(run, script, tmp_path):
         run(mine, env_id="Short-v0", total_timesteps=70)
 
 
+def test_a_critic_that_no_optimizer_trains_is_refused_unless_it_is_frozen(run, tmp_path, capsys):
+    third = "    qf3 = copy.deepcopy(qf1)\n    nets['qf3'] = sparse_utils.Net(qf3, None, q_optimizer, 'tar', 0.9)\n"
+    third += "    sparse_utils.plan(nets['qf3'], 0.1)\n    state['qf3'] = qf3\n"
+    small = {"env_id": "Short-v0", "total_timesteps": 70, "compute": "masked"}
+    said = "no optimizer in `state` trains fc1.weight of qf3; give it to one or freeze it"
+    assert said in refused(capsys, run, edited(tmp_path, (RUN_BEGINS, third + RUN_BEGINS)), **small)
+    frozen = f"{third}    qf3.requires_grad_(False)\n"
+    assert run(edited(tmp_path, (RUN_BEGINS, frozen + RUN_BEGINS)), **small).exists()
+
+
+@pytest.mark.parametrize("first, later", [([], {"step": 3}), ((1,), [1]), ({"a": 1}, None), ([1], "ab"), ([1], None)])
+def test_a_part_of_state_that_became_another_kind_of_value_is_put_back_as_it_was_saved(first, later):
+    assert lab.checkpoints.put_back({"of": first}, {"of": later}) == {"of": later}
+
+
 def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch):
     monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))

@@ -151,6 +151,8 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli, 
     more = [f"{tune}{critic}" for tune in ("--autotune", "--no-autotune") for critic in ("", " --critic-method set")]
     expected = [f"{method} {rest} --torch-threads 1{reserve} {words}" for method, reserve in arms for words in more]
     assert commands(text) == [f"--env-id E --method {words}" for words in expected]
+    _, text = cli("--env-id E --method dense tiny tar --seeds 1 --dry-run --vary prune-at=6000,7000")
+    assert [re.search(r"--method (\w+)", command)[1] for command in commands(text)] == ["dense", "tiny", "tar", "tar"]
     # one run has one log, and so one lock, in every sweep
     run, of_more = one(), sweep.plan(sweep.Args(env_id=("Pendulum-v1",), vary=("reserve=0.1,0.3",)), [])
     assert run.log.name.startswith("sac_tar__Pendulum-v1__tar__magnitude__global__0.9__1__")
@@ -218,7 +220,7 @@ def test_a_run_is_recognised_by_its_settled_flags_and_only_by_them(cli):
             return next_of(one(flags=f"--learning-starts 40 {flags}", **chosen), method) is None
 
         assert known() and known("--prune-at 40 --checkpoint-frequency 20")
-        assert not known("--prune-at 41") and not known("--gamma 0.9")
+        assert known("--prune-at 41") == (method in ("dense", "tiny")) and not known("--gamma 0.9")
         assert known(sparsity=0.6) == (method == "dense")
         assert known("--reserve 0.3") == (method not in ("tar", "tar_ch", "uniform"))
         assert known("--rewire-every 9") == (method not in baselines.GROWTHS)
@@ -325,7 +327,9 @@ def test_every_run_of_a_folder_can_be_planned_again_and_counted(cli):
     lines = commands(cli("--like grid --dry-run -- --tau 0.01")[1])
     assert len(lines) == 13 and all(line.endswith(" --tau 0.01") for line in lines)
     assert cli("--like grid --dry-run --script nope/sac_tar.py")[0] == 2
-    assert "--seeds is of a grid, and with --like each run has" in cli("--like grid --seeds 2 --dry-run")[1]
+    for words in ("--seeds 2", f"--seeds {sweep.Args.seeds}", "--first-seed=1"):  # a default that is given, too
+        flag = re.match("[-a-z]+", words)[0]
+        assert f"{flag} is of a grid, and with --like each run has" in cli(f"--like grid {words} --dry-run")[1]
     Path("gone").mkdir()
     Path("gone/runs.json").write_text(re.sub('"(sac|td3)_tar"', '"no_script"', Path("grid/runs.json").read_text()))
     code, output = cli("--like gone --dry-run")

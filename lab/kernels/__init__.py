@@ -543,7 +543,7 @@ def in_torch(nets: dict[str, Net]) -> Iterator[None]:
     compact again. Such blocks must not be nested."""
     expand(nets)
     yield
-    sparse_utils.fix_masks({name: net for name, net in nets.items() if net.masks})
+    sparse_utils.fix_masks(nets)
     compact(nets)
 
 
