@@ -82,10 +82,11 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
         return
     if net.target and not linear_weights(net.target).keys() <= dict(net.network.named_modules()).keys():
         raise ValueError("a target's layers must have the names of its network's; of an AveragedModel pass `module`")
+    if not net.size:
+        raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
     net.budget = round((1 - net.sparsity) * net.size)
     if net.budget < 1:
-        mend = "choose a lower sparsity" if net.size else "it has no nn.Linear; use --method dense for it"
-        raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; {mend}")
+        raise ValueError(f"--sparsity {net.sparsity} keeps none of {net.size} connections; choose a lower sparsity")
     net.reserve = round(reserve * net.budget) if net.method in REVIVALS else 0
     if active_width is not None:
         net.width = choose_width(net.weights, net.budget, active_width)

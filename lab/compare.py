@@ -5,9 +5,9 @@ python lab/compare.py runs --against rigl --env-id Hopper-v4 --arm tar rigl
 python lab/compare.py runs --publish runs/mine               # add the runs to a published grid and compare that
 python lab/compare.py runs/published --events /tmp/events    # event files of published runs, for TensorBoard
 
-Runs with the same algorithm and flags form one arm. They differ in seed and environment, and may be of different code,
-unless other code ran a seed again: then each code has an arm. The name of an arm is the method, the base mask
-(criterion+distribution), and every flag in which runs of one method on one base mask in one environment differ.
+Runs with the same algorithm and flags form one arm; they differ in seed, environment and code, which is said. Its name
+is the method, the base mask (criterion+distribution), and every flag in which runs of one method on one base mask in
+one environment differ.
 """
 
 import itertools
@@ -37,7 +37,7 @@ class Args:
     folder: tyro.conf.Positional[Path]  # A folder of run folders, or a published grid.
     out: Path | None = None  # The folder of the comparison; default: comparison, in the folder that is compared.
     # Compare with this arm, or the one with this word, or else this text, in its name (an arm: runs that differ only in
-    # seed and environment). Default: the `static` arm that each arm is most like.
+    # seed, environment and code). Default: the `static` arm that each arm is most like.
     against: str | None = None
     env_id: tuple[str, ...] = ()  # Compare in these environments only.
     # Compare only these arms, or those with one of these words, or else one of these texts, in their names.
@@ -57,7 +57,7 @@ FEW_SEEDS = 5  # below so many a bootstrap gives no interval of P(better)
 CAVEATS_ON_TOP = 5
 
 
-def row_of(result: dict) -> dict:
+def row_of(result: dict, separate_code: bool) -> dict:
     """The row of a finished run. `settings` are the flags that act on its result, but for environment and seed; `more`
     follows method and base mask in the name of its arm; `pruned` are the methods of its pruned networks."""
     args, segments, curve = result["args"], result["segments"], results.curve_of(result)
@@ -76,11 +76,12 @@ def row_of(result: dict) -> dict:
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
     defaults |= {"load": ""}
     settings = record.identity(args) | {"load": (args.get("load") or "")[-13:]}  # of a file, @ and its hash alone
-    row["settings"] = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
+    settings = {n: v for n, v in settings.items() if n not in unused and v != defaults.get(n, MISSING)}
+    row["settings"] = settings | ({"code": row["code"]} if separate_code else {})
     row |= {"pruned": methods - sparse_utils.UNPRUNED.keys(), "dense": methods == {"dense"}}
     row["unpruned"] = [args[name] in sparse_utils.UNPRUNED and args[name] for name in ("method", "critic_method")]
     row["base"] = f"{args['criterion']}+{args['distribution']}" if row["pruned"] else ""
-    row["cut"] = cut_by_pruning(result["topology"])
+    row |= {"versions": segments[-1]["versions"], "cut": cut_by_pruning(result["topology"])}
     row["sparsity"] = max(args["sparsity"], args["critic_sparsity"])
     row["more"] = f" critic {args['critic_method']}" if args["critic_method"] != args["method"] else ""
     for network, prefix in (("actor", ""), ("critic", "critic_")):
@@ -92,7 +93,7 @@ def row_of(result: dict) -> dict:
 def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFrame:
     """One row for each finished run. The notes say which runs are left out."""
     unfinished = []
-    rows = [row_of(result) for result in results.results_in(folder, unfinished)]
+    rows = [row_of(result, separate_code) for result in results.results_in(folder, unfinished)]
     if not rows:
         fail(f"{folder} holds no finished run; it needs run folders with config.json and final.pt, or a runs.json")
     runs = pd.DataFrame(rows).sort_values("began", ignore_index=True)
@@ -108,21 +109,20 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFra
     for _, of_algo in runs.groupby("algo"):
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
+        codes = of_algo.groupby("script").code.nunique()
+        differ |= {"code"} if codes.max() > 1 else set()  # in `settings` only with --separate-code
         for index, settings in of_algo.settings.items():
             told = [n for n in sorted(differ - IN_EVERY_NAME) if n in settings]
             told = [f" {n}={settings[n]}" for n in told if settings[n] != record.usual(n, settings)]
             runs.loc[index, "more"] += "".join(told)
-    runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
-    changed = runs.groupby("script" if separate_code else RUN).code.transform("nunique") > 1
-    split = changed.groupby([runs.algo, runs.arm]).transform("any")
-    for index in runs.index[split]:
-        runs.settings[index]["code"] = runs.code[index]
-    for name in ("more", "arm"):
-        runs[name] += (" code=" + runs.code).where(split, "")
     runs["label"] = runs.method + runs.more  # without the base mask, which is in the title of a panel
+    runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
     again = runs.duplicated(RUN, keep="last")
+    other = runs.code != runs.groupby(RUN).code.transform("last")
     left_out = {"not finished, or without event files up to the end": unfinished}
-    left_out["run again later"] = [path.name for path in runs.path[again]]
+    left_out["run again later"] = [path.name for path in runs.path[again & ~other]]
+    by_other = "run again later by other code (with --separate-code each code has an arm)"
+    left_out[by_other] = [path.name for path in runs.path[again & other]]
     notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
     return runs[~again].sort_values(RUN)
 
@@ -141,20 +141,19 @@ def cut_by_pruning(topology: dict) -> float:
 
 
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
-    """In sentences: what static pruning cut; whether different code made the runs, above all those of one arm; what
-    differs and is not in the names of the arms; the notes; the environments and seeds that only some arms have."""
+    """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
+    names of the arms; the notes; the environments and seeds that only some arms have."""
     # by environment, since a reader's own environment is part of the code of its runs
     cells, gaps = runs.groupby(["arm", "env_id"]), {}
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
-    cuts = runs[runs.base != ""].groupby("base").cut.mean()
-    cut = ", ".join(f"{share:.0f}% on {base}" for base, share in cuts.items() if share >= 1)
-    found = [f"On average, static pruning left neurons unconnected, which revival repairs: {cut}."] if cut else []
-    found += [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
+    found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
     found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
     told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
     names = sorted({name for settings in runs.settings for name in settings} - told)
     columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
     columns |= {f"version of {name}": runs[name] for name in PACKAGES} | {"processor": runs.processor}
+    others = sorted(set().union(*runs.versions) - {*PACKAGES})  # such as those of environments, which some runs have
+    columns |= {f"version of {name}": [own[name] for own in runs.versions if name in own] for name in others}
     for name, values in columns.items():
         counts = pd.Series(map(str, values)).value_counts().sort_index()
         which = [f"{value} in {count} of {len(runs)} runs" for value, count in counts.items()]
@@ -178,6 +177,13 @@ def shared_by(runs: pd.DataFrame) -> str:
             shared.append(f"{name}={value}")
     which = "All" if len({*(runs.base == "")}) == 1 else "All pruned"
     return f"{which} runs have {', '.join(shared)}." if shared else ""
+
+
+def cut_before_revival(runs: pd.DataFrame) -> str:
+    """In a sentence, `cut_by_pruning` for each base mask, the mean over the runs that revive, if it is 1 or more."""
+    cuts = runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].groupby("base").cut.mean()
+    cut = ", ".join(f"{share:.0f}% on {base}" for base, share in cuts.items() if share >= 1)
+    return f"Static pruning had left inputs and outputs of layers unconnected before revival: {cut}." if cut else ""
 
 
 def iqm(*samples: np.ndarray, axis: int) -> np.ndarray:
@@ -386,7 +392,8 @@ def write_page(
     if len(caveats) > CAVEATS_ON_TOP:
         caveats.insert(CAVEATS_ON_TOP - 1, f"{len(caveats) - CAVEATS_ON_TOP + 1} further caveats are at the end.")
     caveats = [f"- {sentence}" for sentence in caveats] or ["Nothing is missing or unequal."]
-    page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}", *filter(None, [shared_by(group)])]
+    page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}"]
+    page += filter(None, [shared_by(group), cut_before_revival(group)])
     page += ["\n".join(caveats[:CAVEATS_ON_TOP])]
     for kind, table in tables.items():
         if len(table):

@@ -89,14 +89,15 @@ def check_parts(
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
         elif isinstance(part, dict) and any(isinstance(x, OPTIMIZERS) for _, x in walk([("", part)], set(), ())):
             raise ValueError(f"state[{name!r}] holds an optimizer or scheduler; give it a name of its own in `state`")
-    kept = walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, whole))
+    kept = [*walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, whole))]
     # modules in `state` are looked into below, since they hold more than tensors
     seen = {id(rb), *(id(part) for _, part in kept if not isinstance(part, nn.Module))}
     found = walk([*variables.items(), *params], seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
     if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
-    trained = {id(param) for _, param in params}
+    optimizers = [part for _, part in kept if isinstance(part, torch.optim.Optimizer)]
+    trained = {id(param) for part in optimizers for group in part.param_groups for param in group["params"]}
     for row, net in state["nets"].items():
         if idle := [n for n, p in net.network.named_parameters() if p.requires_grad and id(p) not in trained]:
             raise ValueError(f"no optimizer in `state` trains {idle[0]} of {row}; give it to one or freeze it")

@@ -72,7 +72,7 @@ def finish(figure, path: Path | str, names: Iterable[str]) -> None:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     names, png = [name for name in names if name in entries], io.BytesIO()
     columns = max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, names)))))
-    figure.set_figheight(figure.get_figheight() + 0.2 * (len(names) // columns))  # or the legend takes it from the axes
+    figure.set_figheight(figure.get_figheight() + 0.2 * ((len(names) - 1) // columns))  # or the axes become lower
     figure.legend([entries[name] for name in names], names, loc="outside lower center", ncols=columns, handlelength=3.2)
     figure.savefig(png)
     plt.close(figure)

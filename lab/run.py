@@ -73,10 +73,11 @@ def claim(run_dir: Path) -> int:
 
 
 def versions_of(env: gym.Env) -> dict[str, str]:
-    """The versions of what every run uses, of the environment's own package, and of what its file imports."""
-    own = sys.modules[type(env).__module__]
-    modules = [*VERSIONED, sys.modules[own.__name__.partition(".")[0]], *vars(own).values()]
-    return {m.__name__: str(m.__version__) for m in modules if inspect.ismodule(m) and hasattr(m, "__version__")}
+    """The versions of what every run uses, of the environment's own package, and of packages that its file imports."""
+    name = type(env).__module__
+    modules = [*VERSIONED, sys.modules.get(name.partition(".")[0]), *vars(sys.modules.get(name, gym)).values()]
+    modules = [module for module in modules if inspect.ismodule(module) and "__version__" in vars(module)]
+    return {m.__name__: str(m.__version__) for m in modules if m.__name__ not in sys.stdlib_module_names}
 
 
 def git_commit(folder: Path) -> str | None:
@@ -194,7 +195,9 @@ class Run:
         else:
             self.rewind(self.checkpoint["log_sizes"])
             for what in ("total_timesteps", "code", "processor", "device", "torch_threads", "in_kernels", "versions"):
-                if past.get(what, now[what]) != now[what]:
+                before = past.get(what, now[what])
+                # of a package that an older record leaves out no change is known
+                if (now[what] | before if what == "versions" else before) != now[what]:
                     was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
                     changed.append(f"the run's {what} {was}")
                     tqdm.write(f"warning: {changed[-1]}")

@@ -407,25 +407,13 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
     assert comparison()["returns"].set_index("arm").against["tar snip+er"] == "rigl snip+er"
 
 
-def test_a_seed_that_other_code_ran_again_makes_an_arm_of_each_code(make, comparison, arms):
-    """With its own code as control, if that ran again too. In an arm of equal code the later run of a seed counts."""
-    for value, edit in ((10, "a"), (30, "b")):
-        make(value, segments=[{"code": 12 * edit}])
-        make(value - 1, method="static", segments=[{"code": 12 * edit}])
-    make(20, seed=2, segments=[{"code": 12 * "a"}])
-    make(5, method="uniform", segments=[{"code": 12 * "a"}])
-    make(7, method="uniform", seed=2, segments=[{"code": 12 * "b"}])  # of another seed, which is said alone
-    table = comparison()["returns"].set_index("arm")
-    a, b = (f" random+er code={7 * edit}" for edit in "ab")
-    assert dict(table["final return"]) == {
-        f"tar{a}": 15, f"static{a}": 9, f"tar{b}": 30, f"static{b}": 29, "uniform random+er": 6
-    }  # fmt: skip
-    assert [table.against[f"tar{code}"] for code in (a, b)] == [f"static{a}", f"static{b}"]
-    first = make(50, seed=2, segments=[{"code": 12 * "b"}])
-    make(60, seed=2, segments=[{"code": 12 * "b"}])
-    first = first.rename(first.with_name(first.name.replace("__2__", "__z__2__")))  # in whose name more flags are
-    assert f"Left out, since run again later: {first.name}." in comparison()["page"]
-    assert arms()[f"tar{b}"] == 45
+def test_what_other_code_ran_again_later_is_said(make, comparison):
+    first = make(1, segments=[{"code": 12 * "a"}])
+    make(2, segments=[{"code": 12 * "b"}])
+    sentence = "Left out, since run again later by other code (with --separate-code each code has an arm): "
+    assert f"- {sentence}{first.name}.\n" in comparison()["page"]
+    first.rename(first.with_name(first.name.replace("__1__", "__z__1__")))  # in whose name more flags are
+    assert f"- {sentence}{first.name.replace('__1__', '__z__1__')}.\n" in comparison()["page"]
 
 
 def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, comparison, capsys, tmp_path):
@@ -479,6 +467,9 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
     said = "\n\nAll pruned runs have init=sparse, load=@0123456789ab, prune_at=400, total_timesteps=1000.\n\n- Not "
     assert said in (page := comparison()["page"])
     assert "\n- Not the same processor: a processor in 4 of 5 runs; another in 1 of 5 runs.\n" in page
+    for seed, version in enumerate("112", 3):
+        make(5, "B-v1", seed=seed, segments=[{"versions": {"torch": "2.0", "my_env": version}}])
+    assert "Not the same version of my_env: 1 in 2 of 8 runs; 2 in 1 of 8 runs." in comparison()["page"]
 
 
 def test_what_differs_by_design_is_no_caveat(make, comparison):
@@ -679,8 +670,9 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
     make(1000, "0-v1", "static", total_timesteps=1001)
     make(1500, "0-v1", total_timesteps=1001, cut=(1, 0))
-    said = "static pruning left neurons unconnected, which revival repairs: 18% on random+er, 62% on random+global.\n"
-    assert f"- On average, {said}" in comparison()["page"]
+    said = "Static pruning had left inputs and outputs of layers unconnected before revival: "
+    assert f"\n\n{said}4% on random+er, 50% on random+global.\n\n- " in comparison()["page"]
+    assert said not in comparison(arm=("static", "set"))["page"]
     tar, uniform, other, unused = drawn["td3_tar_gains.png"].axes
     assert tar.get_ylim() == uniform.get_ylim() != other.get_ylim() and not unused.get_visible()
     assert [line.get_xydata().tolist() for line in other.lines[1:]] == [[[10, 500]]]

@@ -368,7 +368,7 @@ def test_allocate_by_hand():
 
 
 def test_networks_of_no_or_one_linear_layer_and_whole_ones():
-    with pytest.raises(ValueError, match=r"keeps none of 0 connections; it has no nn\.Linear"):
+    with pytest.raises(ValueError, match="has nothing that can be pruned"):
         su.plan(row({}, "tar", 0.5), 0.1)
     averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)
     averaged.target = torch.optim.swa_utils.AveragedModel(averaged.network)

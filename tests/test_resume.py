@@ -752,6 +752,15 @@ def test_a_part_of_state_that_became_another_kind_of_value_is_put_back_as_it_was
     assert lab.checkpoints.put_back({"of": first}, {"of": later}) == {"of": later}
 
 
+def test_modules_in_a_part_of_state_that_became_another_kind_of_value_are_not_lost():
+    head, saved = nn.Linear(1, 1), nn.Linear(1, 1).state_dict()
+    assert head.weight != saved["weight"]
+    assert lab.checkpoints.put_back((head,), [saved]) == [head] and head.weight == saved["weight"]
+    for part, other in (({"head": head}, [saved]), ([head], {"head": saved})):
+        with pytest.raises(ValueError, match="of parts that have a state was saved as a"):
+            lab.checkpoints.put_back(part, other)
+
+
 def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch):
     monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
