@@ -17,6 +17,7 @@ from torch import Tensor
 
 import sparse_utils
 from lab.environment import GENERATORS, content_of
+from lab.flags import PROJECT
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
@@ -184,6 +185,22 @@ def one_by_one(source: Path, before: range, networks: set[str], classes: set[str
                 where = f"in line {part.lineno}, outside of `with kernels.in_torch(nets):`"
                 return f"{source.name} goes through {', '.join(taken) or name} {where}"
     return None
+
+
+def kept_in_torch(
+    nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], script: Path, frame: FrameType, files: tuple
+) -> dict[str, str]:
+    """By name, the networks that the kernels cannot compute because of what train, which runs in this frame, or the
+    reader's `files` do with them: as `held_apart` finds them, or all of them where `one_by_one` finds a place."""
+    before = {script.resolve(): range(frame.f_code.co_firstlineno, frame.f_lineno)}
+    networks = {id(network): network for net in nets.values() for network in net.networks}
+    classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
+    named = {name for name, value in variables_of(frame).items() if id(value) in networks}
+    walks = [one_by_one(path, before.get(path, ()), named, classes) for path in files]
+    walks += [one_by_one(PROJECT / "sparse_utils.py", (), set(), set())]
+    if walked := next(filter(None, walks), None):
+        return dict.fromkeys(nets, walked)
+    return held_apart(nets, optimizers, used_later(script, frame), files)
 
 
 def used_later(script: Path, frame: FrameType) -> dict:

@@ -152,15 +152,7 @@ class Run:
             restored = environment.generators(env, self.eval_env).values()
             optimizers = edits.check_parts(state, rb, variables, self.own_files, restored)
         self.training = [part for part in state.values() if isinstance(part, torch.optim.Optimizer)]
-        held = edits.held_apart(self.nets, self.training, edits.used_later(script, caller), self.own_files)
-        before = {script.resolve(): range(caller.f_code.co_firstlineno, caller.f_lineno)}
-        networks = {id(network): network for net in self.nets.values() for network in net.networks}
-        classes = {kind.__name__ for network in networks.values() for kind in type(network).__mro__}
-        named = {name for name, value in variables.items() if id(value) in networks}
-        walks = [edits.one_by_one(path, before.get(path, ()), named, classes) for path in self.own_files]
-        walks += [edits.one_by_one(PROJECT / "sparse_utils.py", (), set(), set())]
-        if walked := next(filter(None, walks), None):
-            held = dict.fromkeys(self.nets, walked)
+        held = edits.kept_in_torch(self.nets, self.training, script, caller, self.own_files)
         if dense := edits.without_masks(state):
             why = "which FLOPs leave out; only nn.Linear weights of networks and targets in rows of `nets` are pruned"
             tqdm.write(f"warning: nothing prunes some weights of {', '.join(dense)}, {why}")
