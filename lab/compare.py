@@ -180,9 +180,10 @@ def shared_by(runs: pd.DataFrame) -> str:
 
 
 def cut_before_revival(runs: pd.DataFrame) -> str:
-    """In a sentence, `cut_by_pruning` for each base mask, the mean over the runs that revive, if it is 1 or more."""
-    cuts = runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]].groupby("base").cut.mean()
-    cut = ", ".join(f"{share:.0f}% on {base}" for base, share in cuts.items() if share >= 1)
+    """In a sentence, the mean `cut_by_pruning` of the runs that revive, by base mask and environment, from 1% on."""
+    revived = runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]]
+    cuts = revived.groupby(["base", "env_id"]).cut.mean()
+    cut = ", ".join(f"{share:.0f}% on {base} in {env_id}" for (base, env_id), share in cuts.items() if share >= 1)
     return f"Static pruning had left inputs and outputs of layers unconnected before revival: {cut}." if cut else ""
 
 

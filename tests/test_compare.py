@@ -671,7 +671,8 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(1000, "0-v1", "static", total_timesteps=1001)
     make(1500, "0-v1", total_timesteps=1001, cut=(1, 0))
     said = "Static pruning had left inputs and outputs of layers unconnected before revival: "
-    assert f"\n\n{said}4% on random+er, 50% on random+global.\n\n- " in comparison()["page"]
+    shares = "10% on random+er in 0-v1, 3% on random+er in A-v1, 50% on random+global in A-v1."
+    assert f"\n\n{said}{shares}\n\n- " in comparison()["page"]
     assert said not in comparison(arm=("static", "set"))["page"]
     tar, uniform, other, unused = drawn["td3_tar_gains.png"].axes
     assert tar.get_ylim() == uniform.get_ylim() != other.get_ylim() and not unused.get_visible()
