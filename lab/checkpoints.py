@@ -20,7 +20,7 @@ from torch import Tensor
 from lab import baselines, edits, environment
 from lab.environment import GENERATORS
 from lab.flags import fail
-from lab.record import file_of, read_config, settle, unused
+from lab.record import file_of, read_config, settle
 from lab.replay import ReplayBuffer
 
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
@@ -148,9 +148,10 @@ def put_back(part: object, saved: object) -> object:
         dict.update(part, {name: put_back(part.get(name), value) for name, value in saved.items()})
     elif type(part) in (list, tuple) and type(saved) in (list, tuple):
         return type(saved)(put_back(*pair) for pair in itertools.zip_longest(part[: len(saved)], saved))
-    elif any(hasattr(held, "load_state_dict") for _, held in edits.walk([("", part)], set(), ())):
-        raise ValueError(f"a {type(part).__name__} of parts that have a state was saved as a {type(saved).__name__}")
     else:
+        held = [value for _, value in edits.walk([("", part)], set(), ())]
+        if any(hasattr(value, "load_state_dict") or isinstance(value, GENERATORS) for value in held):
+            raise ValueError(f"a {type(part).__name__} of parts with a state was saved as a {type(saved).__name__}")
         return saved
     return part
 
@@ -224,7 +225,7 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
 def check_saved_args(given: object, saved: dict) -> None:
     """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
     `saved`, its flags as a file holds them. A flag that is newer than the run had its default there."""
-    may_change = (MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION) | unused(given)
+    may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
     newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
     now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
     for name, value in now.items():

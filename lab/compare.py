@@ -71,6 +71,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     in_kernels = ("+".join(segment.get("in_kernels", ["unknown"])) or "none" for segment in segments)
     row["in_kernels"] = " then ".join(dict.fromkeys(in_kernels))
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
+    unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()  # at which nothing is pruned
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
         unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
@@ -81,7 +82,9 @@ def row_of(result: dict, separate_code: bool) -> dict:
     row |= {"pruned": methods - sparse_utils.UNPRUNED.keys(), "dense": methods == {"dense"}}
     row["unpruned"] = [args[name] in sparse_utils.UNPRUNED and args[name] for name in ("method", "critic_method")]
     row["base"] = f"{args['criterion']}+{args['distribution']}" if row["pruned"] else ""
-    row |= {"versions": segments[-1]["versions"], "cut": cut_by_pruning(result["topology"])}
+    versions = [(name, version) for segment in segments for name, version in segment["versions"].items()]
+    row["versions"] = {name: " then ".join(dict.fromkeys(v for n, v in versions if n == name)) for name, _ in versions}
+    row["cut"] = cut_by_pruning(result["topology"])
     row["sparsity"] = max(args["sparsity"], args["critic_sparsity"])
     row["more"] = f" critic {args['critic_method']}" if args["critic_method"] != args["method"] else ""
     for network, prefix in (("actor", ""), ("critic", "critic_")):
@@ -180,10 +183,13 @@ def shared_by(runs: pd.DataFrame) -> str:
 
 
 def cut_before_revival(runs: pd.DataFrame) -> str:
-    """In a sentence, the mean `cut_by_pruning` of the runs that revive, by base mask and environment, from 1% on."""
+    """In a sentence, by base mask and environment, `cut_by_pruning` of the arms that revive, from 1% on: the range."""
     revived = runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]]
-    cuts = revived.groupby(["base", "env_id"]).cut.mean()
-    cut = ", ".join(f"{share:.0f}% on {base} in {env_id}" for (base, env_id), share in cuts.items() if share >= 1)
+    shares = {}
+    for (base, env_id, _), cut in revived.groupby(["base", "env_id", "arm"]).cut.mean().items():
+        shares.setdefault(f"{base} in {env_id}", []).append(cut)
+    ends = {where: sorted({f"{min(cuts):.0f}", f"{max(cuts):.0f}"}) for where, cuts in shares.items() if max(cuts) >= 1}
+    cut = ", ".join(f"{'-'.join(sorted(own, key=int))}% on {where}" for where, own in ends.items())
     return f"Static pruning had left inputs and outputs of layers unconnected before revival: {cut}." if cut else ""
 
 

@@ -99,6 +99,7 @@ def check_parts(
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
     optimizers = [part for _, part in kept if isinstance(part, torch.optim.Optimizer)]
     trained = {id(param) for part in optimizers for group in part.param_groups for param in group["params"]}
+    trained |= {id(part) for _, part in kept if isinstance(part, nn.Parameter)}  # of an optimizer of the reader
     for row, net in state["nets"].items():
         if idle := [n for n, p in net.network.named_parameters() if p.requires_grad and id(p) not in trained]:
             raise ValueError(f"no optimizer in `state` trains {idle[0]} of {row}; give it to one or freeze it")

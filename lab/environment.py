@@ -142,10 +142,11 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
 
 
 @contextlib.contextmanager
-def apart(env: gym.Env, seed: int, device: torch.device) -> Iterator[None]:
+def apart(env: gym.Env | None, seed: int, device: torch.device) -> Iterator[None]:
     """Inside the block the global random generators and those of the environment's spaces, which training may share,
-    begin at a seed; afterwards they go on as if nothing had been drawn."""
-    spaces = [part for part in attributes(env).values() if isinstance(part, gym.Space)]
+    begin at a seed; afterwards they go on as if nothing had been drawn. Where `env` is None, the global ones alone."""
+    parts = () if env is None else attributes(env).values()
+    spaces = [part for part in parts if isinstance(part, gym.Space)]
     python, numpy = random.getstate(), np.random.get_state()
     held = [(space, copy.deepcopy(space._np_random)) for part in spaces for space in inner_spaces(part)]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -59,7 +59,7 @@ def settle(args: object) -> object:
     idle = unused(args)
     for flag in fields(args):
         if flag.name in idle:
-            setattr(args, flag.name, getattr(args, FOLLOWS.get(flag.name, ""), flag.default))
+            setattr(args, flag.name, flag.default)
     return args
 
 
@@ -91,7 +91,7 @@ def unused(args: object) -> set[str]:
     if not methods & sparse_utils.REVIVALS.keys():
         found |= {"reserve"}
     if not methods - sparse_utils.UNPRUNED.keys():
-        found |= {"criterion", "distribution", "active_width", "prune_at"}
+        found |= {"criterion", "distribution", "active_width"}
     if getattr(args, "autotune", False):
         found |= {"alpha"}
     return found | (baselines.unused(args) if isinstance(args, baselines.Flags) else set())

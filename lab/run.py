@@ -73,9 +73,10 @@ def claim(run_dir: Path) -> int:
 
 
 def versions_of(env: gym.Env) -> dict[str, str]:
-    """The versions of what every run uses, of the environment's own package, and of packages that its file imports."""
-    name = type(env).__module__
-    modules = [*VERSIONED, sys.modules.get(name.partition(".")[0]), *vars(sys.modules.get(name, gym)).values()]
+    """The versions of what every run uses, of the environment's packages, and of those that its files import."""
+    names = dict.fromkeys(kind.__module__ for kind in type(env).__mro__)
+    modules = [*VERSIONED, *(sys.modules.get(name.partition(".")[0]) for name in names)]
+    modules += [part for name in names for part in vars(sys.modules.get(name, gym)).values()]
     modules = [module for module in modules if inspect.ismodule(module) and "__version__" in vars(module)]
     return {m.__name__: str(m.__version__) for m in modules if m.__name__ not in sys.stdlib_module_names}
 
@@ -120,7 +121,7 @@ class Run:
         self.nets, self.device = state["nets"], torch.device(args.device)
         self.limited = environment.has_time_limit(env)
         # from the same random numbers as the environment of training, so that both are alike if the constructor draws
-        with environment.apart(env, args.seed, self.device):
+        with environment.apart(None, args.seed, self.device):
             self.eval_env = make_eval_env(args.env_id, args.capture_video)
         for part in environment.attributes(env).values():
             if isinstance(part, gym.Space) and part is not env.action_space:  # seeded by the script
@@ -416,7 +417,7 @@ class Run:
                 checkpoints.read_replay(self.folder, self.rb)
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
         sparse_utils.fix_masks(self.nets)
@@ -433,7 +434,7 @@ class Run:
         bounds = {name: buffer.clone() for name, buffer in buffers if name.rpartition(".")[2] in of_bounds}
         try:
             checkpoints.put_all_back(mine, saved)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             what = f"the agent in {path} is not of the shape of this one ({' '.join(str(error).split())})"
             fail(f"{what}; use the script, the --hidden-size and the environment that it was trained with")
         if not all(torch.equal(self.state["actor"].get_buffer(name), bound) for name, bound in bounds.items()):

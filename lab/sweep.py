@@ -221,7 +221,11 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             run_args.device = device
             what = identity(as_recorded(run_args))
             idle = script.record.unused(run_args)  # flags that make no difference to this run
-            idle |= {"sparsity"} if {run_args.method, run_args.critic_method} == {"dense"} else set()
+            methods = {run_args.method, run_args.critic_method}
+            if "prune_at" in axes and methods <= script.record.sparse_utils.UNPRUNED.keys():
+                what["prune_at"] = what["learning_starts"]  # nothing is pruned, so one run serves them all
+                idle |= {"prune_at"}
+            idle |= {"sparsity"} if methods == {"dense"} else set()
             own = {name: value for name, value in own.items() if name not in idle}
             acts |= own.keys()
             digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:10]

@@ -205,6 +205,16 @@ def test_how_networks_are_computed_is_kept_unless_another_way_is_asked_for(run, 
         torch.testing.assert_close(final["qf1_target"][key], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_a_package_that_an_older_record_leaves_out_is_no_change(run, capsys):
+    run_dir = run(env_id="Short-v0", total_timesteps=70)
+    config = record.read_config(run_dir)
+    del config["segments"][0]["versions"]["numpy"]
+    (run_dir / "config.json").write_text(json.dumps(config))
+    again(sac_tar, run_dir, total_timesteps=80)
+    out = capsys.readouterr().out
+    assert "the run's total_timesteps was 70 and is 80" in out and "the run's versions" not in out
+
+
 def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script, capsys, monkeypatch):
     run_dir = run(env_id="Short-v0", checkpoint_frequency=30)
     (log,) = run_dir.glob("*tfevents*")
@@ -756,8 +766,10 @@ def test_modules_in_a_part_of_state_that_became_another_kind_of_value_are_not_lo
     head, saved = nn.Linear(1, 1), nn.Linear(1, 1).state_dict()
     assert head.weight != saved["weight"]
     assert lab.checkpoints.put_back((head,), [saved]) == [head] and head.weight == saved["weight"]
-    for part, other in (({"head": head}, [saved]), ([head], {"head": saved})):
-        with pytest.raises(ValueError, match="of parts that have a state was saved as a"):
+    rng = np.random.default_rng(1)
+    drawn = lab.checkpoints.pack(rng)
+    for part, other in (({"head": head}, [saved]), ([head], {"head": saved}), ({"rng": rng}, [drawn])):
+        with pytest.raises(ValueError, match="of parts with a state was saved as a"):
             lab.checkpoints.put_back(part, other)
 
 
@@ -862,7 +874,7 @@ def test_what_an_edit_forgets_is_a_warning(run, tmp_path, capsys):
     lines += "    scale, visits, rms = torch.ones(()), np.zeros(3), gym.wrappers.utils.RunningMeanStd(shape=())\n"
     lines += "    best, ticks, mean = None, collections.Counter(), Mean()\n"
     lines += "    cells = {'of': {(0, 1): 0}, 'nets': nets, 'all': {'steps': 0}}\n    actor.noise = 1.0\n"
-    lines += "    actor.table = nn.Parameter(torch.ones(2, 2))\n"
+    lines += "    actor.table = nn.Parameter(torch.ones(2, 2), False)\n"
     lines += "    actor.norm, old, tuner = Norm(), None, None\n    actor.norm.seen = 0\n    SCALE.fill_(1)\n"
     lines += "    env.reset()\n    env.step(env.action_space.sample())\n"
     changes = "        scale, visits[0] = scale + 1, level\n        rms.update(np.ones(1))\n"

@@ -82,7 +82,8 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch)
     assert part["from_step"] == 0 and part["in_kernels"] == [] and "git_commit" in part
     assert part["versions"].keys() == {"python", "torch", "gymnasium", "mujoco", "numpy"}
     with gym.make("BipedalWalker-v3") as env:
-        assert lab.run.versions_of(env.unwrapped).keys() == part["versions"].keys() - {"python"} | {"Box2D"}
+        env.unwrapped.__class__ = type("Mine", (type(env.unwrapped),), {})
+        assert lab.run.versions_of(env.unwrapped).keys() >= {"torch", "gymnasium", "Box2D"}
     final, report = load(run_dir), json.loads((run_dir / "topology.json").read_text())
     assert final["args"] == config["args"] and final["global_step"] == 310 and final["script"] == script.__name__
     saved, log = torch.load(run_dir / "masks.pt", weights_only=True), events(run_dir)
