@@ -153,6 +153,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli, 
     assert commands(text) == [f"--env-id E --method {words}" for words in expected]
     _, text = cli("--env-id E --method dense tiny tar --seeds 1 --dry-run --vary prune-at=6000,7000")
     assert [re.search(r"--method (\w+)", command)[1] for command in commands(text)] == ["dense", "tiny", "tar", "tar"]
+    assert ["--prune-at" in command for command in commands(text)] == [False, False, True, True]
     # one run has one log, and so one lock, in every sweep
     run, of_more = one(), sweep.plan(sweep.Args(env_id=("Pendulum-v1",), vary=("reserve=0.1,0.3",)), [])
     assert run.log.name.startswith("sac_tar__Pendulum-v1__tar__magnitude__global__0.9__1__")
