@@ -185,12 +185,13 @@ def shared_by(runs: pd.DataFrame) -> str:
 def cut_before_revival(runs: pd.DataFrame) -> str:
     """In a sentence, by base mask and environment, `cut_by_pruning` of the arms that revive, from 1% on: the range."""
     revived = runs[[bool(methods & sparse_utils.REVIVALS.keys()) for methods in runs.pruned]]
-    shares = {}
-    for (base, env_id, _), cut in revived.groupby(["base", "env_id", "arm"]).cut.mean().items():
-        shares.setdefault(f"{base} in {env_id}", []).append(cut)
-    ends = {where: sorted({f"{min(cuts):.0f}", f"{max(cuts):.0f}"}) for where, cuts in shares.items() if max(cuts) >= 1}
-    cut = ", ".join(f"{'-'.join(sorted(own, key=int))}% on {where}" for where, own in ends.items())
-    return f"Static pruning had left inputs and outputs of layers unconnected before revival: {cut}." if cut else ""
+    shares = []
+    for (base, env_id), cuts in revived.groupby(["base", "env_id", "arm"]).cut.mean().groupby(["base", "env_id"]):
+        if cuts.max() >= 1:
+            ends = dict.fromkeys(f"{end:.0f}" for end in (cuts.min(), cuts.max()))
+            shares.append(f"{'-'.join(ends)}% on {base} in {env_id}")
+    what = "Share of the inputs and outputs of layers that static pruning had left unconnected before revival"
+    return f"{what}: {', '.join(shares)}." if shares else ""
 
 
 def iqm(*samples: np.ndarray, axis: int) -> np.ndarray:

@@ -191,7 +191,7 @@ class Run:
                 before = past.get(what, now[what])
                 # of a package that an older record leaves out no change is known
                 if (now[what] | before if what == "versions" else before) != now[what]:
-                    was = f"was {past.get(what)} and is {now[what]} from step {self.start_step} on"
+                    was = f"was {before} and is {now[what]} from step {self.start_step} on"
                     changed.append(f"the run's {what} {was}")
                     tqdm.write(f"warning: {changed[-1]}")
         config = {"script": script.stem, "args": self.flags, "segments": [*segments, now]}

@@ -567,7 +567,7 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     assert len((tmp_path / "of 7" / "evaluations.csv").read_text().splitlines()) == 1 + len(STEPS)
     write_events(events, 3.0, [("eval/episodic_return", step, 5.0) for step in STEPS], dict.fromkeys(STEPS, 4.0))
     message = refused(capsys, comparison, numbered.parent, publish=tmp_path / "of 7")
-    assert "of 7 has another run named 7; rename the folder of one" in message  # though of another begin
+    assert "of 7 has another run named 7; rename the folder of one" in message  # it began at another time
     (tmp_path / "of 7" / "evaluations.csv").unlink()
     assert "has runs.json and no evaluations.csv; bring both" in refused(capsys, comparison, tmp_path / "of 7")
     table = "".join(line for line in evaluations.splitlines(keepends=True) if not line.startswith(run.name))
@@ -672,7 +672,7 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
     make(1000, "0-v1", "static", total_timesteps=1001)
     make(1500, "0-v1", total_timesteps=1001, cut=(1, 0))
-    said = "Static pruning had left inputs and outputs of layers unconnected before revival: "
+    said = "Share of the inputs and outputs of layers that static pruning had left unconnected before revival: "
     shares = "10% on random+er in 0-v1, 0-5% on random+er in A-v1, 50% on random+global in A-v1."
     assert f"\n\n{said}{shares}\n\n- " in comparison()["page"]
     assert said not in comparison(arm=("static", "set"))["page"]
