@@ -73,13 +73,15 @@ class Net:
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
     """Set, in place, net.size and net.active, net.budget (K = round((1 - sparsity) * size)), net.reserve (R =
     round(reserve * K)) and net.width. K is all weights if the method prunes nothing, and R is 0 if it revives nothing.
-    Raises ValueError if no connection would be left, a weight is computed from others, a layer of the target has no
-    namesake in the network, or `choose_width` finds `active_width` too small or the layers no chain."""
+    Raises ValueError if no connection would be left, a weight is computed from others or shared, a layer of the target
+    has no namesake in the network, or `choose_width` finds `active_width` too small or the layers no chain."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(f"the weight of {found[0]} must be a parameter of its own, not computed as by weight_norm")
     if net.method in UNPRUNED:
         return
+    if len({*map(id, net.weights.values())}) < len(net.weights):
+        raise ValueError("two layers of a network share a weight, which can have one mask alone; give each its own")
     if net.target and not linear_weights(net.target).keys() <= dict(net.network.named_modules()).keys():
         raise ValueError("a target's layers must have the names of its network's; of an AveragedModel pass `module`")
     if not net.size:

@@ -27,8 +27,6 @@ REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it
 HOW_IT_RUNS = {"compute", "device", "torch_threads", "capture_video"}  # flags
 # flags that may change when a run is resumed, and that its folder is therefore not named after
 MAY_CHANGE = HOW_IT_RUNS | {"resume", "total_timesteps", "checkpoint_frequency"}
-# flags that may differ between an evaluation and the run whose policy it evaluates
-OF_AN_EVALUATION = HOW_IT_RUNS | {"evaluate", "eval_episodes"}
 # parts of `state` that an agent begun by --load does not need, beside optimizers
 OF_TRAINING = {"nets", "schedule", "mask_generator", "progress"}
 ARRAY = "an array of NumPy"  # marks one in a file
@@ -74,7 +72,8 @@ def read_tensors(path: Path) -> object:
     except FileNotFoundError:
         fail(f"there is no {path}; check the path")
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        fail(f"cannot read {path} ({error}); it is damaged or not one of ours, so use another or start the run anew")
+        what = "it is damaged or not one of ours, so use another, or delete it and start the run anew"
+        fail(f"cannot read {path} ({error}); {what}")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
 
@@ -94,7 +93,7 @@ def pack(part: object) -> object:
         part = part.state_dict()
     if isinstance(part, GENERATORS):
         part = environment.random_state(part)
-    if isinstance(part, (np.ndarray, np.generic)):
+    if isinstance(part, (np.ndarray, np.generic)) and part.dtype.kind in "biufc":  # numbers
         return {ARRAY: torch.from_numpy(np.array(part))}
     if isinstance(part, Tensor):
         return part.detach().cpu()
@@ -192,7 +191,7 @@ def read_replay(run_dir: Path, rb: ReplayBuffer) -> None:
             rb.rows[torch.arange(start, stop) % len(rb.rows)] = read_tensors(path).to(rb.rows.device)
             read = stop
     if read < rb.added:
-        fail(f"{run_dir}/replay lacks transitions {read} to {rb.added}; start the run anew")
+        fail(f"{run_dir}/replay lacks transitions {read} to {rb.added}; delete {run_dir} and start the run anew")
 
 
 def load_state(path: Path, script: Path, of_any_script: bool = False) -> dict:
@@ -225,7 +224,7 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
 def check_saved_args(given: object, saved: dict) -> None:
     """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
     `saved`, its flags as a file holds them. A flag that is newer than the run had its default there."""
-    may_change = MAY_CHANGE if given.evaluate is None else OF_AN_EVALUATION
+    may_change = MAY_CHANGE if given.evaluate is None else HOW_IT_RUNS | {"evaluate", "eval_episodes"}
     newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
     now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
     for name, value in now.items():

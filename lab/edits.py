@@ -23,6 +23,7 @@ from sparse_utils import Net
 
 OPTIMIZERS = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 OUR_OWN = ("linear_weights", "plan")  # functions of sparse_utils.py that may go through layers
+WHOLE = (nn.Module, torch.optim.Optimizer, gym.Env)  # saved as one
 COLLECTIONS = (list, tuple, set, frozenset, deque, dict)
 ONE_BY_ONE = {"parameters", "named_parameters", "modules", "named_modules", "children", "named_children", "'params'"}
 # functions that iterate over their arguments, from the one with this index on
@@ -82,7 +83,7 @@ def check_parts(
         trained = isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in held
         return trained or isinstance(value, GENERATORS) or hasattr(type(value), "load_state_dict")
 
-    held, params, whole = tensors(state), [], (nn.Module, torch.optim.Optimizer, gym.Env)
+    held, params = tensors(state), []
     for name, part in state.items():
         if isinstance(part, torch.optim.Optimizer):
             params += [("", param) for group in part.param_groups for param in group["params"]]
@@ -90,20 +91,28 @@ def check_parts(
             raise ValueError(f"state[{name!r}], a {type(part).__name__}, cannot be put back; let a dictionary hold it")
         elif isinstance(part, dict) and any(isinstance(x, OPTIMIZERS) for _, x in walk([("", part)], set(), ())):
             raise ValueError(f"state[{name!r}] holds an optimizer or scheduler; give it a name of its own in `state`")
-    kept = [*walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, whole))]
+    kept = [*walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, WHOLE))]
     # modules in `state` are looked into below, since they hold more than tensors
     seen = {id(rb), *(id(part) for _, part in kept if not isinstance(part, nn.Module))}
     found = walk([*variables.items(), *params], seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
     if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
-    optimizers = [part for _, part in kept if isinstance(part, torch.optim.Optimizer)]
-    trained = {id(param) for part in optimizers for group in part.param_groups for param in group["params"]}
-    trained |= {id(part) for _, part in kept if isinstance(part, nn.Parameter)}  # of an optimizer of the reader
-    for row, net in state["nets"].items():
-        if idle := [n for n, p in net.network.named_parameters() if p.requires_grad and id(p) not in trained]:
-            raise ValueError(f"no optimizer in `state` trains {idle[0]} of {row}; give it to one or freeze it")
+    if idle := untrained(state, files):
+        raise ValueError(f"no optimizer in `state` trains {idle[0]}; give it to one or freeze it")
+    if late := [row for row, net in state["nets"].items() if net.weights and not net.size]:
+        raise ValueError(f"{late[0]} came into `nets` after plan(...); put it where `nets` is made")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
+
+
+def untrained(state: dict, files: tuple[Path, ...]) -> list[str]:
+    """The parameters of rows' networks that need a gradient and that no optimizer in `state` trains."""
+    kept = [part for _, part in walk([("", state)], set(), files, lambda part: isinstance(part, WHOLE))]
+    optimizers = [part for part in kept if isinstance(part, torch.optim.Optimizer)]
+    trained = {id(param) for part in optimizers for group in part.param_groups for param in group["params"]}
+    trained |= {id(part) for part in kept if isinstance(part, nn.Parameter)}  # of an optimizer of the reader
+    named = ((f"{n} of {row}", p) for row, net in state["nets"].items() for n, p in net.network.named_parameters())
+    return [name for name, param in named if param.requires_grad and id(param) not in trained]
 
 
 def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:

@@ -1,6 +1,7 @@
 """The flags that every run has, the type of flags that name a rule, and how bad input ends the program."""
 
 import contextlib
+import errno
 import math
 import re
 import sys
@@ -13,6 +14,7 @@ import tyro
 from tqdm import tqdm
 
 PROJECT = Path(__file__).resolve().parent.parent  # the folder of the scripts
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -80,8 +82,8 @@ def require(args: object, rules: dict[str, tuple[bool, str]]) -> None:
 
 def positive(args: object, *names: str) -> dict[str, tuple[bool, str]]:
     given = {n: getattr(args, n) for n in names if hasattr(args, n)}
-    given = {n: v if isinstance(v, tuple) and v else (v,) for n, v in given.items()}  # an edit may make it a tuple
-    return {n: (all(0 < number < math.inf for number in v), "positive and finite") for n, v in given.items()}
+    given = {n: v if isinstance(v, (list, tuple)) else (v,) for n, v in given.items()}  # an edit may make it several
+    return {n: (v and all(0 < number < math.inf for number in v), "positive and finite") for n, v in given.items()}
 
 
 def at_least_0(args: object, *names: str) -> dict[str, tuple[bool, str]]:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import torch
@@ -60,6 +60,7 @@ def settle(args: object) -> object:
     for flag in fields(args):
         if flag.name in idle:
             setattr(args, flag.name, flag.default)
+    args._settled = asdict(args)  # by which Run(...) sees whether train has changed one
     return args
 
 
@@ -244,11 +245,12 @@ def code_hash(script: Path, env_id: str = "") -> str:
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     """The path of every run in a folder, and its record: what lab/README.md says of config.json, and `published`. Runs
     older than the hash of the code have None as `code`, and segments of older runs lack some of the rest. A run is a
-    folder with config.json or, if published, an entry of runs.json."""
+    folder with config.json or, if published, an entry of runs.json; a config.json of something else is passed over."""
     published = folder / "runs.json"
     whole = read_json(published) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())
-    yield from ((path.parent, read_config(path.parent)) for path in sorted(folder.glob("*/config.json")))
+    own = ((path.parent, read_config(path.parent)) for path in sorted(folder.glob("*/config.json")))
+    yield from ((path, config) for path, config in own if {"script", "args", "segments"} <= config.keys())
 
 
 def read_config(run_dir: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import inspect
 import itertools
 import json
@@ -35,7 +36,7 @@ import sparse_utils
 from lab import baselines, checkpoints, edits, environment, kernels, record, topology
 from lab.checkpoints import MAY_CHANGE, OF_TRAINING, is_of_the_policy, pack, put_back, write_json, write_tensors
 from lab.environment import EVALUATION_LIMIT, STOP_SIGNALS, Guard, make_eval_env, play
-from lab.flags import PROJECT, bad_input, fail
+from lab.flags import DISK_FULL, PROJECT, bad_input, fail
 from lab.record import code_hash, file_of, hyperparameters, identity, read_config, settle, sources, unused
 from lab.replay import ReplayBuffer
 
@@ -49,8 +50,7 @@ ABOUT = {
 # flags that have a fixed place in the name of a run's folder
 IN_NAME = {"env_id", "exp_name", "method", "critic_method", "sparsity", "critic_sparsity", "criterion", "distribution"}
 REWARD_WRAPPERS = (gym.RewardWrapper, gym.wrappers.NormalizeReward)
-VERSIONED = (torch, gym, mujoco, np)
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+CANNOT_WRITE = (*DISK_FULL, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 # THE FOLDER, AND WHAT MADE A RUN
@@ -58,16 +58,13 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS,
 
 def claim(run_dir: Path) -> int:
     """Lock a run folder until the file descriptor that this gives is closed or the process ends. Ends the program with
-    one sentence if another process has locked it. Where the system or the file system has no locks, nothing is locked.
-    """
+    one sentence if another process has locked it. Where the file system has no locks, nothing is locked."""
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        import fcntl  # Windows has none
-
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         fail(f"another process is running {run_dir}; let it end or stop it first", code=os.EX_TEMPFAIL)
-    except (ImportError, OSError):
+    except OSError:
         pass
     return lock
 
@@ -75,7 +72,7 @@ def claim(run_dir: Path) -> int:
 def versions_of(env: gym.Env) -> dict[str, str]:
     """The versions of what every run uses, of the environment's packages, and of those that its files import."""
     names = dict.fromkeys(kind.__module__ for kind in type(env).__mro__)
-    modules = [*VERSIONED, *(sys.modules.get(name.partition(".")[0]) for name in names)]
+    modules = [torch, gym, mujoco, np, *(sys.modules.get(name.partition(".")[0]) for name in names)]
     modules += [part for name in names for part in vars(sys.modules.get(name, gym)).values()]
     modules = [module for module in modules if inspect.ismodule(module) and "__version__" in vars(module)]
     return {m.__name__: str(m.__version__) for m in modules if m.__name__ not in sys.stdlib_module_names}
@@ -136,7 +133,8 @@ class Run:
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
-        made = state | {"env": env, "rb": rb}
+        made = {name: value for name, value in variables.items() if isinstance(value, nn.ModuleList)}
+        made |= state | {"env": env, "rb": rb}
         self.named = {name: part for name, part in made.items() if variables.get(name) is part}
         self.checkpoint, self.returns, self.writer, segments, saved = None, {}, None, [], None
         changed = []  # what a resumed run does otherwise than before, in words
@@ -144,8 +142,12 @@ class Run:
             fail(f"checkpoints use {reserved[0]} for something else; give that part of `state` another name")
         if "actor" not in state:
             fail("`state` has no part named actor, which --evaluate and --load need; name the policy so")
+        flags = asdict(args)
+        if now := [name for name, value in flags.items() if value != getattr(args, "_settled", flags)[name]]:
+            why = "and a resumed run would change it anew; change its default, or keep the value in a variable"
+            fail(f"train changes --{now[0].replace('_', '-')} before Run(...), {why}")
         try:
-            self.flags = asdict(args) | {"resume": None}  # as files hold them, whatever train does to `args`
+            self.flags = flags | {"resume": None}  # as files hold them, whatever train does to `args`
             json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
@@ -229,7 +231,7 @@ class Run:
 
     def make_folder(self) -> Path:
         """A new folder, named as lab/README.md says; two methods or sparsities are <actor's>+<critics'>."""
-        args = vars(self.args) | {"load": self.args.load and self.args.load.rpartition("@")[2]}  # the hash alone
+        args = self.flags | {"load": self.args.load and self.args.load.rpartition("@")[2]}  # the hash alone
         methods, sparsities = (dict.fromkeys([args[name], args[f"critic_{name}"]]) for name in ("method", "sparsity"))
         parts = [args["env_id"], args["exp_name"], "+".join(methods)]
         if methods.keys() - sparse_utils.UNPRUNED.keys():
@@ -247,7 +249,8 @@ class Run:
                     (folder := Path(self.args.runs_dir) / f"{name}__{unix_time}").mkdir()
                     return folder
         except OSError as error:
-            fail(f"cannot make the run folder ({error}); choose another --runs-dir")
+            code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 2  # after which a sweep tries again
+            fail(f"cannot make the run folder ({error}); choose another --runs-dir", code)
 
     # checkpoints
 
@@ -284,7 +287,7 @@ class Run:
             now = variables.get(name, part)
             if now is not part and getattr(now, "_orig_mod", None) is not part:  # as of torch.compile
                 why = "so checkpoints and kernels would go on with the old one; change it in place or before Run(...)"
-                fail(f"`{name}` in train is no longer the object that Run(...) was given, {why}", code=1)
+                fail(f"`{name}` in train is no longer the object that it was at Run(...), {why}", code=1)
         if self.args.evaluate is not None:
             obs, _ = self.env.reset(seed=self.args.seed)
             environment.set_statistics(self.env, self.statistics)
@@ -364,9 +367,14 @@ class Run:
         return None
 
     def check_weights(self, global_step: int) -> None:
-        """End the program with one sentence if a weight is not finite or, though it is pruned, not zero."""
+        """End the program with one sentence if a weight is not finite or, though it is pruned, not zero, or if it came
+        after Run(...) and no optimizer trains it."""
         if name := self.not_finite():
             self.end(f"a weight of {name} is not finite at step {global_step}: training diverged")
+        if idle := edits.untrained(self.state, self.own_files):
+            self.end(
+                f"no optimizer trains {idle[0]} at step {global_step}; change layers in place, do not replace them"
+            )
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():
@@ -645,7 +653,8 @@ def main(arguments: type, train: Callable) -> None:
             fail(f"{error}: its folder is gone; move it back and go on with --resume, or start the run anew", code=1)
         if error.errno not in CANNOT_WRITE:
             raise
-        fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code=1)
+        code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
+        fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code)
     except (MemoryError, RuntimeError) as error:
         why = next(iter(str(error).splitlines()), "")
         if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory|ation overflow", why):

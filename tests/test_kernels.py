@@ -712,10 +712,6 @@ def edited(edit=lambda network: None, kind=nn.Sequential, **children):
     return make
 
 
-def tie(network):
-    network.fc2.weight = network.fc1.weight
-
-
 PLAIN = "its layer fc1, or that of its target, is not a plain nn.Linear in float32, with a bias and without hooks"
 SHARED = "its layer fc1 shares a parameter with another layer or network"
 ALIKE = "weight and bias of its layer fc1 are not trained alike, in one group of its optimizer"
@@ -753,7 +749,6 @@ REFUSALS = {
         edited(lambda network: network.fc1.bias.register_post_accumulate_grad_hook(print)), kernels.Adam, PLAIN,
     ),
     "two names": (edited(fc1=nn.Linear(9, 9), fc2=TWICE, fc3=TWICE), kernels.Adam, SHARED.replace("fc1", "fc2")),
-    "one weight": (edited(tie, fc1=nn.Linear(9, 9), fc2=nn.Linear(9, 9)), kernels.Adam, SHARED),
     "read": (edited(kind=Reader), kernels.Adam, "its forward reads fc1.bias by itself"),
     "a layer alone": (lambda: nn.Linear(5, 2), kernels.Adam, PLAIN.replace("fc1", "itself")),
     "compiled": (lambda: torch.compile(edited()()), kernels.Adam, "torch.compile has wrapped it"),

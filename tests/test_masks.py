@@ -376,6 +376,10 @@ def test_networks_of_no_or_one_linear_layer_and_whole_ones():
         su.plan(averaged, 0.1)
     averaged.target = averaged.target.module
     su.plan(averaged, 0.1)
+    tied = row({"a": torch.ones(3, 3), "b": torch.ones(3, 3)}, "tar", 0.5)
+    tied.network.b.weight = tied.network.a.weight
+    with pytest.raises(ValueError, match="two layers of a network share a weight, which can have one mask alone"):
+        su.plan(tied, 0.1)
     assert su.static_prune(row({}, "dense"), 0, "synflow", "er", generator()) == {}
     parallel = row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, "dense")  # no chain, which synflow cannot score
     assert counts(su.static_prune(parallel, 12, "synflow", "er", generator())) == [6, 6]

@@ -1,6 +1,7 @@
 """Interrupted runs go on as if nothing had happened; files that cannot be used are refused; saved policies are run."""
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -637,13 +638,13 @@ BROKEN = [
     (
         STEP,
         f"        if global_step == 75:\n            rb = ReplayBuffer(args, env, device)\n{STEP}",
-        "`rb` in train is no longer the object that Run(...) was given, so checkpoints",
+        "`rb` in train is no longer the object that it was at Run(...), so checkpoints",
         1,
     ),
     (
         STEP,
         f"        if global_step == 75:\n            env = gym.wrappers.RescaleAction(env, -1.0, 1.0)\n{STEP}",
-        "`env` in train is no longer the object that Run(...) was given, so checkpoints",
+        "`env` in train is no longer the object that it was at Run(...), so checkpoints",
         1,
     ),
     (STATE, f"{STATE}; state['late'] = {{}}", "late came into `state` after Run(...), too late to be resumed", 2),
@@ -658,9 +659,35 @@ BROKEN = [
     (
         STEP,
         f"        if global_step == 75:\n            q_optimizer = kernels.Adam(critics.parameters())\n{STEP}",
-        "`q_optimizer` in train is no longer the object that Run(...) was given, so checkpoints and kernels would",
+        "`q_optimizer` in train is no longer the object that it was at Run(...), so checkpoints and kernels would",
         1,
     ),
+    (
+        STEP,
+        f"        if global_step == 75:\n            targets = copy.deepcopy(targets)\n{STEP}",
+        "`targets` in train is no longer the object that it was at Run(...), so checkpoints and kernels would",
+        1,
+    ),
+    (
+        STEP,
+        f"        if global_step == 75:\n            qf1.fc3 = nn.Linear(critic_hidden, 1)\n{STEP}",
+        "no optimizer trains fc3.weight of qf1 at step 80; change layers in place, do not replace them",
+        1,
+    ),
+    (
+        RUN_BEGINS,
+        f"    args.q_lr *= 2\n{RUN_BEGINS}",
+        "train changes --q-lr before Run(...), and a resumed run would",
+        2,
+    ),
+    (
+        RUN_BEGINS,
+        "    state['qf3'] = qf3 = copy.deepcopy(qf1).requires_grad_(False)\n"
+        f"    nets['qf3'] = sparse_utils.Net(qf3, None, q_optimizer, 'tar', 0.9)\n{RUN_BEGINS}",
+        "qf3 came into `nets` after plan(...); put it where `nets` is made",
+        2,
+    ),
+    (RUN_BEGINS, f"    progress['of'] = np.array(['a'])\n{RUN_BEGINS}", "can keep a ndarray; give it", 2),
     (
         STEP,
         f"        if global_step == 0:\n            run.evaluate(0, actor.get_mean_action, 0, 0)\n{STEP}",
@@ -694,6 +721,7 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     new += "    pairs: tuple[tuple[int, int], ...] = ((1, 2),)\n    more: list[int] | None = None\n"
     flag = ("    tau: float", f"{new}    tau: float")
     used = [("import dataclass\n", "import dataclass, field\n")]
+    used += [(RUN_BEGINS, f"    args.target_entropy = -1.0\n{RUN_BEGINS}")]  # no flag
     used += [(STEP, f"        args.betas + (1,), args.sizes + [1], args.more + args.words\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
@@ -738,6 +766,30 @@ def test_state_in_a_module_of_the_reader_is_named(run, tmp_path, capsys, monkeyp
     sys.modules["my_tools"].SCALE = 1.0  # as in another process
     again(mine, run_dir, total_timesteps=75)
     assert "begins with another value of `my_tools.SCALE` in train than before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [{"criterion": "snip"}, {"method": "rigl"}, {"method": "set"}])
+def test_frozen_weights_are_refused_where_their_gradient_is_needed(run, tmp_path, capsys, flags):
+    mine = edited(tmp_path, ("    nets = {", "    actor.fc1.requires_grad_(False)\n    nets = {"))
+    small = {"env_id": "Short-v0", "total_timesteps": 90, "rewire_every": 10, "rewire_stop": 0.9} | flags
+    if flags == {"method": "set"}:
+        assert run(mine, **small).exists()
+        return
+    assert "needs a gradient of every weight, and some of actor are frozen" in refused(capsys, run, mine, **small)
+
+
+def test_a_full_disk_ends_a_run_with_the_code_after_which_a_sweep_tries_again(run, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run_dir = run(env_id="Short-v0", total_timesteps=70, checkpoint_frequency=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.run, "write_tensors", full)
+        longer = ("--resume", run_dir, "--total-timesteps", 90)
+        message = refused(capsys, main, sac_tar, monkeypatch, *longer, code=os.EX_TEMPFAIL)
+    assert "No space left on device; the last checkpoint is whole: make room" in message
+    monkeypatch.setattr(Path, "mkdir", full)
+    assert "cannot make the run folder" in refused(capsys, run, code=os.EX_TEMPFAIL)
 
 
 def test_a_critic_whose_target_is_forgotten_ends_the_run(run, script, tmp_path):

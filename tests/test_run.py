@@ -183,7 +183,8 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
     assert (shown.get("reserve"), shown.get("active_width")) == (reserve, active_width)
     assert (shown["script"], shown["code"]) == ("my_sac", "c0dec0d")  # an edited script is told apart
     # the same columns in every run, since TensorBoard takes those of any one run
-    assert {info.name for info in columns} == {"base", "script", "code"} | vars(args).keys() - record.NOT_OF_THE_RESULT
+    flags = dataclasses.asdict(args).keys() - record.NOT_OF_THE_RESULT
+    assert {info.name for info in columns} == {"base", "script", "code"} | flags
 
 
 # the folder
@@ -192,7 +193,7 @@ def test_hparams_open_with_the_arm_and_hold_what_acts_on_the_result(tmp_path, gi
 def folder_of(tmp_path, script, **flags):
     given = {"env_id": "A-v1", "runs_dir": str(tmp_path), "total_timesteps": 10**6} | flags
     args = record.settle(script.Args(**given))
-    return lab.run.Run.make_folder(SimpleNamespace(args=args)).name.rpartition("__")[0]
+    return lab.run.Run.make_folder(SimpleNamespace(args=args, flags=dataclasses.asdict(args))).name.rpartition("__")[0]
 
 
 def test_all_neurons_are_no_active_width_whatever_the_default_of_a_script(script):
@@ -201,11 +202,14 @@ def test_all_neurons_are_no_active_width_whatever_the_default_of_a_script(script
     assert record.settle(mine(active_width=256)).active_width is None and record.settle(mine()).active_width == "auto"
 
 
-def test_sizes_may_be_tuples(script, capsys):
+def test_sizes_may_be_tuples_or_lists(script, capsys):
     sizes = [("hidden_size", tuple[int, ...], (256, 128))]
     mine = dataclasses.make_dataclass("Mine", sizes, bases=(script.Args,))
     assert record.settle(mine(active_width=64)).hidden_size == (256, 128)
-    assert "must be positive and finite, got (256, 0)" in refused(capsys, record.settle, mine(hidden_size=(256, 0)))
+    assert record.settle(mine(hidden_size=[64, 32])).hidden_size == [64, 32]
+    for wrong in ((256, 0), [0], ()):
+        said = f"must be positive and finite, got {wrong}"
+        assert said in refused(capsys, record.settle, mine(hidden_size=wrong))
     with pytest.raises(ValueError, match=r"tiny counts the neurons of layers that are alike, and .* is \(256, 128\)"):
         baselines.hidden_size(script.Actor, None, (256, 128), "tiny", 0.9)
 
