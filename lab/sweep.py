@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lab.flags import PROJECT, fail, refuse_repeated, require
-from lab.record import FOLLOWS, NOT_OF_THE_RESULT, codes, configs, identity
+from lab.flags import DISK_FULL, PROJECT, fail, refuse_repeated, require
+from lab.record import FOLLOWS, NOT_OF_THE_RESULT, code_hash, codes, configs, identity
 
 
 @dataclass
@@ -138,7 +138,8 @@ class Run:
     command: list[str]
     args: dict  # the settled flags that make it this run
     defaults: dict  # a run that is older than a flag had its default
-    code: str | None  # None: any
+    code: str | None  # the hash that the script records; None: any
+    planned: str | None  # the hash of the code when the run was planned, by this project's lab/; None: any
     may_change: list[str]  # words that a resumed run is given too
 
     def recorded(self, found: Iterable[tuple[Path, dict]]) -> Iterator[tuple[Path, dict, bool]]:
@@ -201,7 +202,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
     """All runs, each once, with `flags` added to each. Ends the program with one sentence if one refuses its flags."""
     axes = read_axes(args.vary)
     passed = {flag.split("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
-    code_of = functools.cache(lambda record, path, env_id: record.code_hash(path, env_id))
+    code_of = functools.cache(lambda code_hash, path, env_id: None if args.any_code else code_hash(path, env_id))
     runs, acts = {}, set()
     for script, values in runs_like(args) if args.like else grid(args):
         for point in itertools.product(*axes.values()):
@@ -217,7 +218,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             asked = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
             device, asked.device = asked.device, "cpu"  # each run checks it, which may be on another machine
-            run_args = script.record.settle(asked) or asked  # an older lab/ settles in place
+            run_args = script.record.settle(asked)
             run_args.device = device
             what = identity(as_recorded(run_args))
             idle = script.record.unused(run_args)  # flags that make no difference to this run
@@ -233,9 +234,9 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
             name = "__".join([script.path.stem, *parts, digest]).replace("/", "-")
             log = Path(args.runs_dir, "sweep_logs", f"{name}.log")
             command = [os.path.relpath(script.path), *command_line(own), *flags]
-            code = None if args.any_code else code_of(script.record, script.path, what["env_id"])
+            hashes = [code_of(of, script.path, what["env_id"]) for of in (script.record.code_hash, code_hash)]
             may_change = {n: getattr(run_args, n) for n in sorted(NOT_OF_THE_RESULT) if passed & {n, f"no_{n}"}}
-            runs[log] = Run(log, command, what, script.defaults, code, command_line(may_change))
+            runs[log] = Run(log, command, what, script.defaults, *hashes, command_line(may_change))
     if lost := sorted(axes.keys() - acts) if runs else ():
         fail(f"--vary {lost[0]}: it makes no difference to any of these runs")
     return list(runs.values()) or fail(f"no run of {args.like} can be run again here; --script names their scripts")
@@ -278,28 +279,38 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
 
 
 def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str, bool]:
-    """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere), why it last failed or
-    could not start, and whether it was resumed."""
+    """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere, or the disk is full),
+    why it last failed or could not start, and whether it was resumed."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels by it; a job started with & ignores it
     code, why, resumed = None, "", False
-    with run.log.open("a+b") as log:
-        if not lock(log):
-            time.sleep(1)
-            return "busy", why, resumed
-        while command := run.next_command(configs(Path(runs_dir))):
-            if code == 0:
-                why = "it ended, but no folder with a final.pt records the flags and code that it began with"
-            if code in (0, BAD_INPUT) or retries < 0:
-                return "failed", why, resumed
-            resumed |= command != run.command
-            code, line = attempt(command, log)
-            if code == os.EX_TEMPFAIL:
-                time.sleep(WAIT)
-                return "busy", line, False
-            why = f"exit code {code}: {line}" if code else why
-            retries -= 1
-        return "done", why, resumed
+    try:
+        with run.log.open("a+b") as log:
+            if not lock(log):
+                time.sleep(1)
+                return "busy", why, resumed
+            while command := run.next_command(configs(Path(runs_dir))):
+                if run.planned not in (None, code_hash(Path(command[0]), run.args["env_id"])):
+                    return "failed", "the code was edited since the sweep began; start the sweep anew", resumed
+                if code == 0:
+                    why = "it ended, but no folder with a final.pt records the flags and code that it began with"
+                if code in (0, BAD_INPUT) or retries < 0:
+                    return "failed", why, resumed
+                resumed |= command != run.command
+                code, line = attempt(command, log)
+                if code == os.EX_TEMPFAIL:
+                    time.sleep(WAIT)
+                    return "busy", line, False
+                why = f"exit code {code}: {line}" if code else why
+                retries -= 1
+            return "done", why, resumed
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        time.sleep(WAIT)
+        return "busy", str(error), False
+    except SystemExit:  # which Ray would take for the loss of a worker
+        return "failed", f"a record in {runs_dir} cannot be read, and a new sweep says which", resumed
 
 
 def start_ray(args: Args) -> ModuleType:
@@ -357,6 +368,8 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
                 elif outcome == "done":
                     done += 1
                 else:
+                    if why not in failures.values():
+                        print(f"failed: {why} ({run.log})", flush=True)
                     failures[run.log] = why
                 refused = why.startswith(f"exit code {BAD_INPUT}:") and not before + done
                 if refused and [*failures.values()].count(why) == min(2, len(todo)):

@@ -1,5 +1,6 @@
 """lab/sweep.py: which runs a grid has, when one counts as finished, and that each ends once, whatever is killed."""
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -363,7 +364,8 @@ def test_failures_are_tried_again_from_the_checkpoint_and_end_with_their_last_li
         assert code == 1 and f"{finished} of 2 runs are finished" in text and "1 of 2 runs done, 0 running, 1 f" in text
         resumed = "resumed from its checkpoint after exit code -9: step 5 and then the power failed (runs/sweep_logs/"
         assert (resumed in text) == (not finished) and did() == ["start", "resume", "end"]
-        assert "failed: exit code 2: error: this seed cannot work (runs/sweep_logs/fake__" in text
+        said = "failed: exit code 2: error: this seed cannot work (runs/sweep_logs/fake__"  # at once and at the end
+        assert text.count(said) == 2 and text.index(said) < text.index("1 failed, time left")
     (log,) = Path().glob("runs/sweep_logs/fake__Hopper-v4__tar__magnitude__global__0.9__2__*")
     assert log.read_text().count("this seed cannot work") == 2
     assert "failed: exit code -9: step 1 and" in cli(words, "1 -- --crash-at 1")[1] and did()[3:] == ["start"] * 3
@@ -378,6 +380,43 @@ def test_a_sweep_stops_when_its_first_runs_refuse_the_same(cli):
     assert sum(path.stat().st_size > 0 for path in Path().glob("runs/sweep_logs/*")) == 1 + 2
     code, text = cli(words, "5 -- --refused 2345")  # one run ends well
     assert code == 1 and "1 of 5 runs done, 0 running, 4 failed" in text
+
+
+def test_code_that_is_edited_during_a_sweep_starts_and_resumes_no_run(cli, monkeypatch):
+    attempt = sweep.attempt
+    monkeypatch.setattr(sweep, "attempt", lambda *of: (attempt(*of), write_fake(extra="SIZE = 16\n"))[0])
+    words = "--script fake.py --method tar --total-timesteps 8 --seeds"
+    code, text = cli(words, "2")
+    assert code == 1 and did() == ["start", "end"] and "1 of 2 runs done, 0 running, 1 failed" in text
+    assert text.count("failed: the code was edited since the sweep began; start the sweep anew (runs/") == 2
+    write_fake()
+    code, text = cli(words, "3 --first-seed 3 -- --crash-at 5")
+    assert code == 1 and did()[2:] == ["start"] and "failed: the code was edited since the sweep began" in text
+
+
+def test_a_full_disk_is_waited_for_and_a_record_that_cannot_be_read_fails(cli, monkeypatch):
+    attempt, full = sweep.attempt, [OSError(errno.ENOSPC, "No space left on device")]
+
+    def one_attempt(*of):
+        if full:
+            raise full.pop()
+        return attempt(*of)
+
+    def attempt_beside_a_broken_record(*of):
+        Path("runs/broken").mkdir()
+        Path("runs/broken/config.json").touch()
+        return attempt(*of)
+
+    monkeypatch.setattr(sweep, "attempt", one_attempt)
+    monkeypatch.setattr(sweep, "WAIT", 0)
+    words = "--script fake.py --method tar --total-timesteps 4 --seeds"
+    code, text = cli(words, "1 --retries 0")
+    assert code == 0 and "tried again later: [Errno 28] No space left on device (runs/" in text and not full
+    monkeypatch.setattr(sweep, "attempt", attempt_beside_a_broken_record)
+    code, text = cli(words, "2")
+    assert code == 1 and "failed: a record in runs cannot be read, and a new sweep says which (runs/" in text
+    code, text = cli(words, "2")
+    assert code == 2 and "error: cannot read runs/broken/config.json (" in text
 
 
 def test_a_run_that_another_process_trains_is_waited_for(cli, monkeypatch):
