@@ -36,8 +36,8 @@ from lab.flags import fail, refuse_repeated
 class Args:
     folder: tyro.conf.Positional[Path]  # A folder of run folders, or a published grid.
     out: Path | None = None  # The folder of the comparison; default: comparison, in the folder that is compared.
-    # Compare with this arm, or the one with this word, or else this text, in its name (an arm: runs that differ only in
-    # seed, environment and code). Default: the `static` arm that each arm is most like.
+    # The arm to compare with: its name, or a word or a text in it (an arm: runs that differ only in seed, environment
+    # and code). Default: the `static` arm that each arm is most like.
     against: str | None = None
     env_id: tuple[str, ...] = ()  # Compare in these environments only.
     # Compare only these arms, or those with one of these words, or else one of these texts, in their names.
@@ -112,6 +112,8 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFra
     for _, of_algo in runs.groupby("algo"):
         like = of_algo.groupby(["method", "more", "env_id", "base"])
         differ = {name for _, cell in like for name in differing(cell.settings)}
+        lengths = of_algo.settings.map(lambda settings: settings["total_timesteps"]).groupby(of_algo.env_id)
+        differ |= {"total_timesteps"} if lengths.nunique().max() > 1 else set()  # as of dense, trained for longer
         codes = of_algo.groupby("script").code.nunique()
         differ |= {"code"} if codes.max() > 1 else set()  # in `settings` only with --separate-code
         for index, settings in of_algo.settings.items():
@@ -122,9 +124,9 @@ def read_runs(folder: Path, notes: list[str], separate_code: bool) -> pd.DataFra
     runs["arm"] = runs.method + (" " + runs.base).str.rstrip() + runs.more
     again = runs.duplicated(RUN, keep="last")
     other = runs.code != runs.groupby(RUN).code.transform("last")
-    left_out = {"not finished, or without event files up to the end": unfinished}
-    left_out["run again later"] = [path.name for path in runs.path[again & ~other]]
-    by_other = "run again later by other code (with --separate-code each code has an arm)"
+    left_out = {"they are not finished, or final.pt or event files up to the end are missing": unfinished}
+    left_out["they were run again later"] = [path.name for path in runs.path[again & ~other]]
+    by_other = "they were run again later by other code (with --separate-code each code has an arm)"
     left_out[by_other] = [path.name for path in runs.path[again & other]]
     notes += [f"Left out, since {why}: {', '.join(names)}." for why, names in left_out.items() if names]
     return runs[~again].sort_values(RUN)
@@ -169,17 +171,20 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     return found + notes + ([f"No finished run on {where}."] if gaps else [])
 
 
-def shared_by(runs: pd.DataFrame) -> str:
-    """In a sentence, the length of training, and --load and the flags that `record.usual` knows, that all pruned runs
-    have alike and not at their defaults, so that no name of an arm tells them. Empty if there are none."""
+def shared_by(runs: pd.DataFrame) -> tuple[str, str]:
+    """The flags that all pruned runs on which they act have alike, so that no name of an arm tells them. In a sentence,
+    the length of training, --load, the reserve, and the flags that `record.usual` knows and that are not at their
+    defaults; then a list of the flags whose defaults are those of a script, which are not known."""
     every = [*(runs.settings[runs.base != ""] if runs.base.any() else runs.settings)]
-    shared = []
-    for name in sorted(set.intersection(*map(set, every)) - IN_EVERY_NAME - differing(every)):
-        value, usual = every[0][name], record.usual(name, every[0])
-        if name in ("total_timesteps", "load") or usual not in (value, MISSING):
-            shared.append(f"{name}={value}")
+    above, below = [], []
+    for name in sorted(set().union(*every) - IN_EVERY_NAME):
+        own = [settings for settings in every if name in settings]
+        usual, text = record.usual(name, own[0]), f"{name}={own[0][name]}" + (" where it acts" if own != every else "")
+        if not differing([{name: settings[name]} for settings in own]) and usual != own[0][name]:
+            first = name in ("total_timesteps", "load", "reserve") or usual is not MISSING
+            (above if first else below).append(text)
     which = "All" if len({*(runs.base == "")}) == 1 else "All pruned"
-    return f"{which} runs have {', '.join(shared)}." if shared else ""
+    return f"{which} runs have {', '.join(above)}." if above else "", ", ".join(below)
 
 
 def cut_before_revival(runs: pd.DataFrame) -> str:
@@ -275,7 +280,7 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     for arm in arms if len(env_ids) > 1 else ():
         own = [finals[env_id, arm].to_numpy() for env_id in env_ids]
         row = {"arm": arm, "environments": len(env_ids), "n": sum(map(len, own))}
-        if len(dense) == 1 and min(scale) > 0 and len({*map(len, own)}) == 1:
+        if len(dense) == 1 and runs.final[runs.dense].min() > 0 and len({*map(len, own)}) == 1:
             percent = [100 * sample / mean for sample, mean in zip(own, scale)]
             row |= with_interval("IQM, % of dense", bootstrapped(iqm, percent))
         other = chosen.get(arm) if chosen.get(arm) in arms else None
@@ -355,13 +360,14 @@ that under `against` (Agarwal et al. 2021), has no interval below five seeds, no
 only seeds that were run. Lines are means; in panels of up to six arms thin lines are seeds (from six seeds on: a
 shade, their 95% t interval); light grey lines are other methods."""),
     "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
-in % of dense, if one dense arm is among them and all environments have as many seeds, with a 95% stratified bootstrap
-interval, too narrow at few seeds and since the mean of dense is fixed; and the mean of P(better)."""),
+in % of dense, if one dense arm is among them, each of its runs ends above 0 and all environments have as many seeds,
+with a 95% stratified bootstrap interval, too narrow at few seeds and since the mean of dense is fixed; and the mean of
+P(better)."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
 counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the
-fastest run in the environment took (upright line), evaluations included, pauses not; among the runs of the processor
-that made most of them."""),
+fastest run in the environment took (upright line), evaluations included, pauses not; in each environment among the
+runs of the processor that made most of them (on a tie, the first by name)."""),
     "flops": ("Return against training FLOPs", "flops", """Interpolated between two evaluations, after as many
 floating-point operations of training as the cheapest run in the environment took (upright line). Pruned weights are not
 counted."""),
@@ -382,7 +388,7 @@ def write_page(
         reasons = {f"they have no {cost}": missing}
         if cost == "minutes":  # comparable on one processor only: in each environment, the one that made most runs
             usual = group.processor.groupby(group.env_id).transform(lambda made: made.mode().iloc[0])
-            reasons["another processor than that of most runs made them"] = group.processor != usual
+            reasons["the compared runs are of another processor"] = group.processor != usual
         for why, those in reasons.items():
             which = [f"{len(own)} on {at} of {', '.join(arms_of(own))}" for at, own in group[those].groupby("env_id")]
             later += [f"Left out by {cost}, since {why}: {'; '.join(which)}."] if which else []
@@ -401,7 +407,8 @@ def write_page(
         caveats.insert(CAVEATS_ON_TOP - 1, f"{len(caveats) - CAVEATS_ON_TOP + 1} further caveats are at the end.")
     caveats = [f"- {sentence}" for sentence in caveats] or ["Nothing is missing or unequal."]
     page = [f"# {group.algo.iloc[0]} at sparsity {group.sparsity.max()}"]
-    page += filter(None, [shared_by(group), cut_before_revival(group)])
+    above, below = shared_by(group)
+    page += filter(None, [above, cut_before_revival(group)])
     page += ["\n".join(caveats[:CAVEATS_ON_TOP])]
     for kind, table in tables.items():
         if len(table):
@@ -413,6 +420,7 @@ def write_page(
     page += ["## Further caveats", "\n".join(caveats[CAVEATS_ON_TOP:])] if caveats[CAVEATS_ON_TOP:] else []
     arms = ("arm", lambda arms: "; ".join(f"{arm} ({n})" for arm, n in arms.value_counts(sort=False).items()))
     makers = group.groupby(["code", "git_commit", "processor", "device", *PACKAGES])
+    page += ["## Other shared flags", below] if below else []
     page += ["## Which code made the runs", markdown(makers.agg(runs=("arm", "size"), arms=arms).reset_index())]
     Path(f"{path}.md").write_text("\n\n".join(page) + "\n")
     print(page[0][2:], *caveats, "", markdown(tables["returns"].drop(columns="seeds")), "", sep="\n")

@@ -34,7 +34,7 @@ def results_in(folder: Path, unfinished: list[str]) -> Iterator[dict]:
             result = {"evaluations": published[path.name].drop(columns="run")}
         else:
             result = read_run(path) if (path / "final.pt").exists() else None
-        if result and (result["evaluations"].step > 0.9 * config["args"]["total_timesteps"]).any():
+        if result and result["evaluations"].step.max() == config["args"]["total_timesteps"]:
             yield config | {"path": path} | result
         else:
             unfinished.append(path.name)
@@ -60,7 +60,7 @@ def read_run(path: Path) -> dict:
     value, seconds = (by_step[name].unstack("name").reindex(columns=list(TAGS)) for name in ("value", "seconds"))
     table = value.assign(seconds=seconds["return"]).dropna(subset="return")
     table = table.rename_axis(["step", "again"]).reset_index()[COLUMNS]
-    topology = json.loads(report.read_text()) if (report := path / "topology.json").exists() else {}
+    topology = record.read_json(report) if (report := path / "topology.json").exists() else {}
     return {"began": began, "topology": topology, "evaluations": table}
 
 

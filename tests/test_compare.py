@@ -183,7 +183,7 @@ def test_means_across_environments(grid, make, comparison, tmp_path):
     make(1000, "A-v1", "dense", 4)
     table = comparison()["aggregate"]
     assert table["IQM, % of dense"].isna().tolist() == [True, False, False] and table.columns[3] == "IQM, % of dense"
-    make(-900, "B-v1", "dense", 3)  # a mean below 0 is no scale
+    make(-1, "B-v1", "dense", 3)  # a mean of which a run is below 0 is no scale
     assert "IQM, % of dense" not in comparison()["aggregate"]
     for env_id, seed in itertools.product(("A-v1", "B-v1"), (1, 2, 3)):
         make(50 + seed, env_id, "dense", seed, hidden_size=12)  # nor are two
@@ -263,7 +263,7 @@ def test_minutes_are_compared_on_the_processor_of_most_runs_and_pauses_do_not_co
     time, page = (tables := comparison())["time"], tables["page"]
     assert list(time.n) == [2, 1] and list(time["a whole run, minutes"]) == pytest.approx([1000 / 60] * 2)
     assert list(tables["flops"].n) == [2, 1]  # on any processor
-    assert "another processor than that of most runs made them: 1 on A-v1 of tar random+er." in page
+    assert "the compared runs are of another processor: 1 on A-v1 of tar random+er." in page
     assert "Left out by 1e12 FLOPs, since they have no 1e12 FLOPs: 1 on A-v1 of tar random+er." in page
     make(5, "B-v1", segments=[{"processor": "another"}])
     assert list(comparison()["time"].n) == [2, 1, 1]
@@ -410,7 +410,7 @@ def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monke
 def test_what_other_code_ran_again_later_is_said(make, comparison):
     first = make(1, segments=[{"code": 12 * "a"}])
     make(2, segments=[{"code": 12 * "b"}])
-    sentence = "Left out, since run again later by other code (with --separate-code each code has an arm): "
+    sentence = "Left out, since they were run again later by other code (with --separate-code each code has an arm): "
     assert f"- {sentence}{first.name}.\n" in comparison()["page"]
     first.rename(first.with_name(first.name.replace("__1__", "__z__1__")))  # in whose name more flags are
     assert f"- {sentence}{first.name.replace('__1__', '__z__1__')}.\n" in comparison()["page"]
@@ -422,7 +422,7 @@ def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, com
         make(60 * seed, method="static", seed=seed, env_id="B-v1")
         make(70, method="uniform", seed=seed, reserve=0.3)
     make(300, seed=1, torch="2.1", reserve=0.1)
-    unfinished, empty = make(1e6, seed=3, finished=False), make(1e6, seed=3, steps=[0, 100])
+    unfinished, empty = make(1e6, seed=3, finished=False), make(1e6, seed=3, steps=[0, 950])
     rerun = make(1e6, method="static", seed=3)
     make(600, method="static", seed=3)
     (tmp_path / "runs/NOTES.md").write_text("- These are old.\n\nThose are not.\n")
@@ -434,9 +434,9 @@ def test_what_is_missing_or_unequal_is_named_at_most_five_lines_on_top(make, com
         "These are old.",
         "Those are not.",
         "3 further caveats are at the end.",
-        "Left out, since not finished, or without event files up to the end: "
+        "Left out, since they are not finished, or final.pt or event files up to the end are missing: "
         f"{', '.join(sorted([unfinished.name, empty.name]))}.",
-        f"Left out, since run again later: {rerun.name}.",
+        f"Left out, since they were run again later: {rerun.name}.",
         f"No finished run on A-v1, seed 2, 3: {tar}; A-v1, seed 3: {uniform}; B-v1: {tar}, {uniform}.",
     ]
     top, rest = page.split("\n\n## Final return")
@@ -464,8 +464,10 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
         make(5, method="static", seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400)
         other = {"processor": "another"} if seed == 2 else {}
         make(5, seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400, segments=[other])
-    said = "\n\nAll pruned runs have init=sparse, load=@0123456789ab, prune_at=400, total_timesteps=1000.\n\n- Not "
-    assert said in (page := comparison()["page"])
+    said = "init=sparse, load=@0123456789ab, prune_at=400, reserve=0.1 where it acts, total_timesteps=1000.\n\n- Not "
+    assert f"\n\nAll pruned runs have {said}" in (page := comparison()["page"])
+    said = "eval_frequency=100, hidden_size=24, policy_noise=0.2"
+    assert f"\n\n## Other shared flags\n\n{said}\n\n## Which" in page
     assert "\n- Not the same processor: a processor in 4 of 5 runs; another in 1 of 5 runs.\n" in page
     for seed, versions in enumerate(("1", "1", "2", "12"), 3):
         segments = [{"versions": {"torch": "2.0", "my_env": version}} for version in versions]
@@ -474,10 +476,30 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
     assert f"Not the same version of {said}" in comparison()["page"]
 
 
+def test_lengths_that_differ_in_one_environment_are_in_the_names_of_arms(make, arms):
+    shorter = {"total_timesteps": 900, "steps": STEPS[:-1]}
+    for method in ("static", "tar"):
+        make(5, "B-v1", method, **shorter)
+    make(5, "C-v1", "tar")
+    assert arms() == {"static random+er": 2.5, "tar random+er": 5}
+    make(5, "C-v1", "static", **shorter)
+    assert arms().keys() == {
+        f"{of} random+er total_timesteps={n}" for of, n in (("static", 900), ("tar", 900), ("tar", 1000))
+    }
+
+
+def test_a_config_of_another_project_is_no_run(make, comparison, tmp_path):
+    make(5)
+    (tmp_path / "runs/other").mkdir()
+    (tmp_path / "runs/other/config.json").write_text('{"lr": 1}')
+    assert "Nothing is missing or unequal." in comparison()["page"]
+
+
 def test_what_differs_by_design_is_no_caveat(make, comparison):
     for method, flags in (("dense", {}), ("tiny", {}), ("static", {}), ("tar", {"reserve": 0.3}), ("rigl", {})):
         make(5, method=method, drop_criterion="magnitude" if method == "rigl" else None, rewire_every=500, **flags)
-    assert "All pruned runs have total_timesteps=1000.\n\nNothing is missing or unequal.\n" in comparison()["page"]
+    said = "reserve=0.3 where it acts, rewire_every=500 where it acts, total_timesteps=1000."
+    assert f"All pruned runs have {said}\n\nNothing is missing or unequal.\n" in comparison()["page"]
 
 
 def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arms):
@@ -537,7 +559,7 @@ def test_a_published_grid_gives_the_same_tables_in_a_handful_of_files_and_grows(
     make(9, seed=2)  # added to the grid, in which the other runs stay as they are
     capsys.readouterr()
     comparison(publish=published)
-    assert capsys.readouterr().out.startswith("Left out, since not finished, or")  # which the grid cannot say
+    assert capsys.readouterr().out.startswith("Left out, since they are not finished, or")  # which the grid cannot say
     assert json.loads((published / "runs.json").read_text()).items() > runs.items()
     assert {*lines} < {*(published / "evaluations.csv").read_text().splitlines()}
     assert comparison(published)["returns"].set_index("arm").n.to_dict() == {"static random+er": 4, "tar random+er": 2}
@@ -670,8 +692,8 @@ def test_gains_by_revival_are_drawn_against_the_neurons_that_were_cut(make, comp
     make(3000, seed=3)  # has no control
     make(7000, n_step=3)  # nor has this one, as the other has another n_step
     make(7000, critic_method="tiny", seed=2)  # nor this one, as the other has sparse critics
-    make(1000, "0-v1", "static", total_timesteps=1001)
-    make(1500, "0-v1", total_timesteps=1001, cut=(1, 0))
+    make(1000, "0-v1", "static", hidden_size=12)
+    make(1500, "0-v1", hidden_size=12, cut=(1, 0))
     said = "Share of the inputs and outputs of layers that static pruning had left unconnected before revival: "
     shares = "10% on random+er in 0-v1, 0-5% on random+er in A-v1, 50% on random+global in A-v1."
     assert f"\n\n{said}{shares}\n\n- " in comparison()["page"]
