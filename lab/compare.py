@@ -145,6 +145,11 @@ def cut_by_pruning(topology: dict) -> float:
     return 100 * cut / (sum(sum(layer.get("part", layer["shape"])) for layer in layers) or np.nan)
 
 
+def told_by(runs: pd.DataFrame) -> set[str]:
+    """The flags that names of arms tell."""
+    return {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
+
+
 def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     """In sentences: whether different code made the runs, above all those of one arm; what differs and is not in the
     names of the arms; the notes; the environments and seeds that only some arms have."""
@@ -153,8 +158,7 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
     found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
     found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
-    told = {word.partition("=")[0] for arm in runs.arm for word in arm.split() if "=" in word} | IN_EVERY_NAME
-    names = sorted({name for settings in runs.settings for name in settings} - told)
+    names = sorted({name for settings in runs.settings for name in settings} - told_by(runs))
     columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
     columns |= {f"version of {name}": runs[name] for name in PACKAGES} | {"processor": runs.processor}
     others = sorted(set().union(*runs.versions) - {*PACKAGES})  # such as those of environments, which some runs have
@@ -172,17 +176,18 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
 
 
 def shared_by(runs: pd.DataFrame) -> tuple[str, str]:
-    """The flags that all pruned runs on which they act have alike, so that no name of an arm tells them. In a sentence,
-    the length of training, --load, the reserve, and the flags that `record.usual` knows and that are not at their
-    defaults; then a list of the flags whose defaults are those of a script, which are not known."""
-    every = [*(runs.settings[runs.base != ""] if runs.base.any() else runs.settings)]
-    above, below = [], []
-    for name in sorted(set().union(*every) - IN_EVERY_NAME):
-        own = [settings for settings in every if name in settings]
-        usual, text = record.usual(name, own[0]), f"{name}={own[0][name]}" + (" where it acts" if own != every else "")
-        if not differing([{name: settings[name]} for settings in own]) and usual != own[0][name]:
+    """The flags that all pruned runs have alike, or all of those with some methods, so that no name of an arm tells
+    them. In a sentence, the length of training, --load, the reserve, and the flags that `record.usual` knows and that
+    are not at their defaults; then a list of the flags whose defaults are those of a script, which are not known."""
+    every, above, below = runs[runs.base != ""] if runs.base.any() else runs, [], []
+    for name in sorted(set().union(*every.settings) - told_by(runs)):
+        own = every[[name in settings for settings in every.settings]]
+        value = own.settings.iloc[0][name]
+        usual, values = record.usual(name, own.settings.iloc[0]), {str(settings[name]) for settings in own.settings}
+        if len(values) == 1 and usual != value:
+            of = f" ({', '.join(sorted(set(own.method)))})" if len(own) < len(every) else ""
             first = name in ("total_timesteps", "load", "reserve") or usual is not MISSING
-            (above if first else below).append(text)
+            (above if first else below).append(f"{name}={value}{of}")
     which = "All" if len({*(runs.base == "")}) == 1 else "All pruned"
     return f"{which} runs have {', '.join(above)}." if above else "", ", ".join(below)
 

@@ -156,7 +156,7 @@ def draw_gains(gains: pd.DataFrame, path: Path) -> None:
     for _, of_env in sorted(gains.groupby("env_id"), key=lambda pair: -len(pair[1])):
         cells = list(of_env.groupby(["env_id", "label"]))
         rows += [cells[i : i + 3] for i in range(0, len(cells), 3)]
-    n, columns = len(rows), max(map(len, rows))
+    n, columns, widest = len(rows), max(map(len, rows)), max(10.0, gains.cut.max())
     figure, grid = plt.subplots(n, columns, figsize=(9, 0.7 + 3.3 * n), sharey="row", squeeze=False)
     filled = [cell for row in rows for cell in row + [("", gains[:0])] * (columns - len(row))]
     for axes, (title, own) in zip(grid.flat, filled, strict=True):
@@ -165,8 +165,8 @@ def draw_gains(gains: pd.DataFrame, path: Path) -> None:
         for name, points in own.groupby("base"):
             i = names.index(name)
             look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(points.cut, points.gain, linestyle="", label=name, **look)
+            axes.plot(points.cut, points.gain, linestyle="", label=name, alpha=0.7, **look)
         title = "\n".join(textwrap.fill(line, 90 // columns) for line in title)
-        axes.set(title=title, xlabel="neurons cut by static pruning, %", xlim=(-3, 103))
+        axes.set(title=title, xlabel="neurons cut by static pruning, %", xlim=(-0.04 * widest, 1.04 * widest))
     plt.setp(grid[:, 0], ylabel="gain by revival, return")
     finish(figure, path, names)

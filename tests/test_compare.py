@@ -464,7 +464,7 @@ def test_what_all_runs_share_and_no_name_tells_is_said(make, comparison):
         make(5, method="static", seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400)
         other = {"processor": "another"} if seed == 2 else {}
         make(5, seed=seed, init="sparse", load="a.pt@0123456789ab", prune_at=400, segments=[other])
-    said = "init=sparse, load=@0123456789ab, prune_at=400, reserve=0.1 where it acts, total_timesteps=1000.\n\n- Not "
+    said = "init=sparse, load=@0123456789ab, prune_at=400, reserve=0.1 (tar), total_timesteps=1000.\n\n- Not "
     assert f"\n\nAll pruned runs have {said}" in (page := comparison()["page"])
     said = "eval_frequency=100, hidden_size=24, policy_noise=0.2"
     assert f"\n\n## Other shared flags\n\n{said}\n\n## Which" in page
@@ -496,9 +496,11 @@ def test_a_config_of_another_project_is_no_run(make, comparison, tmp_path):
 
 
 def test_what_differs_by_design_is_no_caveat(make, comparison):
-    for method, flags in (("dense", {}), ("tiny", {}), ("static", {}), ("tar", {"reserve": 0.3}), ("rigl", {})):
-        make(5, method=method, drop_criterion="magnitude" if method == "rigl" else None, rewire_every=500, **flags)
-    said = "reserve=0.3 where it acts, rewire_every=500 where it acts, total_timesteps=1000."
+    drops = {"rigl": "magnitude", "set": "mest"}  # the first by default
+    for method in ("dense", "tiny", "static", "tar", "rigl", "set"):
+        own = {"reserve": 0.3} if method == "tar" else {}
+        make(5, method=method, drop_criterion=drops.get(method), rewire_every=500, **own)
+    said = "drop_criterion=mest (set), reserve=0.3 (tar), rewire_every=500 (rigl, set), total_timesteps=1000."
     assert f"All pruned runs have {said}\n\nNothing is missing or unequal.\n" in comparison()["page"]
 
 
