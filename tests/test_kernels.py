@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 import random
 import shlex
@@ -134,6 +135,10 @@ BATCH = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 100, 256])
 @settings(max_examples=40)
 @given(SIZES, BATCH, st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.integers(0, 99))
 def test_forward_and_gradients_match_float64(sizes, batch, density, seed):
+    compare_with_float64(sizes, batch, density, seed)
+
+
+def compare_with_float64(sizes, batch, density, seed):
     network, mlp = make_mlp(sizes, density, seed)
     x, grad_y = torch.randn(sizes[0], batch).T.requires_grad_(), torch.randn(sizes[-1], batch).T  # not contiguous
     y, expected = mlp(x), network(x.double())
@@ -843,7 +848,7 @@ def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):
     assert known(net) == ((1.0, 1.0), (1.0, 2.0), 2)
 
 
-def test_kernels_are_built_once_and_anew_if_the_file_is_damaged(compiler, tmp_path, built):
+def test_kernels_are_built_once_and_anew_if_file_processor_or_source_differ(monkeypatch, compiler, tmp_path, built):
     def load():
         kernels.load_kernels.cache_clear()
         assert kernels.load_kernels().width(1) == 1
@@ -858,6 +863,31 @@ def test_kernels_are_built_once_and_anew_if_the_file_is_damaged(compiler, tmp_pa
         library.unlink()  # in place, it would break what this process has loaded
         library.write_bytes(damaged)
     assert load() == (library, 4)
+    compiler.write_text(compiler.read_text().replace("echo x", "echo y"))  # another processor
+    kernels.load_kernels.cache_clear()
+    kernels.load_kernels()
+    (tmp_path / "kernels.cpp").write_text("// another version")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    kernels.load_kernels.cache_clear()
+    kernels.load_kernels()
+    assert len((tmp_path / "builds").read_text().split()) == 6
+
+
+@pytest.mark.parametrize("option", ["-mno-avx512f", "-mno-avx", "no -fopenmp"])
+def test_the_kernels_of_older_processors_and_without_openmp_match_float64(monkeypatch, tmp_path, capsys, option):
+    options = "" if option.startswith("no") else option
+    refuses = 'case "$*" in *-fopenmp*) exit 1;; esac\n' if option.startswith("no") else ""
+    (tmp_path / "c++").write_text(f'#!/bin/sh\n{refuses}exec c++ {options} "$@"\n')
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels.load_kernels.cache_clear()
+    try:
+        for batch, density in itertools.product((1, 17, 100), (0.05, 0.5)):
+            compare_with_float64([70, 33, 9], batch, density, 1)
+    finally:
+        kernels.load_kernels.cache_clear()
+    assert ("the kernels use one thread, without OpenMP" in capsys.readouterr().out) == option.startswith("no")
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "false", "true", 'g++ "', "broken"])

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lab.run
 import sac_tar
+import sparse_utils
 import td3_tar
 from lab.replay import ReplayBuffer
 
@@ -128,6 +129,17 @@ def test_evaluations_begin_at_the_same_states_and_do_not_disturb_training(run, s
     a, b = (scalars(run_dir)["eval/episodic_return"] for run_dir in (often, seldom))
     assert list(b) == [0, 160] and a[160] == b[160]
     assert a[0] == a[40] == b[0] != a[80]  # until the pruning at 60 nothing changes
+
+
+def test_the_final_return_is_of_evaluations_after_nine_tenths_and_masks_have_a_seed_of_their_own(
+    run, script, monkeypatch
+):
+    generators, prune = [], sparse_utils.static_prune
+    monkeypatch.setattr(sparse_utils, "static_prune", lambda *of: generators.append(of[4]) or prune(*of))
+    found = scalars(run(total_timesteps=100, eval_frequency=10, seed=3))
+    returns = found["eval/episodic_return"]
+    assert returns[90] != returns[100] and found["eval/final_return"] == {100: returns[100]}
+    assert {generator.initial_seed() for generator in generators} == {3 + 2**31}  # initial weights are drawn by 3
 
 
 def test_one_seed_gives_one_result_whatever_was_drawn_before_and_another_seed_another(run, script):

@@ -128,6 +128,41 @@ def test_every_number_of_the_front_page_is_that_of_published_runs():
         assert int(gain) == round(100 * (tar / static - 1))
 
 
+def test_the_front_page_says_on_which_masks_a_gain_is_shown():
+    """By the interval of `tar` minus `static` on the masks of its two lists, whose 95% is of runs/published."""
+    text = (PROJECT / "README.md").read_text()
+    (gain,), (none,) = (re.findall(rf"\*\*{of} shown:\*\*(.*?)\n- ", text, re.S) for of in ("Gain", "None"))
+    lows = {}
+    for grid, algo, sparsity in itertools.product(("metric", "published"), ("td3", "sac"), (0.8, 0.9, 0.95)):
+        group = pages_of(grid).get(f"{algo}_tar_s{sparsity}")
+        finals = {} if group is None else compare.finals_of(group)
+        for base in ("magnitude+global", "snip+global", "synflow+global", "random+er"):
+            tar, static = (finals.get(("HalfCheetah-v4", f"{method} {base}")) for method in ("tar", "static"))
+            if tar is not None:
+                interval = compare.t_interval((tar - static).dropna().to_numpy())
+                lows[base.partition("+")[0], algo, f"{sparsity:.0%}"] = interval[1]
+    assert len(lows) == 12
+    for said, is_shown in ((gain, True), (none, False)):
+        found = 0
+        for name, values in re.findall(r"(\w+) masks at ((?:\d+%(?: \(SAC too\))?(?:, (?=\d)| and )?)+)", said):
+            for sparsity, sac in re.findall(r"(\d+%)( \(SAC too\))?", values):
+                for algo in ("td3", "sac") if sac or (name, is_shown) == ("magnitude", True) else ("td3",):
+                    assert (lows.pop((name.lower(), algo, sparsity)) > 0) == is_shown, (name, algo, sparsity)
+                    found += 1
+        assert found == (6 if is_shown else 2)
+    assert {name for name, *_ in lows} == {"synflow", "random"} and max(lows.values()) <= 0
+
+
+def test_the_cost_of_systems_is_that_of_their_runs():
+    group = pages_of("systems")["td3_ln+td3_tar_s0.9"]
+    flops = group.curve.map(lambda curve: curve["1e12 FLOPs"].iloc[-1]).groupby(group.arm).mean()
+    slow = ("static dynadiag+er td3_tar", "chts random+er td3_tar density_start=0.5")
+    slow += ("static random+er td3_tar density_start=0.5 final_prune_at=208334 lr_cycles=3",)
+    ratios = [f"{flops[arm] / flops['static random+er td3_tar']:.1f}" for arm in slow]
+    said = re.search(r"cost ([\d.]+), ([\d.]+) and ([\d.]+) times", (PROJECT / "lab/systems.md").read_text())
+    assert list(said.groups()) == ratios
+
+
 @functools.cache
 def intervals_of(grid):
     """Of a mean, or of a difference of two arms paired by seed, in one environment; of all seeds or of the first three.

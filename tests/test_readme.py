@@ -106,6 +106,20 @@ def test_the_command_of_ten_seconds_prints_the_line_to_look_at(tmp_path, capsys)
     assert line in capsys.readouterr().out
 
 
+def test_what_default_pruning_cuts_is_as_many_inputs_as_the_page_says():
+    cut, said = [], re.search(r"cuts about (\d+) of the 256 inputs of a critic's last layer", README)
+    with sac_tar.make_env(sac_tar.Args().env_id) as env:
+        for seed in range(5):
+            torch.manual_seed(seed)
+            critic, args = sac_tar.QNetwork(env, 256), sac_tar.Args()
+            net = sparse_utils.Net(critic, None, None, args.method, args.sparsity)
+            sparse_utils.plan(net, args.reserve)
+            keep = net.budget - net.reserve
+            masks = sparse_utils.static_prune(net, keep, args.criterion, args.distribution, torch.Generator())
+            cut.append(int((~masks["fc3"].any(0)).sum()))
+    assert abs(sum(cut) / len(cut) - int(said[1])) < 2
+
+
 def test_the_lines_that_load_a_saved_policy(run, script):
     run_dir, names = run(), {"torch": torch, script.__name__: script, "env": gym.make("Pendulum-v1")}
     (code,) = (block for block in blocks(LAB, "python") if "torch.load" in block)

@@ -223,9 +223,13 @@ def test_what_a_folder_has_lost_and_what_is_another_machine_is_said(run, script,
     monkeypatch.setattr(lab.run.mujoco, "__version__", "9.9")
     monkeypatch.setattr(lab.run, "code_hash", lambda *_: "0" * 12)
     monkeypatch.setattr(lab.run, "processor", lambda: "an abacus")
+    config = json.loads((run_dir / "config.json").read_text())
+    config["segments"][0] |= {"device": "a GPU", "in_kernels": ["actor"]}
+    (run_dir / "config.json").write_text(json.dumps(config))
     again(script, run_dir, torch_threads=2, checkpoint_frequency=40)
     torch.set_num_threads(1)
     out = capsys.readouterr().out
+    assert "the run's device was a GPU and is cpu from" in out and "in_kernels was ['actor'] and is [] from" in out
     assert f"warning: {log.name} has lost some of what was logged" in out
     assert "warning: the run's torch_threads was 1 and is 2 from" in out and "and is an abacus from step" in out
     assert "warning: the run's code was" in out and "'mujoco': '9.9'" in out and "from step 160 on" in out

@@ -69,8 +69,10 @@ def main(script, monkeypatch, *flags):
 # what a run leaves
 
 
-def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch):
+def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # as from another folder than the script's
     monkeypatch.setattr(lab.run, "SPS_BURN_IN", 20)
+    monkeypatch.setattr(lab.run.kernels, "choose", lambda *_: {"actor": [1.5, 2.5]})
     monkeypatch.setattr(topology, "mask_image", MASK_IMAGE)
     run_dir = run(criterion="snip", distribution="global", total_timesteps=310)
     files = {"config.json", "checkpoint.pt", "final.pt", "masks.pt", "topology.json", ".lock", "code"}
@@ -79,7 +81,10 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch)
     assert config["script"] == script.__name__ and config["args"]["prune_at"] == 60
     (part,) = config["segments"]
     assert part["code"] == record.code_hash(Path(script.__file__)) and part["device"] == "cpu" and part["processor"]
-    assert part["from_step"] == 0 and part["in_kernels"] == [] and "git_commit" in part
+    assert part["from_step"] == 0 and part["in_kernels"] == []
+    assert part["git_commit"] == lab.run.git_commit(PROJECT) and part["milliseconds"] == {"actor": [1.5, 2.5]}
+    copy = run_dir / "code" / part["code"] / f"{script.__name__}.py"
+    assert copy.read_bytes() == Path(script.__file__).read_bytes()
     assert part["versions"].keys() == {"python", "torch", "gymnasium", "mujoco", "numpy"}
     with gym.make("BipedalWalker-v3") as env:
         env.unwrapped.__class__ = type("Mine", (type(env.unwrapped),), {})
@@ -387,13 +392,21 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
         ({"buffer_size": 10**13}, "--buffer-size 10000000000000 needs 400000 GB of memory; lower it"),
         ({"capture_video": True, "env_id": "Probe-v0"}, "--capture-video cannot film here"),
         ({"capture_video": True, "env_id": "Blank-v0"}, "(ValueError: render() gives no array, or __init__ does not"),
-        ({"runs_dir": "/dev/null/runs"}, "cannot make the run folder"),
         pytest.param({"device": "cuda"}, "--device cuda needs a CUDA device", marks=CUDA),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_no_folder(run, tmp_path, capsys, flags, sentence):
     assert sentence in refused(capsys, run, **flags)
     assert not (tmp_path / "runs").exists()
+
+
+def test_every_number_of_the_algorithm_is_checked(script, capsys):
+    least = {"learning_rate": 0, "policy_lr": 0, "q_lr": 0, "batch_size": 0, "buffer_size": 0, "hidden_size": 0}
+    least |= {"policy_frequency": 0, "target_network_frequency": 0, "eval_frequency": 0, "eval_episodes": 0}
+    least |= {"policy_noise": -1, "noise_clip": -1, "exploration_noise": -1, "checkpoint_frequency": 0}
+    for name in least.keys() & vars(script.Args()).keys():
+        flag = f"--{name.replace('_', '-')} must be"
+        assert flag in refused(capsys, record.settle, script.Args(**{name: least[name]}))
 
 
 def test_weights_that_are_computed_from_others_are_refused_before_anything_is_written(

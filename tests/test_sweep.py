@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -352,7 +353,7 @@ def test_the_published_grids_of_this_repository_can_be_planned_again(cli):
     scripts = {name: (ROOT / f"{config['script']}.py").exists() for name, config in kinds.values()}
     gone = [name for name, config in kinds.values() if not scripts[name] or "critic_init" in config["args"]]
     count, output = len(kinds) - len(gone), cli("--dry-run --like runs --any-code")[1]
-    assert not kinds or f"{count} of {count} runs are finished" in output
+    assert kinds and f"{count} of {count} runs are finished" in output
     assert all(f"{name} is left out, since " in output for name in gone)
 
 
@@ -380,6 +381,20 @@ def test_a_sweep_stops_when_its_first_runs_refuse_the_same(cli):
     assert sum(path.stat().st_size > 0 for path in Path().glob("runs/sweep_logs/*")) == 1 + 2
     code, text = cli(words, "5 -- --refused 2345")  # one run ends well
     assert code == 1 and "1 of 5 runs done, 0 running, 4 failed" in text
+
+
+def test_ray_starts_here_or_joins_a_cluster_that_answers(cli, monkeypatch, capsys):
+    asked = []
+    ray = SimpleNamespace(init=lambda address, **how: asked.append((address, how.get("num_cpus"))))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address, cores in ((None, 3), ("auto", None), (f"127.0.0.1:{port}", None)):
+            assert START_RAY(sweep.Args(ray_address=address, cores=cores)) is ray
+        assert asked == [("local", 3), ("auto", None), (f"127.0.0.1:{port}", None)]
+    with pytest.raises(SystemExit):
+        START_RAY(sweep.Args(ray_address=f"127.0.0.1:{port}"))
+    assert "Ray does not start" in capsys.readouterr().err and len(asked) == 3
 
 
 def test_code_that_is_edited_during_a_sweep_starts_and_resumes_no_run(cli, monkeypatch):
