@@ -564,10 +564,11 @@ class Schedule:
                 sparse_utils.chain_shapes(net.weights, f"method {net.method}")
             if args.criterion == "synflow" and net.method not in sparse_utils.UNPRUNED:
                 sparse_utils.chain_shapes(net.weights, "--criterion synflow")
-            by_gradient = sparse_utils.CRITERIA[args.criterion].uses_loss and net.budget < net.size
-            by_gradient = by_gradient or (name in self.rules and rewiring_flops(net, self.rules[name]) > 0)
-            if by_gradient and not all(weight.requires_grad for weight in net.weights.values()):
-                what = f"--criterion {args.criterion}, or method {net.method}"
+            by_gradient = sparse_utils.CRITERIA[args.criterion].uses_loss or args.criterion == "dynadiag"
+            by_gradient &= net.budget - net.reserve < net.size
+            rewired = name in self.rules and rewiring_flops(net, self.rules[name]) > 0
+            if (by_gradient or rewired) and not all(weight.requires_grad for weight in net.weights.values()):
+                what = f"--criterion {args.criterion}" if by_gradient else f"method {net.method}"
                 raise ValueError(f"{what} needs a gradient of every weight, and some of {name} are frozen")
             if args.criterion == "dynadiag" and net.budget < net.size:
                 self.diagonals[name] = Diagonals(net, args.distribution)

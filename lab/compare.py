@@ -184,7 +184,8 @@ def shared_by(runs: pd.DataFrame) -> tuple[str, str]:
         own = every[[name in settings for settings in every.settings]]
         value = own.settings.iloc[0][name]
         usual, values = record.usual(name, own.settings.iloc[0]), {str(settings[name]) for settings in own.settings}
-        if len(values) == 1 and usual != value:
+        whole = every.method.isin(own.method).sum() == len(own)  # a default may be left out of `settings`
+        if whole and len(values) == 1 and usual != value:
             of = f" ({', '.join(sorted(set(own.method)))})" if len(own) < len(every) else ""
             first = name in ("total_timesteps", "load", "reserve") or usual is not MISSING
             (above if first else below).append(f"{name}={value}{of}")
@@ -285,7 +286,7 @@ def aggregate_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     for arm in arms if len(env_ids) > 1 else ():
         own = [finals[env_id, arm].to_numpy() for env_id in env_ids]
         row = {"arm": arm, "environments": len(env_ids), "n": sum(map(len, own))}
-        if len(dense) == 1 and runs.final[runs.dense].min() > 0 and len({*map(len, own)}) == 1:
+        if len(dense) == 1 and runs.final[runs.arm.isin(dense)].min() > 0 and len({*map(len, own)}) == 1:
             percent = [100 * sample / mean for sample, mean in zip(own, scale)]
             row |= with_interval("IQM, % of dense", bootstrapped(iqm, percent))
         other = chosen.get(arm) if chosen.get(arm) in arms else None

@@ -98,21 +98,21 @@ def check_parts(
     if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
-    if idle := untrained(state, files):
+    if idle := [*untrained(state, files)]:
         raise ValueError(f"no optimizer in `state` trains {idle[0]}; give it to one or freeze it")
     if late := [row for row, net in state["nets"].items() if net.weights and not net.size]:
         raise ValueError(f"{late[0]} came into `nets` after plan(...); put it where `nets` is made")
     return {name: described(part) for name, part in state.items() if isinstance(part, OPTIMIZERS)}
 
 
-def untrained(state: dict, files: tuple[Path, ...]) -> list[str]:
+def untrained(state: dict, files: tuple[Path, ...]) -> dict[str, nn.Parameter]:
     """The parameters of rows' networks that need a gradient and that no optimizer in `state` trains."""
     kept = [part for _, part in walk([("", state)], set(), files, lambda part: isinstance(part, WHOLE))]
     optimizers = [part for part in kept if isinstance(part, torch.optim.Optimizer)]
     trained = {id(param) for part in optimizers for group in part.param_groups for param in group["params"]}
     trained |= {id(part) for part in kept if isinstance(part, nn.Parameter)}  # of an optimizer of the reader
     named = ((f"{n} of {row}", p) for row, net in state["nets"].items() for n, p in net.network.named_parameters())
-    return [name for name, param in named if param.requires_grad and id(param) not in trained]
+    return {name: param for name, param in named if param.requires_grad and id(param) not in trained}
 
 
 def described(part: torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler) -> str:

@@ -245,7 +245,7 @@ def code_hash(script: Path, env_id: str = "") -> str:
 def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     """The path of every run in a folder, and its record: what lab/README.md says of config.json, and `published`. Runs
     older than the hash of the code have None as `code`, and segments of older runs lack some of the rest. A run is a
-    folder with config.json or, if published, an entry of runs.json; a config.json of something else is passed over."""
+    folder with config.json or, if published, an entry of runs.json; a config.json of another kind is passed over."""
     published = folder / "runs.json"
     whole = read_json(published) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())

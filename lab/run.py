@@ -133,6 +133,7 @@ class Run:
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
+        self.begun_with = {id(p): p for net in self.nets.values() for p in net.network.parameters()}
         made = {name: value for name, value in variables.items() if isinstance(value, nn.ModuleList)}
         made |= state | {"env": env, "rb": rb}
         self.named = {name: part for name, part in made.items() if variables.get(name) is part}
@@ -143,8 +144,9 @@ class Run:
         if "actor" not in state:
             fail("`state` has no part named actor, which --evaluate and --load need; name the policy so")
         flags = asdict(args)
-        if now := [name for name, value in flags.items() if value != getattr(args, "_settled", flags)[name]]:
-            why = "and a resumed run would change it anew; change its default, or keep the value in a variable"
+        settled = getattr(args, "_settled", flags)
+        if args.evaluate is None and (now := [n for n in flags if [flags[n]] != [settled[n]]]):  # a NaN equals itself
+            why = "by which neither --resume nor a sweep would know the run; change its default, or use a variable"
             fail(f"train changes --{now[0].replace('_', '-')} before Run(...), {why}")
         try:
             self.flags = flags | {"resume": None}  # as files hold them, whatever train does to `args`
@@ -281,11 +283,14 @@ class Run:
         random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, the
-        last checkpoint kept, if train has replaced `env`, `rb` or a part of `state`, or as `check_weights` does."""
+        last checkpoint kept, if train has replaced `env`, `rb`, a part of `state` or, by one of other networks, a
+        ModuleList, or as `check_weights` does."""
         variables = edits.variables_of(inspect.currentframe().f_back)
+        parts = {part for part in self.state.values() if isinstance(part, nn.Module)}
         for name, part in self.named.items():
             now = variables.get(name, part)
-            if now is not part and getattr(now, "_orig_mod", None) is not part:  # as of torch.compile
+            regrouped = isinstance(now, nn.ModuleList) and name not in self.state and {*now} <= parts
+            if now is not part and getattr(now, "_orig_mod", None) is not part and not regrouped:  # as of torch.compile
                 why = "so checkpoints and kernels would go on with the old one; change it in place or before Run(...)"
                 fail(f"`{name}` in train is no longer the object that it was at Run(...), {why}", code=1)
         if self.args.evaluate is not None:
@@ -332,7 +337,15 @@ class Run:
         if with_buffer := self.has_buffer(global_step):
             checkpoints.write_replay(self.folder, self.rb)
         checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.synced_logs()}
-        write_tensors(self.folder / "checkpoint.pt", checkpoint)
+        try:
+            write_tensors(self.folder / "checkpoint.pt", checkpoint)
+        except OSError as error:
+            if self.saved_at >= 0:
+                raise
+            self.writer.close()
+            shutil.rmtree(self.folder, ignore_errors=True)  # or a sweep that waits for room would leave many of them
+            code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
+            fail(f"{error}; make room or make it writable, and start the run anew, since its folder is deleted", code)
         for path, (_, stop) in checkpoints.replay_files(self.folder).items():
             if not with_buffer or stop <= self.rb.added - len(self.rb.rows):
                 path.unlink()
@@ -371,10 +384,9 @@ class Run:
         after Run(...) and no optimizer trains it."""
         if name := self.not_finite():
             self.end(f"a weight of {name} is not finite at step {global_step}: training diverged")
-        if idle := edits.untrained(self.state, self.own_files):
-            self.end(
-                f"no optimizer trains {idle[0]} at step {global_step}; change layers in place, do not replace them"
-            )
+        idle = edits.untrained(self.state, self.own_files)
+        if new := [name for name, param in idle.items() if id(param) not in self.begun_with]:
+            self.end(f"no optimizer trains {new[0]} at step {global_step}; change layers in place, do not replace them")
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():
                 if net.weights[layer][~mask].any():

@@ -218,7 +218,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             asked = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
             device, asked.device = asked.device, "cpu"  # each run checks it, which may be on another machine
-            run_args = script.record.settle(asked)
+            run_args = script.record.settle(asked) or asked  # an older lab/ settles in place
             run_args.device = device
             what = identity(as_recorded(run_args))
             idle = script.record.unused(run_args)  # flags that make no difference to this run
@@ -309,7 +309,9 @@ def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, st
             raise
         time.sleep(WAIT)
         return "busy", str(error), False
-    except SystemExit:  # which Ray would take for the loss of a worker
+    except SystemExit as error:
+        if error.code != BAD_INPUT:  # Ray's own, when a node is stopped
+            raise
         return "failed", f"a record in {runs_dir} cannot be read, and a new sweep says which", resumed
 
 

@@ -502,6 +502,8 @@ def test_what_differs_by_design_is_no_caveat(make, comparison):
         make(5, method=method, drop_criterion=drops.get(method), rewire_every=500, **own)
     said = "drop_criterion=mest (set), reserve=0.3 (tar), rewire_every=500 (rigl, set), total_timesteps=1000."
     assert f"All pruned runs have {said}\n\nNothing is missing or unequal.\n" in comparison()["page"]
+    make(5, "B-v1", "rigl", rewire_every=500, drop_criterion="mest")  # the other rigl has the default
+    assert "drop_criterion" not in comparison()["page"].partition("\n- ")[0]
 
 
 def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arms):

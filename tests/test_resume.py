@@ -681,7 +681,7 @@ BROKEN = [
     (
         RUN_BEGINS,
         f"    args.q_lr *= 2\n{RUN_BEGINS}",
-        "train changes --q-lr before Run(...), and a resumed run would",
+        "train changes --q-lr before Run(...), by which neither",
         2,
     ),
     (
@@ -725,7 +725,8 @@ def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tupl
     new += "    pairs: tuple[tuple[int, int], ...] = ((1, 2),)\n    more: list[int] | None = None\n"
     flag = ("    tau: float", f"{new}    tau: float")
     used = [("import dataclass\n", "import dataclass, field\n")]
-    used += [(RUN_BEGINS, f"    args.target_entropy = -1.0\n{RUN_BEGINS}")]  # no flag
+    used += [(RUN_BEGINS, f"    args.target_entropy = -1.0\n    pair = nn.ModuleList([qf1])\n{RUN_BEGINS}")]  # no flag
+    used += [(STEP, f"        pair = nn.ModuleList([qf2, qf1])\n{STEP}")]  # of parts of `state`
     used += [(STEP, f"        args.betas + (1,), args.sizes + [1], args.more + args.words\n{STEP}")]
     mine = edited(tmp_path, flag, *used)
     run_dir = run(mine, env_id="Short-v0", total_timesteps=90, checkpoint_frequency=10, more=[3])
@@ -772,7 +773,10 @@ def test_state_in_a_module_of_the_reader_is_named(run, tmp_path, capsys, monkeyp
     assert "begins with another value of `my_tools.SCALE` in train than before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [{"criterion": "snip"}, {"method": "rigl"}, {"method": "set"}])
+@pytest.mark.parametrize(
+    "flags",
+    [{"criterion": "snip"}, {"criterion": "dynadiag", "prune_at": 70}, {"method": "rigl"}, {"method": "set"}],
+)
 def test_frozen_weights_are_refused_where_their_gradient_is_needed(run, tmp_path, capsys, flags):
     mine = edited(tmp_path, ("    nets = {", "    actor.fc1.requires_grad_(False)\n    nets = {"))
     small = {"env_id": "Short-v0", "total_timesteps": 90, "rewire_every": 10, "rewire_stop": 0.9} | flags
@@ -791,7 +795,10 @@ def test_a_full_disk_ends_a_run_with_the_code_after_which_a_sweep_tries_again(ru
         patch.setattr(lab.run, "write_tensors", full)
         longer = ("--resume", run_dir, "--total-timesteps", 90)
         message = refused(capsys, main, sac_tar, monkeypatch, *longer, code=os.EX_TEMPFAIL)
-    assert "No space left on device; the last checkpoint is whole: make room" in message
+        assert "No space left on device; the last checkpoint is whole: make room" in message
+        message = refused(capsys, run, env_id="Short-v0", total_timesteps=75, code=os.EX_TEMPFAIL)
+    assert "start the run anew, since its folder is deleted" in message
+    assert [path for path in tmp_path.glob("runs/*") if path.is_dir()] == [run_dir]
     monkeypatch.setattr(Path, "mkdir", full)
     assert "cannot make the run folder" in refused(capsys, run, code=os.EX_TEMPFAIL)
 
@@ -810,7 +817,8 @@ def test_a_critic_that_no_optimizer_trains_is_refused_unless_it_is_frozen(run, t
     said = "no optimizer in `state` trains fc1.weight of qf3; give it to one or freeze it"
     assert said in refused(capsys, run, edited(tmp_path, (RUN_BEGINS, third + RUN_BEGINS)), **small)
     frozen = f"{third}    qf3.requires_grad_(False)\n"
-    assert run(edited(tmp_path, (RUN_BEGINS, frozen + RUN_BEGINS)), **small).exists()
+    later = (STEP, f"        qf3.requires_grad_(global_step > 65)\n{STEP}")  # as around an update of the actor
+    assert run(edited(tmp_path, (RUN_BEGINS, frozen + RUN_BEGINS), later), **small).exists()
 
 
 @pytest.mark.parametrize("first, later", [([], {"step": 3}), ((1,), [1]), ({"a": 1}, None), ([1], "ab"), ([1], None)])
