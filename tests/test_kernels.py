@@ -379,6 +379,59 @@ def test_who_reads_a_layer_that_is_in_the_kernels_is_told_where_it_is(monkeypatc
         pass
 
 
+class Asking(nn.ModuleList):
+    """Asks for the type of each layer, and names its input."""
+
+    def __init__(self, *sizes):
+        super().__init__(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(input=x)
+            if isinstance(layer, nn.Linear) and layer is not self[-1]:
+                x = torch.relu(x)
+        return x
+
+
+class Featured(nn.Sequential):
+    def __init__(self, *sizes):
+        super().__init__(layers(*sizes))
+
+    def features(self, x):
+        return self.relu1(self.fc0(x))
+
+
+class Elsewhere(nn.Module):
+    """Goes through the layers of another network in its forward."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        for layer in list(self.network)[:-1]:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Asking, Featured, chain])
+def test_layers_that_a_class_uses_in_its_own_way_give_what_they_give_in_torch_or_are_refused(monkeypatch, kind):
+    monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
+    nets, x = make_nets(kind=kind), torch.linspace(-1, 1, 60).view(12, 5)
+    net = nets["qf1"]
+    net.in_kernels, network, of_another = True, net.network, Elsewhere(net.network)
+    used = [network, *([network.features, of_another] if kind is Featured else [])]
+    with kernels.in_torch(nets):
+        prune(nets)
+        expected = [use(x) for use in used]
+    assert len(in_kernels(network)) == (1 if kind is chain else 3)
+    for use, before in zip(used, expected, strict=True):
+        torch.testing.assert_close(use(x), before)
+    if kind is chain:
+        with pytest.raises(RuntimeError, match="do it inside"):
+            of_another(x)
+
+
 def keep(self, run, x):
     self.features = x = self.fc1(self.relu1(self.fc0(x)))
     return x[:, :1]

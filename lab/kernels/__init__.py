@@ -14,6 +14,7 @@ import copy
 import ctypes
 import functools
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -160,11 +161,12 @@ class InChain:
 
 class Submodules(dict):
     """The submodules of a network, of which one has replaced its layers. Refuses to give them one after another, as to
-    `for layer in network`, `network[0]` or `network[:-1]`, except to a `forward`."""
+    `for layer in network`, `network[0]` or `network[:-1]`, except to its own `forward`."""
 
     def values(self):
         caller = sys._getframe(2)  # of __iter__ or __getitem__; a comprehension is a frame of its own
-        if "forward" not in (caller.f_code.co_name, caller.f_back.f_code.co_name):
+        forwards = [frame for frame in (caller, caller.f_back) if frame.f_code.co_name == "forward"]
+        if not any(getattr(frame.f_locals.get("self"), "_modules", None) is self for frame in forwards):
             not_here()
         return super().values()
 
@@ -188,7 +190,7 @@ class SparseMLP(nn.Module):
     prunable = True  # so that `linear_weights` reads `weight`, which raises RuntimeError
 
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
-        super().__init__()
+        nn.Module.__init__(self)
         self.masks = {name: masks[name].clone() for name in linears}
         self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
         self.index()
@@ -255,13 +257,19 @@ class SparseMLP(nn.Module):
         )  # fmt: skip
         return y, workspace
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 2:
-            return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.n_out)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 2:
+            return self(input.reshape(-1, input.shape[-1])).view(*input.shape[:-1], self.n_out)
         flat = self.flat  # which is slow to look up
-        if torch.is_grad_enabled() and (x.requires_grad or flat.requires_grad):
-            return _SparseMLPFunction.apply(x, flat, self)
-        return self.run(x, flat, keep=False)[0]
+        if torch.is_grad_enabled() and (input.requires_grad or flat.requires_grad):
+            return _SparseMLPFunction.apply(input, flat, self)
+        return self.run(input, flat, keep=False)[0]
+
+
+class SparseLayer(SparseMLP, nn.Linear):
+    """A `SparseMLP` in the place of one layer alone, for whose type a `forward` may ask."""
+
+    extra_repr = nn.Module.extra_repr  # that of nn.Linear reads the bias
 
 
 class _SparseMLPFunction(torch.autograd.Function):
@@ -337,12 +345,18 @@ def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[
 
 def is_chain(net: Net) -> bool:
     """Whether a network is a chain of Linear layers, all trained alike, with ReLU between them, and its forward uses
-    these layers only in this order, so that one submodule can take the place of all of them."""
+    these layers only in this order, so that one submodule can take the place of all of them. No other method of its
+    class names a layer."""
     children, (steps, _) = dict(net.network.named_children()), trace(net.network)
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
     if steps is None or len(kinds) % 2 == 0 or any(hasattr(network, "sparse") for network in net.networks):
         return False
     if any(trace(target)[0] != steps for target in net.networks[1:]):
+        return False
+    kinds_of_its_own = [kind for kind in type(net.network).__mro__ if not kind.__module__.startswith("torch.")]
+    methods = [f for kind in kinds_of_its_own for f in vars(kind).values() if inspect.isfunction(f)]
+    methods = [f.__code__ for f in methods if f.__name__ not in ("__init__", "forward")]
+    if any(children.keys() & {*code.co_names} for code in methods):
         return False
     if not all(all(map(is_plain, network.children(), kinds)) for network in net.networks):
         return False
@@ -564,7 +578,7 @@ def compact_part(
     groups in the original order. They get no gradients: one of a loss from before ends in a RuntimeError."""
     replaced = {name: network.get_submodule(name) for name in names}
     linears = {name: replaced[name] for name in names if name in masks}
-    mlp = SparseMLP(linears, masks)
+    mlp = (SparseMLP if len(names) > 1 else SparseLayer)(linears, masks)
     mlp.replaced = replaced  # a plain dictionary, so these are not its submodules
     dense = [param for layer in linears.values() for param in (layer.weight, layer.bias)]
     mlp.guards = [guard(param) for param in dense]
