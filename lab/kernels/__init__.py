@@ -165,6 +165,8 @@ class Submodules(dict):
 
     def values(self):
         caller = sys._getframe(2)  # of __iter__ or __getitem__; a comprehension is a frame of its own
+        if caller.f_code is nn.Sequential.forward.__code__:  # first, since it is the usual one, and f_locals are slow
+            return super().values()
         forwards = [frame for frame in (caller, caller.f_back) if frame.f_code.co_name == "forward"]
         if not any(getattr(frame.f_locals.get("self"), "_modules", None) is self for frame in forwards):
             not_here()
