@@ -249,8 +249,13 @@ def configs(folder: Path) -> Iterator[tuple[Path, dict]]:
     published = folder / "runs.json"
     whole = read_json(published) if published.exists() else {}
     yield from ((folder / name, config | {"published": True}) for name, config in whole.items())
-    own = ((path.parent, read_config(path.parent)) for path in sorted(folder.glob("*/config.json")))
-    yield from ((path, config) for path, config in own if {"script", "args", "segments"} <= config.keys())
+    for path in sorted(folder.glob("*/config.json")):
+        try:
+            config = read_config(path.parent)
+        except FileNotFoundError:  # a run that can save nothing deletes its folder
+            continue
+        if {"script", "args", "segments"} <= config.keys():
+            yield path.parent, config
 
 
 def read_config(run_dir: Path) -> dict:

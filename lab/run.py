@@ -199,9 +199,12 @@ class Run:
                     changed.append(f"the run's {what} {was}")
                     tqdm.write(f"warning: {changed[-1]}")
         config = {"script": script.stem, "args": self.flags, "segments": [*segments, now]}
-        write_json(self.folder / "config.json", config)
-        keep_code(self.folder / "code" / now["code"], script, args.env_id)
-        self.writer = SummaryWriter(self.folder)
+        try:
+            write_json(self.folder / "config.json", config)
+            keep_code(self.folder / "code" / now["code"], script, args.env_id)
+            self.writer = SummaryWriter(self.folder)
+        except OSError as error:
+            self.give_up(error)
         if self.checkpoint is None:
             self.log_args(now["code"])
         elif changed:
@@ -340,16 +343,21 @@ class Run:
         try:
             write_tensors(self.folder / "checkpoint.pt", checkpoint)
         except OSError as error:
-            if self.saved_at >= 0:
-                raise
-            self.writer.close()
-            shutil.rmtree(self.folder, ignore_errors=True)  # or a sweep that waits for room would leave many of them
-            code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
-            fail(f"{error}; make room or make it writable, and start the run anew, since its folder is deleted", code)
+            self.give_up(error)
         for path, (_, stop) in checkpoints.replay_files(self.folder).items():
             if not with_buffer or stop <= self.rb.added - len(self.rb.rows):
                 path.unlink()
         self.saved_at = global_step
+
+    def give_up(self, error: OSError) -> NoReturn:
+        """Raise the error or, before the first checkpoint, delete the folder and end the program with one sentence."""
+        if self.saved_at >= 0:
+            raise error
+        with contextlib.suppress(AttributeError, OSError):  # there may be no writer yet
+            self.writer.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # or a sweep that waits for room would leave many of them
+        code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
+        fail(f"{error}; make room or make it writable, and start the run anew, since its folder is deleted", code)
 
     def synced_logs(self) -> list[Path]:
         """The event files, as they are on the disk even if the power fails now."""

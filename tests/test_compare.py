@@ -488,10 +488,14 @@ def test_lengths_that_differ_in_one_environment_are_in_the_names_of_arms(make, a
     }
 
 
-def test_a_config_of_another_project_is_no_run(make, comparison, tmp_path):
+def test_a_config_of_another_project_is_no_run(make, comparison, tmp_path, monkeypatch):
     make(5)
     (tmp_path / "runs/other").mkdir()
     (tmp_path / "runs/other/config.json").write_text('{"lr": 1}')
+    (tmp_path / "runs/gone").mkdir()
+    (tmp_path / "runs/gone/config.json").write_text("{}")
+    read, nowhere = record.read_config, tmp_path / "nowhere"  # as of a run that is deleted meanwhile
+    monkeypatch.setattr(record, "read_config", lambda folder: read(nowhere if folder.name == "gone" else folder))
     assert "Nothing is missing or unequal." in comparison()["page"]
 
 

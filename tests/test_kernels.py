@@ -397,8 +397,25 @@ class Featured(nn.Sequential):
     def __init__(self, *sizes):
         super().__init__(layers(*sizes))
 
+    @torch.no_grad()
     def features(self, x):
         return self.relu1(self.fc0(x))
+
+
+class Initialized(nn.Sequential):
+    """A chain, whose constructor and forward are written otherwise."""
+
+    def __init__(self, *sizes):
+        super().__init__(layers(*sizes))
+        self.fill()
+
+    def fill(self):
+        nn.init.ones_(self.fc1.weight)
+
+    def forward(network, x):
+        for layer in network:
+            x = layer(x)
+        return x
 
 
 class Elsewhere(nn.Module):
@@ -414,7 +431,7 @@ class Elsewhere(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", [Asking, Featured, chain])
+@pytest.mark.parametrize("kind", [Asking, Featured, Initialized, chain])
 def test_layers_that_a_class_uses_in_its_own_way_give_what_they_give_in_torch_or_are_refused(monkeypatch, kind):
     monkeypatch.setattr(kernels, "MOST_BY_LAYER", 1.0)
     nets, x = make_nets(kind=kind), torch.linspace(-1, 1, 60).view(12, 5)
@@ -424,7 +441,7 @@ def test_layers_that_a_class_uses_in_its_own_way_give_what_they_give_in_torch_or
     with kernels.in_torch(nets):
         prune(nets)
         expected = [use(x) for use in used]
-    assert len(in_kernels(network)) == (1 if kind is chain else 3)
+    assert len(in_kernels(network)) == (1 if kind in (chain, Initialized) else 3)
     for use, before in zip(used, expected, strict=True):
         torch.testing.assert_close(use(x), before)
     if kind is chain:

@@ -797,7 +797,9 @@ def test_a_full_disk_ends_a_run_with_the_code_after_which_a_sweep_tries_again(ru
         message = refused(capsys, main, sac_tar, monkeypatch, *longer, code=os.EX_TEMPFAIL)
         assert "No space left on device; the last checkpoint is whole: make room" in message
         message = refused(capsys, run, env_id="Short-v0", total_timesteps=75, code=os.EX_TEMPFAIL)
-    assert "start the run anew, since its folder is deleted" in message
+        assert "start the run anew, since its folder is deleted" in message
+        patch.setattr(lab.run, "write_json", full)
+        assert "its folder is deleted" in refused(capsys, run, env_id="Short-v0", code=os.EX_TEMPFAIL)
     assert [path for path in tmp_path.glob("runs/*") if path.is_dir()] == [run_dir]
     monkeypatch.setattr(Path, "mkdir", full)
     assert "cannot make the run folder" in refused(capsys, run, code=os.EX_TEMPFAIL)

@@ -168,7 +168,8 @@ class Submodules(dict):
         if caller.f_code is nn.Sequential.forward.__code__:  # first, since it is the usual one, and f_locals are slow
             return super().values()
         forwards = [frame for frame in (caller, caller.f_back) if frame.f_code.co_name == "forward"]
-        if not any(getattr(frame.f_locals.get("self"), "_modules", None) is self for frame in forwards):
+        owners = [frame.f_locals.get((*frame.f_code.co_varnames, "")[0]) for frame in forwards]  # the first arguments
+        if not any(getattr(owner, "_modules", None) is self for owner in owners):
             not_here()
         return super().values()
 
@@ -347,18 +348,19 @@ def training_of(param: nn.Parameter, optimizer: torch.optim.Optimizer) -> tuple[
 
 def is_chain(net: Net) -> bool:
     """Whether a network is a chain of Linear layers, all trained alike, with ReLU between them, and its forward uses
-    these layers only in this order, so that one submodule can take the place of all of them. No other method of its
-    class names a layer."""
+    these layers only in this order, so that one submodule can take the place of all of them. No method of its class but
+    those that its constructor calls names a layer."""
     children, (steps, _) = dict(net.network.named_children()), trace(net.network)
     kinds = [nn.ReLU if i % 2 else nn.Linear for i in range(len(children))]
     if steps is None or len(kinds) % 2 == 0 or any(hasattr(network, "sparse") for network in net.networks):
         return False
     if any(trace(target)[0] != steps for target in net.networks[1:]):
         return False
-    kinds_of_its_own = [kind for kind in type(net.network).__mro__ if not kind.__module__.startswith("torch.")]
-    methods = [f for kind in kinds_of_its_own for f in vars(kind).values() if inspect.isfunction(f)]
-    methods = [f.__code__ for f in methods if f.__name__ not in ("__init__", "forward")]
-    if any(children.keys() & {*code.co_names} for code in methods):
+    own = [kind for kind in type(net.network).__mro__ if not kind.__module__.startswith("torch.")]
+    functions = [inspect.unwrap(f) for kind in own for f in vars(kind).values() if inspect.isfunction(f)]
+    names = {f: {*f.__code__.co_names} for f in functions}
+    made_by = {"__init__", "forward"}.union(*(names[f] for f in functions if f.__name__ == "__init__"))
+    if any(children.keys() & names[f] for f in functions if f.__name__ not in made_by):
         return False
     if not all(all(map(is_plain, network.children(), kinds)) for network in net.networks):
         return False
