@@ -64,10 +64,10 @@ def check_parts(
     state: dict, rb: ReplayBuffer, variables: dict, files: tuple[Path, ...], restored: Collection
 ) -> dict[str, str]:
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if a part of
-    `state` could not be put back, if no optimizer in it trains a parameter of a row's network that needs a gradient, or
-    if a checkpoint, which holds `state`, the buffer `rb` and the generators `restored`, would lack a parameter that an
-    optimizer trains, or an object with a state that a variable of the script or of train is or holds. Objects inside an
-    environment are left out."""
+    `state` could not be put back, if no optimizer in it trains a parameter of a row's network that needs a gradient, if
+    a row was not planned, or if a checkpoint, which holds `state`, the buffer `rb` and the generators `restored`, would
+    lack a parameter that an optimizer trains, or an object with a state that a variable of the script or of train is or
+    holds. Objects inside an environment are left out."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""

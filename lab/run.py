@@ -133,7 +133,7 @@ class Run:
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
-        self.begun_with = {id(p): p for net in self.nets.values() for p in net.network.parameters()}
+        self.begun_with = {param for net in self.nets.values() for param in net.network.parameters()}
         made = {name: value for name, value in variables.items() if isinstance(value, nn.ModuleList)}
         made |= state | {"env": env, "rb": rb}
         self.named = {name: part for name, part in made.items() if variables.get(name) is part}
@@ -353,8 +353,9 @@ class Run:
         """Raise the error or, before the first checkpoint, delete the folder and end the program with one sentence."""
         if self.saved_at >= 0:
             raise error
-        with contextlib.suppress(AttributeError, OSError):  # there may be no writer yet
-            self.writer.close()
+        if self.writer is not None:
+            with contextlib.suppress(OSError):  # it writes the rest of the log
+                self.writer.close()
         shutil.rmtree(self.folder, ignore_errors=True)  # or a sweep that waits for room would leave many of them
         code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
         fail(f"{error}; make room or make it writable, and start the run anew, since its folder is deleted", code)
@@ -393,7 +394,7 @@ class Run:
         if name := self.not_finite():
             self.end(f"a weight of {name} is not finite at step {global_step}: training diverged")
         idle = edits.untrained(self.state, self.own_files)
-        if new := [name for name, param in idle.items() if id(param) not in self.begun_with]:
+        if new := [name for name, param in idle.items() if param not in self.begun_with]:
             self.end(f"no optimizer trains {new[0]} at step {global_step}; change layers in place, do not replace them")
         for name, net in self.nets.items():
             for layer, mask in net.masks.items():

@@ -427,6 +427,9 @@ def test_a_full_disk_is_waited_for_and_a_record_that_cannot_be_read_fails(cli, m
     words = "--script fake.py --method tar --total-timesteps 4 --seeds"
     code, text = cli(words, "1 --retries 0")
     assert code == 0 and "tried again later: [Errno 28] No space left on device (runs/" in text and not full
+    monkeypatch.setattr(sweep, "attempt", lambda *_: sys.exit(1))  # as Ray does in a node that is stopped
+    with pytest.raises(SystemExit):
+        sweep.execute(one("fake.py", total_timesteps=6), "runs", 0, ".")
     monkeypatch.setattr(sweep, "attempt", attempt_beside_a_broken_record)
     code, text = cli(words, "2")
     assert code == 1 and "failed: a record in runs cannot be read, and a new sweep says which (runs/" in text
