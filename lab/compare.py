@@ -73,7 +73,7 @@ def row_of(result: dict, separate_code: bool) -> dict:
     unused = {"env_id", "seed"} | ({"save_buffer"} if len(segments) == 1 else set())  # it acts on resumed runs alone
     unused |= {"prune_at"} if methods <= sparse_utils.UNPRUNED.keys() else set()  # at which nothing is pruned
     if methods <= baselines.METHODS.keys():  # an unknown method may use any flag
-        unused |= record.unused(flags) | (baselines.unused(flags) if "n_step" in args else set())
+        unused |= record.unused(flags)
     defaults = {"exp_name": result["script"], "drop_criterion": baselines.usual_drop(methods), "save_buffer": True}
     defaults |= {"load": ""}
     settings = record.identity(args) | {"load": (args.get("load") or "")[-13:]}  # of a file, @ and its hash alone
@@ -156,13 +156,14 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     # by environment, since a reader's own environment is part of the code of its runs
     cells, gaps = runs.groupby(["arm", "env_id"]), {}
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
-    found = [f"Means over runs of different code (see --separate-code): {', '.join(mixed)}."] if mixed else []
-    found += ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
+    found = ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
+    if mixed:
+        found = [f"Means over runs of different code (last table; --separate-code): {', '.join(mixed)}."]
     names = sorted({name for settings in runs.settings for name in settings} - told_by(runs))
     columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
-    columns |= {f"version of {name}": runs[name] for name in PACKAGES} | {"processor": runs.processor}
-    others = sorted(set().union(*runs.versions) - {*PACKAGES})  # such as those of environments, which some runs have
-    columns |= {f"version of {name}": [own[name] for own in runs.versions if name in own] for name in others}
+    packages = sorted(set().union(*runs.versions))  # some runs may lack some, such as those of environments
+    columns |= {f"version of {name}": [own[name] for own in runs.versions if name in own] for name in packages}
+    columns |= {"processor": runs.processor}
     for name, values in columns.items():
         counts = pd.Series(map(str, values)).value_counts().sort_index()
         which = [f"{value} in {count} of {len(runs)} runs" for value, count in counts.items()]
@@ -266,7 +267,7 @@ def returns_table(runs: pd.DataFrame, chosen: dict[str, str]) -> pd.DataFrame:
     rows, finals = [], finals_of(runs)
     for (env_id, arm), own in finals.items():
         other = finals.get((env_id, chosen.get(arm)), pd.Series(dtype=float))
-        why = "none: it is the reference" if arm in chosen.values() else "none: no control like it"
+        why = "none: it is the reference" if arm in chosen.values() else "none: no single control fits"
         why = f"none: no run here of {chosen[arm]}" if arm in chosen else why
         row = {"environment": env_id, "arm": arm, "n": len(own), "seeds": " ".join(map(str, own.index))}
         row |= with_interval("final return", t_interval(own.to_numpy()))
@@ -365,10 +366,10 @@ with a 95% t interval; differences are paired by seed. P(better), the probabilit
 that under `against` (Agarwal et al. 2021), has no interval below five seeds, nor where it is 0 or 1: a bootstrap sees
 only seeds that were run. Lines are means; in panels of up to six arms thin lines are seeds (from six seeds on: a
 shade, their 95% t interval); light grey lines are other methods."""),
-    "aggregate": ("Across environments", None, """For arms with runs in all: the interquartile mean of the final return
-in % of dense, if one dense arm is among them, each of its runs ends above 0 and all environments have as many seeds,
-with a 95% stratified bootstrap interval, too narrow at few seeds and since the mean of dense is fixed; and the mean of
-P(better)."""),
+    "aggregate": ("Across environments", None, """For arms with runs in every environment: the mean of P(better); and,
+where there is one dense arm, all its runs end above 0 and all environments have as many seeds, the interquartile mean
+of the final return in % of dense, with a 95% stratified bootstrap interval, too narrow at few seeds and since the mean
+of dense is fixed."""),
     "wins": ("Which arm beats which", None, """Probability that a run of the row's arm beats one of the column's, ties
 counting half, mean over the environments in which both have runs (a star: fewer than other pairs have)."""),
     "time": ("Return against time", "time", """Interpolated between two evaluations, after as many minutes as the

@@ -95,7 +95,7 @@ def unused(args: object) -> set[str]:
         found |= {"criterion", "distribution", "active_width"}
     if getattr(args, "autotune", False):
         found |= {"alpha"}
-    return found | (baselines.unused(args) if isinstance(args, baselines.Flags) else set())
+    return found | (baselines.unused(args) if hasattr(args, "recent_fraction") else set())
 
 
 def check(args: object) -> None:
@@ -200,7 +200,7 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
             names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
             roots = [path.parents[node.level - 1]] if node.level else folders
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names = re.findall(r"^([\w.]+):\w+$", node.value)  # the entry point of an environment
+            names = re.findall(r"^([\w.]+):[\w/.-]+$", node.value)  # the entry point of an environment
         for parts in (name.strip(".").split(".") for name in names):
             yield from (("/".join(parts[:n]), roots) for n in range(1, len(parts) + 1))
 

@@ -166,7 +166,7 @@ def read_axes(vary: tuple[str, ...]) -> dict[str, list[str]]:
         if not name or not all(values.split(",")):
             fail(f"--vary is <name>=<value>,<value>, such as reserve=0.05,0.1,0.3, got {axis}")
         if name in {*AXES, "torch_threads", *NOT_OF_THE_RESULT, *vars(Args())}:
-            fail(f"--vary {name}: the sweep sets it itself, or it leaves the result as it is")
+            fail(f"--vary {name}: the sweep sets it itself, or it changes no result")
         axes.setdefault(name, []).extend(values.split(","))
     return axes
 
@@ -218,7 +218,7 @@ def plan(args: Args, flags: list[str]) -> list[Run]:
                 fail(f"--{clash[0].replace('_', '-')} is for the sweep to set; it cannot stand after `--`")
             asked = tyro.cli(script.Args, prog=script.path.name, args=command_line(own) + flags)
             device, asked.device = asked.device, "cpu"  # each run checks it, which may be on another machine
-            run_args = script.record.settle(asked) or asked  # an older lab/ settles in place
+            run_args = script.record.settle(asked)
             run_args.device = device
             what = identity(as_recorded(run_args))
             idle = script.record.unused(run_args)  # flags that make no difference to this run
@@ -278,41 +278,40 @@ def attempt(command: list[str], log: BinaryIO) -> tuple[int, str]:
     return child.returncode, (errors or lines or ["it printed nothing"])[-1]
 
 
-def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str, bool]:
+def execute(run: Run, runs_dir: str, retries: int, folder: str) -> tuple[str, str]:
     """The Ray task: one run, to its end. Returns `done`, `failed` or `busy` (it runs elsewhere, or the disk is full),
-    why it last failed or could not start, and whether it was resumed."""
+    and why it last failed or could not start."""
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels by it; a job started with & ignores it
-    code, why, resumed = None, "", False
+    code, why = None, ""
     try:
         with run.log.open("a+b") as log:
             if not lock(log):
                 time.sleep(1)
-                return "busy", why, resumed
+                return "busy", why
             while command := run.next_command(configs(Path(runs_dir))):
                 if run.planned not in (None, code_hash(Path(command[0]), run.args["env_id"])):
-                    return "failed", "the code was edited since the sweep began; start the sweep anew", resumed
+                    return "failed", "the code was edited since the sweep began; start the sweep anew"
                 if code == 0:
-                    why = "it ended, but no folder with a final.pt records the flags and code that it began with"
+                    why = "it ended without a final.pt, or its folder records other flags or code"
                 if code in (0, BAD_INPUT) or retries < 0:
-                    return "failed", why, resumed
-                resumed |= command != run.command
+                    return "failed", why
                 code, line = attempt(command, log)
                 if code == os.EX_TEMPFAIL:
                     time.sleep(WAIT)
-                    return "busy", line, False
+                    return "busy", line
                 why = f"exit code {code}: {line}" if code else why
                 retries -= 1
-            return "done", why, resumed
+            return "done", why
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         time.sleep(WAIT)
-        return "busy", str(error), False
+        return "busy", str(error)
     except SystemExit as error:
         if error.code != BAD_INPUT:  # Ray's own, when a node is stopped
             raise
-        return "failed", f"a record in {runs_dir} cannot be read, and a new sweep says which", resumed
+        return "failed", f"a config.json in {runs_dir} cannot be read; a new sweep names it"
 
 
 def start_ray(args: Args) -> ModuleType:
@@ -357,18 +356,18 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
             for ref in ray.wait(list(tasks), num_returns=len(tasks), timeout=1)[0]:
                 run = tasks.pop(ref)
                 try:
-                    outcome, why, resumed = ray.get(ref)
+                    outcome, why = ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    outcome, why, resumed = "failed", str(error).strip().splitlines()[-1], False
-                if resumed:
-                    print(f"resumed from its checkpoint{why and f' after {why}'} ({run.log})", flush=True)
+                    outcome, why = "failed", str(error).strip().splitlines()[-1]
                 if outcome == "busy":
                     if why and run.log not in waits:
-                        print(f"tried again later: {why} ({run.log})", flush=True)
+                        print(f"waiting, since {why} ({run.log})", flush=True)
                         waits.add(run.log)
                     tasks[submit(run)] = run
                 elif outcome == "done":
                     done += 1
+                    if why:
+                        print(f"done, tried again after {why} ({run.log})", flush=True)
                 else:
                     if why not in failures.values():
                         print(f"failed: {why} ({run.log})", flush=True)

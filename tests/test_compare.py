@@ -348,7 +348,9 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     make(3, method="static")
     make(8, script="my_td3", my_coefficient=1)
     sac = make(7, script="sac_tar", alpha=0.2)
-    (sac / "config.json").write_text((sac / "config.json").read_text().replace("policy_noise", "autotune"))
+    own = (sac / "config.json").read_text().replace("policy_noise", "autotune")
+    own = own.replace("recent_fraction", "my_fraction")  # its n_step is its own
+    (sac / "config.json").write_text(own)
     copy = arms(algo="my_td3+td3_tar")
     assert copy == {"static random+er td3_tar": 3, "tar random+er my_td3": 8, "tar random+er td3_tar": 5}
     assert arms(algo="sac_tar") == {"tar random+er": 7}
@@ -366,6 +368,12 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     for script in ("my_td3", "td3_tar"):
         for arm in (f"tar random+er {script}", f"dense {script}", f"tiny {script}"):
             assert against[arm] == f"static random+er {script}"
+    make(9, script="an_edit")  # without a control of its own, so that its gain is not by revival alone
+    runs = compare.read_runs(tmp_path / "runs", [], False)
+    runs = runs[runs.algo.str.contains("td3")]
+    chosen = compare.references(runs, None)
+    assert chosen["tar random+er an_edit"] == "static random+er my_td3"
+    assert set(compare.gains_of(runs, chosen).label) == {"tar td3_tar"}
 
 
 def test_the_control_differs_in_the_fewest_flags_and_then_has_the_shortest_name(make, arms):
@@ -386,7 +394,7 @@ def test_the_control_differs_in_the_fewest_flags_and_then_has_the_shortest_name(
     }  # fmt: skip
     make(3, criterion="snip")
     against = arms("against")
-    assert against["tar snip+er"] == "none: no control like it" and against["dense"] == "static random+er"
+    assert against["tar snip+er"] == "none: no single control fits" and against["dense"] == "static random+er"
 
 
 def test_all_are_compared_with_the_arm_that_is_asked_for(make, comparison, monkeypatch):
@@ -517,7 +525,8 @@ def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arm
     make(7, seed=4, segments=[{"code": None}])
     make(9, seed=5, segments=[{}, {"code": "d" * 12, "from_step": 500, "processor": "another"}])
     page, one, two = comparison()["page"], "1" * 7, "2" * 7
-    assert "- Means over runs of different code (see --separate-code): tar random+er.\n" in page
+    said = "- Means over runs of different code (last table; --separate-code): tar random+er.\n"
+    assert said in page and "not all of the same code" not in page
     assert {(*row[:3], *row[-2:]) for row in cells(page.split("## Which code made")[1])} >= {
         (one, "bbbbbbb-dirty", "a processor", "2", "tar random+er (2)"),
         (two, "bbbbbbb-dirty", "a processor", "1", "tar random+er (1)"),
@@ -535,7 +544,8 @@ def test_code_that_differs_between_environments_alone_is_separated_too(make, com
     """One's own environment is part of the code, so this is no mean over different code."""
     for env_id, edit in (("A-v1", "1"), ("B-v1", "2")):
         make(5, env_id, segments=[{"code": 12 * edit}])
-    assert "Means over runs of different code" not in comparison()["page"]
+    page = comparison()["page"]
+    assert "Means over" not in page and "- The runs are not all of the same code: see the last table.\n" in page
     assert arms(separate_code=True) == {f"tar random+er code={7 * edit}": 5 for edit in "12"}
 
 

@@ -363,14 +363,15 @@ def test_failures_are_tried_again_from_the_checkpoint_and_end_with_their_last_li
     for finished in (0, 1):  # what is finished is not run again, and what has failed is
         code, text = cli(words, "2 -- --crash-at 5 --refused 2")
         assert code == 1 and f"{finished} of 2 runs are finished" in text and "1 of 2 runs done, 0 running, 1 f" in text
-        resumed = "resumed from its checkpoint after exit code -9: step 5 and then the power failed (runs/sweep_logs/"
-        assert (resumed in text) == (not finished) and did() == ["start", "resume", "end"]
+        again = "done, tried again after exit code -9: step 5 and then the power failed (runs/sweep_logs/"
+        assert (again in text) == (not finished) and did() == ["start", "resume", "end"]
         said = "failed: exit code 2: error: this seed cannot work (runs/sweep_logs/fake__"  # at once and at the end
         assert text.count(said) == 2 and text.index(said) < text.index("1 failed, time left")
     (log,) = Path().glob("runs/sweep_logs/fake__Hopper-v4__tar__magnitude__global__0.9__2__*")
     assert log.read_text().count("this seed cannot work") == 2
     assert "failed: exit code -9: step 1 and" in cli(words, "1 -- --crash-at 1")[1] and did()[3:] == ["start"] * 3
-    assert "no folder with a final.pt records the flags" in cli(words, "1 -- --forgets gamma")[1] and len(did()) == 8
+    said = "it ended without a final.pt, or its folder records other flags or code"
+    assert said in cli(words, "1 -- --forgets gamma")[1] and len(did()) == 8
 
 
 def test_a_sweep_stops_when_its_first_runs_refuse_the_same(cli):
@@ -426,13 +427,13 @@ def test_a_full_disk_is_waited_for_and_a_record_that_cannot_be_read_fails(cli, m
     monkeypatch.setattr(sweep, "WAIT", 0)
     words = "--script fake.py --method tar --total-timesteps 4 --seeds"
     code, text = cli(words, "1 --retries 0")
-    assert code == 0 and "tried again later: [Errno 28] No space left on device (runs/" in text and not full
+    assert code == 0 and "waiting, since [Errno 28] No space left on device (runs/" in text and not full
     monkeypatch.setattr(sweep, "attempt", lambda *_: sys.exit(1))  # as Ray does in a node that is stopped
     with pytest.raises(SystemExit):
         sweep.execute(one("fake.py", total_timesteps=6), "runs", 0, ".")
     monkeypatch.setattr(sweep, "attempt", attempt_beside_a_broken_record)
     code, text = cli(words, "2")
-    assert code == 1 and "failed: a record in runs cannot be read, and a new sweep says which (runs/" in text
+    assert code == 1 and "failed: a config.json in runs cannot be read; a new sweep names it (runs/" in text
     code, text = cli(words, "2")
     assert code == 2 and "error: cannot read runs/broken/config.json (" in text
 
@@ -443,7 +444,7 @@ def test_a_run_that_another_process_trains_is_waited_for(cli, monkeypatch):
     monkeypatch.setattr(sweep, "WAIT", 0)
     code, text = cli("--script fake.py --method tar --total-timesteps 4 --seeds 1 --retries 0")
     assert code == 0 and not answers and "1 of 1 runs done, 0 running, 0 failed" in text
-    assert text.count("tried again later: error: another process is running it (runs/sweep_logs/fake__") == 1
+    assert text.count("waiting, since error: another process is running it (runs/sweep_logs/fake__") == 1
     (log,) = Path().glob("runs/sweep_logs/*")
     assert log.read_text().startswith("python fake.py --env-id Hopper-v4 --method tar ")
 
@@ -456,12 +457,12 @@ def test_a_run_that_outlives_its_killed_task_is_waited_for_and_then_resumed(cli)
     first.start()
     while first.is_alive() and not did():
         time.sleep(0.05)
-    assert sweep.is_running(run.log) and again() == ("busy", "", False)
+    assert sweep.is_running(run.log) and again() == ("busy", "")
     first.kill()
     first.join()
     while (outcome := again())[0] == "busy":
         pass
-    assert outcome[0::2] == ("done", True) and not sweep.is_running(run.log)
+    assert outcome == ("done", "") and not sweep.is_running(run.log)
     assert did() == ["start", "end", "resume", "end"]  # at the end of its episode, before the next one
 
 
