@@ -25,7 +25,8 @@ AUTO_WIDTH_C = 4.0  # --active-width auto aims at a K of at least this many time
 
 def linear_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     """The prunable parameters of a network: the weight of every `nn.Linear`, by layer name. Biases stay dense. FLOPs
-    count these weights alone. Raises RuntimeError for layers in the kernels, outside `in_torch`."""
+    count these weights alone. The first layer and the last are the input and output layers of --active-width. Raises
+    RuntimeError for layers in the kernels, outside `in_torch`."""
     layers = network.named_modules()
     return {name: layer.weight for name, layer in layers if getattr(layer, "prunable", isinstance(layer, nn.Linear))}
 
@@ -55,7 +56,8 @@ class Net:
     def load_state_dict(self, state: dict) -> None:
         """Put back, in place, what `state_dict` gave."""
         vars(self).update(state)
-        self.masks = {name: mask.to(self.weights[name].device) for name, mask in self.masks.items()}
+        for masks in (self.static, self.masks):
+            masks |= {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
@@ -73,16 +75,20 @@ class Net:
 def plan(net: Net, reserve: float, active_width: int | str | None = None) -> None:
     """Set, in place, net.size and net.active, net.budget (K = round((1 - sparsity) * size)), net.reserve (R =
     round(reserve * K)) and net.width. K is all weights if the method prunes nothing, and R is 0 if it revives nothing.
-    Raises ValueError if no connection would be left, a weight is computed from others or shared, a layer of the target
-    has no namesake in the network, or `choose_width` finds `active_width` too small or the layers no chain."""
+    Raises ValueError if no connection would be left, a weight is computed from others, shared, in no layer of its name
+    or not of shape (n_out, n_in), a layer of the target has no namesake in the network, or `choose_width` finds
+    `active_width` too small or the layers no chain."""
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
+    layers = dict(net.network.named_modules())
+    if odd := [name for name, weight in net.weights.items() if name not in layers or weight.dim() != 2]:
+        raise ValueError(f"linear_weights gives {odd[0]}, and needs names of layers and weights of shape (n_out, n_in)")
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(f"the weight of {found[0]} must be a parameter of its own, not computed as by weight_norm")
     if net.method in UNPRUNED:
         return
     if len({*map(id, net.weights.values())}) < len(net.weights):
         raise ValueError("two layers of a network share a weight, which can have one mask alone; give each its own")
-    if net.target and not linear_weights(net.target).keys() <= dict(net.network.named_modules()).keys():
+    if net.target and not linear_weights(net.target).keys() <= layers.keys():
         raise ValueError("a target's layers must have the names of its network's; of an AveragedModel pass `module`")
     if not net.size:
         raise ValueError("a network without an nn.Linear has nothing that can be pruned; use --method dense for it")
@@ -251,7 +257,7 @@ CRITERIA = {
 
 
 def highest(scores: Tensor, count: int, among: Tensor) -> Tensor:
-    """A mask of the `count` highest `scores` among the True entries of `among`, all (n_out, n_in). By rank, ties to the
+    """A mask of the `count` highest `scores` among the True entries of `among`, of one shape. By rank, ties to the
     lower index, so the count is exact whatever the scores. Raises ValueError if a score is not a number."""
     indices = among.flatten().nonzero().squeeze(1)
     ranked = scores.flatten()[indices]
@@ -387,7 +393,8 @@ def zero_pruned(net: Net) -> None:
 def mask_gradients(net: Net) -> None:
     """Hook each weight so that its gradient is zero outside the mask as soon as `backward()` returns. Then Adam's steps
     there are exactly zero, and what `zero_pruned` zeroed stays zero. The hooks read net.masks when they run. A network
-    that is all active needs no hook."""
+    that is all active needs no hook. The kernels run no such hook, as they compute no gradient outside the mask: change
+    gradients in a hook of your own, which keeps a network in torch."""
 
     def zero_gradient(name: str, weight: nn.Parameter) -> None:
         weight.grad.masked_fill_(~net.masks[name], 0)
@@ -403,7 +410,8 @@ def mask_gradients(net: Net) -> None:
 
 def fix_masks(nets: dict[str, Net]) -> None:
     """From here on each network trains, and its target stays, within its masks: pruned weights and their Adam moments
-    are zeroed once, so they start at zero if they return, and their gradients are zero once `backward()` returns."""
+    are zeroed, so they start at zero if they return, and their gradients are zero once `backward()` returns. Called
+    again at checkpoints and rewirings, so what is to happen once belongs into the block of `train`."""
     for net in [net for net in nets.values() if net.masks]:  # the others are not pruned yet
         zero_pruned(net)
         mask_gradients(net)

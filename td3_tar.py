@@ -51,7 +51,7 @@ class Args(baselines.Flags, RunFlags):
     distribution: baselines.Distribution = "global"
     prune_at: int | None = None  # The environment step at which to prune and revive; default: --learning-starts.
     # How many neurons of each hidden layer get connections; default: all. auto, not in the paper: the most for which
-    # the active connections are at least 4 times the layers' summed topology need (README.md), but enough to hold them.
+    # the connections are at least 4 times the layers' summed topology need (README.md), but never too few to hold them.
     active_width: int | Literal["auto"] | None = None
 
     # Algorithm: the defaults are CleanRL's
@@ -115,7 +115,7 @@ def critic_losses(actor_target, qf1, qf2, qf1_target, qf2_target, args: Args, da
         qf1_next_target = qf1_target(data.next_observations, next_actions)
         qf2_next_target = qf2_target(data.next_observations, next_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        next_q_value = data.rewards + data.discounts * min_qf_next_target  # gamma ** k for k rewards, 0 if terminated
+        next_q_value = data.rewards + data.discounts * min_qf_next_target  # discounts: gamma ** steps, 0 if terminated
     qf1_values, qf2_values = qf1(data.observations, data.actions), qf2(data.observations, data.actions)
     return F.mse_loss(qf1_values, next_q_value), F.mse_loss(qf2_values, next_q_value), qf1_values, qf2_values
 
@@ -132,8 +132,7 @@ def count_flops(nets: dict[str, sparse_utils.Net], batch_size: int) -> tuple[int
     others are critics. A critic update runs all targets forward, and the critics forward and backward. An actor update
     runs the actor forward and backward, and one critic forward and back to its inputs."""
     actor, *critics = (2 * net.active for net in nets.values())
-    critic_update = actor + 4 * sum(critics)
-    return actor, batch_size * critic_update, batch_size * (3 * actor + 2 * critics[0])
+    return actor, batch_size * (actor + 4 * sum(critics)), batch_size * (3 * actor + 2 * critics[0])
 
 
 @torch.no_grad()

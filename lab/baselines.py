@@ -405,9 +405,7 @@ def rewire(net: Net, rules: Rules, loss: Tensor | None, stopped: list[str], frac
         dense = torch.autograd.grad(loss, list(net.weights.values()))
         gradients = active_part(dict(zip(net.weights, dense, strict=True)), net.width)
     layers = {n: Layer(weights[n].detach(), gradients[n], mask, rules.generator, done) for n, mask in masks.items()}
-    # layer by layer, but all at once where chains across layers count
-    for group in [layers] if rules.growth.by_topology else [{name: layer} for name, layer in layers.items()]:
-        rewire_layers(group, counts, stopped, fraction, rules)
+    rewire_layers(layers, counts, stopped, fraction, rules)
     sparse_utils.zero_pruned(net)
     net.active = sum(counts.values())
 
@@ -433,9 +431,10 @@ def rewiring_steps(args: object) -> range:
 
 class Diagonals:
     """DynaDiag in one network until pruning. A weight is V * a, where a = clamp(k softmax(alpha / T), 0, 1) is
-    the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1. All
-    alphas start equal, and T falls from 5 towards 0.05. Layers that the budget leaves whole have no gates; in the
-    source, the last layer. All weights are trained, in torch, so K does not hold yet and no masks are logged.
+    the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1 and
+    not rounded up. All alphas start equal, and T falls from 5 towards 0.05. Layers that the budget leaves whole have no
+    gates (in the source the last layer alone). All weights are trained, in torch, so K does not hold yet and no masks
+    are logged.
 
     The network holds the products V * a, so it is run and saved like any other, and its target averages them. It holds
     V and dL/dV only while its optimizer steps. alpha has its own Adam, with the learning rate of the network."""
@@ -453,8 +452,8 @@ class Diagonals:
         self.hooks = [net.optimizer.register_step_pre_hook(self.before_step)]
         self.hooks += [net.optimizer.register_step_post_hook(self.after_step)]
         self.multiply(stage=0)
-        if net.target is not None:
-            net.target.load_state_dict(net.network.state_dict())
+        for name, weight in linear_weights(net.target).items() if net.target else ():
+            weight.data.copy_(net.network.get_submodule(name).weight)
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("values", "alphas", "stage", "optimizer")}
@@ -551,6 +550,8 @@ class Schedule:
         self.prunings = {args.prune_at, args.final_prune_at} - {None}
         self.rewirings = rewiring_steps(args)
         self.dynamic = {name: net for name, net in nets.items() if net.method in GROWTHS}
+        if self.dynamic and args.drop_criterion is None:
+            raise ValueError(f"--method and --critic-method rewire no network, so the row {min(self.dynamic)} cannot")
         self.rules = {
             name: Rules(GROWTHS[net.method], DROPS[args.drop_criterion], args.regrow, args.distribution, generator)
             for name, net in self.dynamic.items()
@@ -592,7 +593,10 @@ class Schedule:
         """Set K and R of every network for the pruning at this step, and give its criterion: magnitude at
         --final-prune-at and after DynaDiag's, else --criterion. DynaDiag ends, and its networks get their values
         without gates. At the end of the block keep the masks, from which the log of rewirings measures, and at
-        --prune-at, with --init sparse, rescale the weights that are left."""
+        --prune-at, with --init sparse, rescale the weights that are left. At the last step, end the program with one
+        sentence."""
+        if global_step == self.args.total_timesteps:
+            fail("train prunes at the last step, which only evaluates, also with --evaluate; prune before it", code=1)
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()

@@ -66,8 +66,8 @@ def check_parts(
     """The class and the options of each optimizer and scheduler in `state`, by name. Raises ValueError if a part of
     `state` could not be put back, if no optimizer in it trains a parameter of a row's network that needs a gradient, if
     a row was not planned, or if a checkpoint, which holds `state`, the buffer `rb` and the generators `restored`, would
-    lack a parameter that an optimizer trains, or an object with a state that a variable of the script or of train is or
-    holds. Objects inside an environment are left out."""
+    lack a parameter that an optimizer trains, or an object with a state that a variable of the script or of train, or a
+    row, is or holds. Objects inside an environment are left out."""
 
     def tensors(value: object) -> set[int]:
         """The identities of the tensors in a module, a tensor, or lists and dictionaries of these."""
@@ -94,7 +94,9 @@ def check_parts(
     kept = [*walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, WHOLE))]
     # modules in `state` are looked into below, since they hold more than tensors
     seen = {id(rb), *(id(part) for _, part in kept if not isinstance(part, nn.Module))}
-    found = walk([*variables.items(), *params], seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
+    rows = [(f"{row}.{name}", part) for row, net in state["nets"].items() for name, part in vars(net).items()]
+    todo = [*variables.items(), *rows, *params]
+    found = walk(todo, seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
     if names := [name for name, value in found if lost(value)]:
         what = ", ".join(filter(None, names)) or "a parameter that an optimizer trains"
         raise ValueError(f"`state` lacks {what}, so a resumed run could lose it; add it before Run(...)")
@@ -139,9 +141,9 @@ def held_apart(
     nets: dict[str, Net], optimizers: list[torch.optim.Optimizer], variables: dict, files: tuple[Path, ...] = ()
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason, of which there are three. An
-    optimizer other than that of its row trains its layers. One of the `variables` of train, or an attribute in the
-    network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. Such a variable
-    or attribute is or holds a network of its class and shapes in no row, which, as an average, could not follow."""
+    optimizer other than that of its row trains its layers. One of the `variables` of train, a row, or an attribute in
+    the network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. It is or
+    holds a network of its class and shapes that is none of a row's two, which, as an average, could not follow."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():
@@ -153,7 +155,8 @@ def held_apart(
         if any(id(param) in inner for group in others for param in group["params"]):
             found[name] = "an optimizer other than the one in its row trains its parameters"
         own = [("", part) for key in whole for n, part in vars(modules[key]).items() if n != "_modules"]
-        for where, part in walk([*own, *variables.items()], groups | whole, files):
+        of_rows = [("nets", part) for net in nets.values() for part in vars(net).values()]
+        for where, part in walk([*own, *variables.items(), *of_rows], groups | whole, files):
             variable = where.partition(".")[0]
             what = f"`{variable}` in train" if variable else "an attribute in it that is no submodule"
             if id(part) in inner:

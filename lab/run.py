@@ -69,11 +69,12 @@ def claim(run_dir: Path) -> int:
     return lock
 
 
-def versions_of(env: gym.Env) -> dict[str, str]:
-    """The versions of what every run uses, of the environment's packages, and of those that its files import."""
-    names = dict.fromkeys(kind.__module__ for kind in type(env).__mro__)
-    modules = [torch, gym, mujoco, np, *(sys.modules.get(name.partition(".")[0]) for name in names)]
-    modules += [part for name in names for part in vars(sys.modules.get(name, gym)).values()]
+def versions_of(env: gym.Env, names: dict) -> dict[str, str]:
+    """The versions of what every run uses, of the modules among the `names` of the script, of the environment's
+    packages, and of those that its files import."""
+    homes = dict.fromkeys(kind.__module__ for kind in type(env).__mro__)
+    modules = [torch, gym, mujoco, np, *names.values(), *(sys.modules.get(home.partition(".")[0]) for home in homes)]
+    modules += [part for name in homes for part in vars(sys.modules.get(name, gym)).values()]
     modules = [module for module in modules if inspect.ismodule(module) and "__version__" in vars(module)]
     return {m.__name__: str(m.__version__) for m in modules if m.__name__ not in sys.stdlib_module_names}
 
@@ -110,8 +111,8 @@ class Run:
 
     `state` is a dictionary of everything of the agent that a checkpoint has to hold: modules, optimizers, generators,
     tensors, the rows in state["nets"], and any object with state_dict() and load_state_dict(). With --resume the
-    constructor puts a checkpoint back into it, in place. Ends the program with one sentence if something cannot work;
-    nothing is written before everything was checked."""
+    constructor puts a checkpoint back into it, in place. Ends the program with one sentence if something cannot work,
+    and writes nothing before it has checked everything."""
 
     def __init__(self, args: object, script: Path, env: gym.Env, state: dict, rb: ReplayBuffer):
         self.args, self.script, self.env, self.state, self.rb = args, script, env, state, rb
@@ -127,10 +128,12 @@ class Run:
         caller = inspect.currentframe().f_back
         variables = edits.variables_of(caller)
         files = sources(script, args.env_id)
-        if foreign := edits.replaced(script, caller.f_globals, files):
-            where = f"of {script.name} now comes from elsewhere, so the record would miss it"
-            fail(f"{', '.join(foreign)} {where}; edit a copy of {script.name}")
-        ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}  # own_files: the script and the reader's modules
+        kinds = {kind.__name__: kind for layer in environment.layers(env) for kind in type(layer).__mro__}
+        if foreign := edits.replaced(script, kinds | caller.f_globals, files):
+            what = f"{', '.join(foreign)} in train comes from outside the files of {script.name}"
+            fail(f"{what}, so the record would miss it; put it into a copy of {script.name} or a module of its own")
+        ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
+        # the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
         self.known = {*state}
         self.begun_with = {param for net in self.nets.values() for param in net.network.parameters()}
@@ -153,6 +156,8 @@ class Run:
             json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
+        if not isinstance(rb, ReplayBuffer):
+            fail("checkpoints save the replay buffer row by row; make its class a subclass of lab/replay.py's")
         with bad_input():
             restored = environment.generators(env, self.eval_env).values()
             optimizers = edits.check_parts(state, rb, variables, self.own_files, restored)
@@ -184,7 +189,7 @@ class Run:
             "in_kernels": self.in_kernels(),
             "milliseconds": milliseconds,
             "optimizers": optimizers,
-            "versions": {"python": platform.python_version()} | versions_of(env.unwrapped),
+            "versions": {"python": platform.python_version()} | versions_of(env.unwrapped, caller.f_globals),
         }
         if self.checkpoint is None:
             self.folder = self.make_folder()
@@ -193,7 +198,7 @@ class Run:
             self.rewind(self.checkpoint["log_sizes"])
             for what in ("total_timesteps", "code", "processor", "device", "torch_threads", "in_kernels", "versions"):
                 before = past.get(what, now[what])
-                # of a package that an older record leaves out no change is known
+                # a package that an older record lacks counts as unchanged
                 if (now[what] | before if what == "versions" else before) != now[what]:
                     was = f"was {before} and is {now[what]} from step {self.start_step} on"
                     changed.append(f"the run's {what} {was}")
@@ -203,12 +208,12 @@ class Run:
             write_json(self.folder / "config.json", config)
             keep_code(self.folder / "code" / now["code"], script, args.env_id)
             self.writer = SummaryWriter(self.folder)
+            if self.checkpoint is None:
+                self.log_args(now["code"])
+            elif changed:
+                self.writer.add_text("hyperparameters", "\n\n".join(changed), self.start_step)
         except OSError as error:
             self.give_up(error)
-        if self.checkpoint is None:
-            self.log_args(now["code"])
-        elif changed:
-            self.writer.add_text("hyperparameters", "\n\n".join(changed), self.start_step)
         self.warn_of_evaluations()
         wait = 0.5 if sys.stderr.isatty() else 60
         shown = {"initial": self.start_step, "unit": " steps", "mininterval": wait, "dynamic_ncols": True}
@@ -286,8 +291,8 @@ class Run:
         random generators and statistics, so checkpoints are written here: at step 0, once --checkpoint-frequency steps
         have passed, at --total-timesteps if an episode ends there, and after Ctrl-C or kill, which then end the run.
         Warns if a resumed run goes on from another state than the saved one. Ends the program with one sentence, the
-        last checkpoint kept, if train has replaced `env`, `rb`, a part of `state` or, by one of other networks, a
-        ModuleList, or as `check_weights` does."""
+        last checkpoint kept, if train has replaced `env`, `rb`, a part of `state`, or a ModuleList by one that holds
+        networks outside `state`, or if `check_weights` finds a bad weight."""
         variables = edits.variables_of(inspect.currentframe().f_back)
         parts = {part for part in self.state.values() if isinstance(part, nn.Module)}
         for name, part in self.named.items():
@@ -314,7 +319,7 @@ class Run:
                 self.check_weights(global_step)  # before a checkpoint takes the place of the last one
                 begun["fingerprint"] = environment.fingerprint(self.env, variables, self.own_files, MAY_CHANGE)
             begun["fingerprint"]["the observation"] = obs.tolist()
-            if self.has_buffer(global_step):  # the name of a variable of train is ignored where an older file lacks it
+            if self.has_buffer(global_step):  # named like a variable of train, which an older file may lack
                 begun["fingerprint"]["`rb.added` in train"] = self.rb.added
         if saved:
             before, now = saved["fingerprint"], begun["fingerprint"]
@@ -331,16 +336,17 @@ class Run:
 
     def save(self, global_step: int, begun: dict) -> None:
         """Write a checkpoint as a whole."""
-        self.writer.flush()
         with kernels.in_torch(self.nets):
             checkpoint = {name: pack(part) for name, part in self.state.items()}
         checkpoint |= self.about(global_step) | begun
         checkpoint["replay"] = pack({name: part for name, part in vars(self.rb).items() if name != "rows"})
         checkpoint["sps_seconds"] = time.perf_counter() - self.clock
-        if with_buffer := self.has_buffer(global_step):
-            checkpoints.write_replay(self.folder, self.rb)
-        checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.synced_logs()}
+        with_buffer = self.has_buffer(global_step)
         try:
+            self.writer.flush()
+            if with_buffer:
+                checkpoints.write_replay(self.folder, self.rb)
+            checkpoint["log_sizes"] = {path.name: path.stat().st_size for path in self.synced_logs()}
             write_tensors(self.folder / "checkpoint.pt", checkpoint)
         except OSError as error:
             self.give_up(error)
@@ -416,8 +422,8 @@ class Run:
         sys.exit(128 + STOP_SIGNALS[0])
 
     def restore(self, optimizers: dict[str, str]) -> tuple[dict, list[dict], dict]:
-        """Put agent and buffer of the run that --resume names back, and its options into `optimizers`. No file is
-        changed. Returns the checkpoint, the segments that began before it, and the last of these, or else of all."""
+        """Put agent and buffer of the run that --resume names back, and the recorded options of its optimizers into
+        `optimizers`. No file is changed. Returns the checkpoint and what `begun_before` gives."""
         self.folder = Path(self.args.resume)
         self.lock = claim(self.folder)
         self.checkpoint = checkpoint = checkpoints.load_state(self.folder / "checkpoint.pt", self.script)

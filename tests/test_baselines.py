@@ -152,14 +152,15 @@ def test_chance_has_the_odds_that_are_published():
 
     mask, all_of_five = torch.tensor([[1, 0, 0, 1], [1, 0, 1, 0], [1, 0, 0, 0]]).bool(), torch.ones(1, 5).bool()
     scores, odds, three = path_by_path(mask.tolist()), torch.tensor([1.0, 0.0, 3.0, 6.0, 0.0]), all_of_five[:, :3]
-    assert often(baselines.set_growth, 2, ~mask) == (~mask * 2 / 7).flatten().tolist()
-    assert often(baselines.noise, 2, mask) == (mask * 2 / 5).flatten().tolist()
-    assert often(baselines.chts_growth, 1, ~mask, mask=mask) == (scores / scores.sum()).flatten().tolist()
+    assert often(baselines.GROWTHS["set"].scores, 2, ~mask) == (~mask * 2 / 7).flatten().tolist()
+    assert often(baselines.DROPS["random"].scores, 2, mask) == (mask * 2 / 5).flatten().tolist()
+    assert often(baselines.GROWTHS["chts"].scores, 1, ~mask, mask=mask) == (scores / scores.sum()).flatten().tolist()
     assert often(baselines.cht_growth, 1, all_of_five, mask=~all_of_five) == [0.2] * 5  # all scores tie
     assert often(lambda of: baselines.sample(odds.view(1, 5), of), 1, all_of_five) == [0.1, 0, 0.3, 0.6, 0]
     assert often(lambda of: baselines.sample(odds.view(1, 5), of), 4, all_of_five) == [1, 0.5, 1, 1, 0.5]
+    soft = baselines.DROPS[baselines.GROWTHS["chts"].drop].scores
     for done, temperature in ((0.0, 1), (0.5, 2), (1.0, 3)):
-        found = often(baselines.soft_worth, 1, three, weight=torch.tensor([[-2.0, 1.0, 0.0]]), done=done)
+        found = often(soft, 1, three, weight=torch.tensor([[-2.0, 1.0, 0.0]]), done=done)
         assert found == [2**temperature / (2**temperature + 1), 1 / (2**temperature + 1), 0]
 
 
@@ -200,12 +201,13 @@ def test_a_layer_that_stays_full_takes_no_chains_with_it(method):
     assert 0 < int((before["fc1"] & ~masks["fc1"]).sum()) <= of["fc1"] // 2 and masks["fc1"].any(1).all()
 
 
-def test_a_rewiring_of_cht_takes_what_leads_nowhere_in_any_layer():
+@pytest.mark.parametrize("method", ["cht", "chts"])
+def test_a_rewiring_of_cht_takes_what_leads_nowhere_in_any_layer(method):
     """A neuron that no later layer reads gives its connections to the others, though none is dropped for its weight."""
     masks = {"fc1": torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]).bool()}
     masks["fc2"] = torch.tensor([[True, True, False]])
-    net = row({name: mask.float() for name, mask in masks.items()}, "cht", budget=8, masks=masks)
-    baselines.rewire(net, rules_of("cht"), None, [], 0.0, 0.5)
+    net = row({name: mask.float() for name, mask in masks.items()}, method, budget=8, masks=masks)
+    baselines.rewire(net, rules_of(method), None, [], 0.0, 0.5)
     assert net.masks["fc1"].tolist() == [[True, True, True, False], [True, True, True, False], [False] * 4]
 
 
@@ -439,6 +441,11 @@ def test_values_and_gates_are_learned_as_if_both_were_the_networks_parameters():
     first the gates of a layer are equal, and sum to its budget; the target's network has them too."""
     net, drawn, learned = learner()
     assert same(net.target.state_dict(), net.network.state_dict())
+    del net.target[-1]  # as of one that reads features alone
+    net.target[0].weight.data.zero_()
+    baselines.Diagonals(net, "er")
+    assert (net.target[0].weight == net.network[0].weight).all() and net.target[0].weight.any()
+    net, drawn, learned = learner()
     own = {name: param.detach().clone().requires_grad_() for name, param in drawn.named_parameters()}
     gated = list(net.weights.items())[:-1]
     alphas = {name: torch.full((max(w.shape),), 1 / max(w.shape), requires_grad=True) for name, w in gated}

@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import subprocess
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -881,6 +882,9 @@ def test_measuring_is_between_active_neurons_and_changes_nothing(monkeypatch, co
     assert not any(masks[name][4:].any() for name in ("fc0", "fc1")) and not masks["fc2"][:, 4:].any()
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in net.network.parameters())
     assert same(contents({"qf1": net}), before)
+    monkeypatch.setattr(mlp, "forward", lambda net, x: time.sleep(0.02) or x.sum() * net.flat.sum())
+    in_torch, in_kernels = kernels.time_passes(net, 8)
+    assert in_torch < 20 <= in_kernels
 
 
 def test_a_pass_is_measured_once_on_a_machine(monkeypatch, compiler):

@@ -367,7 +367,7 @@ def test_allocate_by_hand():
     assert su.allocate(9, [8, 1, 1], [2, 3, 100]) == [2, 3, 4]  # and then the second
 
 
-def test_networks_of_no_or_one_linear_layer_and_whole_ones():
+def test_networks_of_no_or_one_linear_layer_and_whole_ones(monkeypatch):
     with pytest.raises(ValueError, match="has nothing that can be pruned"):
         su.plan(row({}, "tar", 0.5), 0.1)
     averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)
@@ -380,6 +380,15 @@ def test_networks_of_no_or_one_linear_layer_and_whole_ones():
     tied.network.b.weight = tied.network.a.weight
     with pytest.raises(ValueError, match="two layers of a network share a weight, which can have one mask alone"):
         su.plan(tied, 0.1)
+    odd = row({"a": torch.ones(3, 3)}, "dense")
+    for name, shape in (("a.weight", (3, 3)), ("a", (2, 3, 3))):
+        found = {name: nn.Parameter(torch.ones(shape))}
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"linear_weights gives {name}, and needs"):
+            patch.setattr(su, "linear_weights", lambda _, found=found: found)
+            su.plan(odd, 0.1)
+    net = row({"a": torch.ones(3, 3, device="meta")}, "tar", 0.5)
+    net.load_state_dict({"static": {"a": torch.ones(3, 3).bool()}, "masks": {"a": torch.ones(3, 3).bool()}})
+    assert net.static["a"].is_meta and net.masks["a"].is_meta
     assert su.static_prune(row({}, "dense"), 0, "synflow", "er", generator()) == {}
     parallel = row({"a": torch.ones(3, 2), "b": torch.ones(3, 2)}, "dense")  # no chain, which synflow cannot score
     assert counts(su.static_prune(parallel, 12, "synflow", "er", generator())) == [6, 6]

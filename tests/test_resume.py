@@ -617,6 +617,9 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("actor.fc1.noise = [np.random.default_rng(1)]", "lacks actor.fc1.noise, so"),
         ("from collections import deque; pool = deque([copy.deepcopy(actor)])", "lacks pool, so"),
         ("qf1.adam = torch.optim.Adam(qf1.parameters())", "lacks qf1.adam, so"),
+        ("nets['actor'].average = copy.deepcopy(actor)", "lacks actor.average, so"),
+        ("nets['actor'].of = [torch.Generator()]", "lacks actor.of, so"),
+        ("rb = Box()", "checkpoints save the replay buffer row by row; make its class a subclass of lab/replay.py's"),
         (f"{OWN}; state['of'] = {{'a': [box.inner.rng]}}; box.all = [actor, box, env, state, rb, Null(), args]", None),
         ("box = Box(rng=env.action_space.np_random, alpha=log_alpha.exp(), of=q_optimizer)", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
@@ -800,6 +803,10 @@ def test_a_full_disk_ends_a_run_with_the_code_after_which_a_sweep_tries_again(ru
         assert "start the run anew, since its folder is deleted" in message
         patch.setattr(lab.run, "write_json", full)
         assert "its folder is deleted" in refused(capsys, run, env_id="Short-v0", code=os.EX_TEMPFAIL)
+    for name in ("flush", "add_text"):  # in which the log's own thread passes its errors on
+        with monkeypatch.context() as patch:
+            patch.setattr(lab.run.SummaryWriter, name, full)
+            assert "its folder is deleted" in refused(capsys, run, env_id="Short-v0", code=os.EX_TEMPFAIL)
     assert [path for path in tmp_path.glob("runs/*") if path.is_dir()] == [run_dir]
     monkeypatch.setattr(Path, "mkdir", full)
     assert "cannot make the run folder" in refused(capsys, run, code=os.EX_TEMPFAIL)
@@ -843,7 +850,13 @@ def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch
     monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
     monkeypatch.setattr(sac_tar, "ReplayBuffer", type("Mine", (ReplayBuffer,), {"__module__": "__main__"}))
-    assert "QNetwork, ReplayBuffer of sac_tar.py now comes from elsewhere, so the record" in refused(capsys, run)
+    said = "in train comes from outside the files of sac_tar.py, so the record would miss it; put it into"
+    assert f"QNetwork, ReplayBuffer {said}" in refused(capsys, run)
+    monkeypatch.undo()
+    monkeypatch.setattr(edits, "replaced", REPLACED)
+    own = type("Own", (type(gym.make("Short-v0").unwrapped),), {"__module__": "__main__"})
+    gym.register("Own-v0", own, max_episode_steps=10)
+    assert f"error: Own {said}" in refused(capsys, run, env_id="Own-v0")
     other = vars(sac_tar) | {"__name__": "other"}
     assert "`train` comes from sac_tar.py" in refused(capsys, exec, "main(Args, train)", other)
 
@@ -863,6 +876,11 @@ HOLDS = [
         "    done = True",
         "kept = {'of all': [qf1_target.fc1]}",
         "qf1: `kept` in train holds layers or parameters of it, and",
+    ),
+    (
+        RUN_BEGINS,
+        "nets['actor'].average = state['average'] = copy.deepcopy(actor)",
+        "cannot compute the actor: `nets` in train is or holds a network of its class and shapes that is in no row",
     ),
     (RUN_BEGINS, "last = qf1.fc3", "cannot compute the qf1: `last` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
@@ -1010,7 +1028,7 @@ def test_learning_rates_of_all_optimizers_follow_the_cycles(run, tmp_path, capsy
     assert rate == pytest.approx(8 * baselines.lr_factor(89, 60, 90, 1)) and rate < 8
 
 
-def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path, monkeypatch):
+def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_networks(run, tmp_path, monkeypatch, capsys):
     criteria, prune = [], sparse_utils.static_prune
     monkeypatch.setattr(sparse_utils, "static_prune", lambda *given: criteria.append(given[2]) or prune(*given))
     again_at_80 = ("if global_step in schedule.prunings:", "if global_step in schedule.prunings or global_step == 80:")
@@ -1028,6 +1046,15 @@ def test_a_reader_may_prune_and_revive_a_second_time_where_torch_holds_the_netwo
     )
     with pytest.raises(RuntimeError, match="do it inside `with kernels"):
         run(mine, compute="sparse", **small)
+    last = edited(tmp_path, (again_at_80[0], again_at_80[1].replace("80", "90")))
+    assert "train prunes at the last step, which only evaluates" in refused(capsys, run, last, code=1, **small)
+
+
+def test_a_row_of_nets_that_rewires_needs_a_method_that_does(run, tmp_path, capsys):
+    row = '"qf2": sparse_utils.Net(qf2, qf2_target, q_optimizer, '
+    mine = edited(tmp_path, (f"{row}args.critic_method, args", f'{row}"rigl", args'))
+    said = "--method and --critic-method rewire no network, so the row qf2 cannot"
+    assert said in refused(capsys, run, mine, env_id="Short-v0")
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])

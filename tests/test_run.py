@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, its log, the hash of its code. Bad input leaves one sentence alone."""
 
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -88,7 +89,8 @@ def test_a_run_leaves_its_files_and_logs_what_happened(run, script, monkeypatch,
     assert part["versions"].keys() == {"python", "torch", "gymnasium", "mujoco", "numpy"}
     with gym.make("BipedalWalker-v3") as env:
         env.unwrapped.__class__ = type("Mine", (type(env.unwrapped),), {})
-        assert lab.run.versions_of(env.unwrapped).keys() >= {"torch", "gymnasium", "Box2D"}
+        found = lab.run.versions_of(env.unwrapped, {"pd": importlib.import_module("pandas")})
+        assert found.keys() >= {"torch", "gymnasium", "Box2D", "pandas"}
     final, report = load(run_dir), json.loads((run_dir / "topology.json").read_text())
     assert final["args"] == config["args"] and final["global_step"] == 310 and final["script"] == script.__name__
     saved, log = torch.load(run_dir / "masks.pt", weights_only=True), events(run_dir)
@@ -314,14 +316,14 @@ def test_an_edit_of_any_file_that_acts_is_other_code_and_a_comment_is_not(tmp_pa
 def test_what_the_environment_and_the_files_beside_a_script_import_is_code_too(tmp_path, monkeypatch):
     """A script in a folder of its own, with the project on PYTHONPATH."""
     script = tmp_path / "my_sac.py"
-    script.write_text("import my_nets, sparse_utils\n")
+    script.write_text("import my_nets, sparse_utils\nhard = make_env('my_hard:Hard-v0')\n")
     seen = [record.code_hash(script, "my_envs:Mine-v0")]
     for path, text in {
         "my_nets.py": b"import my_losses", "my_losses.py": b"import my_nets", "my_envs.py": b"import my_world.physics",
         "my_world/__init__.py": b"from .sky import g", "my_world/sky.py": b"g = 9.81",
         "my_world/physics.py": b"from . import ground\nregister('Mine-v0', 'my_point:Mine')",
         "my_world/ground.py": b"\xef\xbb\xbffriction = 1", "my_point.py": b"# coding: latin-1\nname = '\xe4'",
-        "my_masks.py": b"",
+        "my_hard.py": b"", "my_masks.py": b"",
     }.items():  # fmt: skip
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(text)

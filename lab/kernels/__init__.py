@@ -167,7 +167,7 @@ class Submodules(dict):
         caller = sys._getframe(2)  # of __iter__ or __getitem__; a comprehension is a frame of its own
         if caller.f_code is nn.Sequential.forward.__code__:  # first, since it is the usual one, and f_locals are slow
             return super().values()
-        forwards = [frame for frame in (caller, caller.f_back) if frame.f_code.co_name == "forward"]
+        forwards = [frame for frame in (caller, caller.f_back or caller) if frame.f_code.co_name == "forward"]
         owners = [frame.f_locals.get((*frame.f_code.co_varnames, "")[0]) for frame in forwards]  # the first arguments
         if not any(getattr(owner, "_modules", None) is self for owner in owners):
             not_here()
