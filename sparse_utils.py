@@ -81,7 +81,7 @@ def plan(net: Net, reserve: float, active_width: int | str | None = None) -> Non
     net.size = net.active = net.budget = sum(weight.numel() for weight in net.weights.values())
     layers = dict(net.network.named_modules())
     if odd := [name for name, weight in net.weights.items() if name not in layers or weight.dim() != 2]:
-        raise ValueError(f"linear_weights gives {odd[0]}, and needs names of layers and weights of shape (n_out, n_in)")
+        raise ValueError(f"linear_weights gives {odd[0]}; it must name layers and give weights of shape (n_out, n_in)")
     if found := [name for name, weight in net.weights.items() if not isinstance(weight, nn.Parameter)]:
         raise ValueError(f"the weight of {found[0]} must be a parameter of its own, not computed as by weight_norm")
     if net.method in UNPRUNED:
@@ -257,7 +257,7 @@ CRITERIA = {
 
 
 def highest(scores: Tensor, count: int, among: Tensor) -> Tensor:
-    """A mask of the `count` highest `scores` among the True entries of `among`, of one shape. By rank, ties to the
+    """A mask of the `count` highest `scores` among the True entries of `among`, of the same shape. By rank, ties to the
     lower index, so the count is exact whatever the scores. Raises ValueError if a score is not a number."""
     indices = among.flatten().nonzero().squeeze(1)
     ranked = scores.flatten()[indices]
@@ -411,7 +411,7 @@ def mask_gradients(net: Net) -> None:
 def fix_masks(nets: dict[str, Net]) -> None:
     """From here on each network trains, and its target stays, within its masks: pruned weights and their Adam moments
     are zeroed, so they start at zero if they return, and their gradients are zero once `backward()` returns. Called
-    again at checkpoints and rewirings, so what is to happen once belongs into the block of `train`."""
+    again at checkpoints and rewirings, so what is to happen once belongs in the block of `train`."""
     for net in [net for net in nets.values() if net.masks]:  # the others are not pruned yet
         zero_pruned(net)
         mask_gradients(net)

@@ -431,10 +431,10 @@ def rewiring_steps(args: object) -> range:
 
 class Diagonals:
     """DynaDiag in one network until pruning. A weight is V * a, where a = clamp(k softmax(alpha / T), 0, 1) is
-    the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1 and
-    not rounded up. All alphas start equal, and T falls from 5 towards 0.05. Layers that the budget leaves whole have no
-    gates (in the source the last layer alone). All weights are trained, in torch, so K does not hold yet and no masks
-    are logged.
+    the gate of its diagonal, and k is the number of diagonals that the budget of its layer allows, at least 1,
+    not rounded. All alphas start equal, and T falls from 5 towards 0.05. Layers that the budget leaves whole have no
+    gates (in the source, only the last). All weights are trained, in torch, so K does not hold yet and no masks are
+    logged.
 
     The network holds the products V * a, so it is run and saved like any other, and its target averages them. It holds
     V and dL/dV only while its optimizer steps. alpha has its own Adam, with the learning rate of the network."""
@@ -453,7 +453,7 @@ class Diagonals:
         self.hooks += [net.optimizer.register_step_post_hook(self.after_step)]
         self.multiply(stage=0)
         for name, weight in linear_weights(net.target).items() if net.target else ():
-            weight.data.copy_(net.network.get_submodule(name).weight)
+            weight.data.copy_(net.weights[name])
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("values", "alphas", "stage", "optimizer")}
@@ -596,7 +596,7 @@ class Schedule:
         --prune-at, with --init sparse, rescale the weights that are left. At the last step, end the program with one
         sentence."""
         if global_step == self.args.total_timesteps:
-            fail("train prunes at the last step, which only evaluates, also with --evaluate; prune before it", code=1)
+            fail("train prunes at the last step, which only evaluates (with --evaluate too); prune before it", code=1)
         for learned in self.diagonals.values():
             learned.hold(learned.values)
             learned.end()

@@ -158,7 +158,7 @@ def caveats_of(runs: pd.DataFrame, notes: list[str]) -> list[str]:
     mixed = sorted({arm for (arm, _), rows in cells if rows.code.nunique() > 1})
     found = ["The runs are not all of the same code: see the last table."] if runs.code.nunique() > 1 else []
     if mixed:
-        found = [f"Means over runs of different code (last table; --separate-code): {', '.join(mixed)}."]
+        found[0] += f" Means over runs of different code (see --separate-code): {', '.join(mixed)}."
     names = sorted({name for settings in runs.settings for name in settings} - told_by(runs))
     columns = {n: [s.get(n, "none") for s in runs.settings if n in s or n == "load"] for n in names}
     packages = sorted(set().union(*runs.versions))  # some runs may lack some, such as those of environments

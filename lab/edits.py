@@ -94,7 +94,7 @@ def check_parts(
     kept = [*walk([("", part) for part in (state, *restored)], set(), files, lambda part: isinstance(part, WHOLE))]
     # modules in `state` are looked into below, since they hold more than tensors
     seen = {id(rb), *(id(part) for _, part in kept if not isinstance(part, nn.Module))}
-    rows = [(f"{row}.{name}", part) for row, net in state["nets"].items() for name, part in vars(net).items()]
+    rows = [(f"nets.{row}.{name}", part) for row, net in state["nets"].items() for name, part in vars(net).items()]
     todo = [*variables.items(), *rows, *params]
     found = walk(todo, seen, files, lambda value: isinstance(value, gym.Env) or lost(value))
     if names := [name for name, value in found if lost(value)]:
@@ -142,8 +142,9 @@ def held_apart(
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason, of which there are three. An
     optimizer other than that of its row trains its layers. One of the `variables` of train, a row, or an attribute in
-    the network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. It is or
-    holds a network of its class and shapes that is none of a row's two, which, as an average, could not follow."""
+    the network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. Or it holds
+    a network of the same class and shapes that no row has as network or target and that, as an average, could not
+    follow."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]
     for name, net in nets.items():
@@ -163,7 +164,7 @@ def held_apart(
                 found[name] = f"{what} holds layers or parameters of it"
                 break
             if is_another(part, net.network) and part not in rows:
-                found[name] = f"{what} is or holds a network of its class and shapes that is in no row"
+                found[name] = f"{what} is or holds a network of its class and shapes that no row has"
                 break
     return found
 

@@ -141,7 +141,9 @@ def draw_sparsities(runs: pd.DataFrame, styles: dict[str, dict], path: Path) -> 
                 axes.axhspan(*np.nan_to_num([low[0], high[0]], nan=mean[0]), color="#000000", alpha=0.08, linewidth=0)
                 continue
             x = [sparsities.index(s) + 0.8 * ((arms.index(arm) + 0.5) / len(arms) - 0.5) for s in points]
-            axes.errorbar(x, mean, [mean - low, high - mean], marker="o", markersize=4, capsize=2, linewidth=1, **style)
+            marker = MARKERS[list(styles).index(style["label"]) % len(MARKERS)]  # or two arms of a colour look alike
+            ends = {"yerr": [mean - low, high - mean], "capsize": 2, "linewidth": 1}
+            axes.errorbar(x, mean, marker=marker, markersize=5, **ends, **style)
         for between in range(1, n):
             axes.axvline(between - 0.5, color="#cccccc", linewidth=0.8)
         axes.set(xlabel="sparsity", xticks=range(n), xticklabels=sparsities, xlim=(-0.5, n - 0.5))

@@ -95,7 +95,7 @@ def unused(args: object) -> set[str]:
         found |= {"criterion", "distribution", "active_width"}
     if getattr(args, "autotune", False):
         found |= {"alpha"}
-    return found | (baselines.unused(args) if hasattr(args, "recent_fraction") else set())
+    return found | (baselines.unused(args) if hasattr(args, "rewire_every") else set())
 
 
 def check(args: object) -> None:

@@ -128,10 +128,10 @@ class Run:
         caller = inspect.currentframe().f_back
         variables = edits.variables_of(caller)
         files = sources(script, args.env_id)
-        kinds = {kind.__name__: kind for layer in environment.layers(env) for kind in type(layer).__mro__}
+        kinds = {kind.__name__: kind for layer in environment.layers(env) for kind in type(layer).mro()[::-1]}
         if foreign := edits.replaced(script, kinds | caller.f_globals, files):
-            what = f"{', '.join(foreign)} in train comes from outside the files of {script.name}"
-            fail(f"{what}, so the record would miss it; put it into a copy of {script.name} or a module of its own")
+            what = f"train uses {', '.join(foreign)} from outside the files of {script.name}"
+            fail(f"{what}, so the record would miss it; put it into a copy of {script.name} or a module it imports")
         ours = {PROJECT / "lab", PROJECT / "sparse_utils.py"}
         # the script and the reader's modules
         self.own_files = tuple(path for path in files if path.suffix == ".py" and not ours & {path, *path.parents})
@@ -156,8 +156,8 @@ class Run:
             json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
-        if not isinstance(rb, ReplayBuffer):
-            fail("checkpoints save the replay buffer row by row; make its class a subclass of lab/replay.py's")
+        if not {"rows", "added"} <= getattr(rb, "__dict__", {}).keys():
+            fail("checkpoints need `rows` and `added` of the replay buffer; make it a subclass of lab/replay.py's")
         with bad_input():
             restored = environment.generators(env, self.eval_env).values()
             optimizers = edits.check_parts(state, rb, variables, self.own_files, restored)

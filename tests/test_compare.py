@@ -349,7 +349,7 @@ def test_an_edited_copy_of_a_script_is_another_arm_of_its_algorithm_and_other_fl
     make(8, script="my_td3", my_coefficient=1)
     sac = make(7, script="sac_tar", alpha=0.2)
     own = (sac / "config.json").read_text().replace("policy_noise", "autotune")
-    own = own.replace("recent_fraction", "my_fraction")  # its n_step is its own
+    own = own.replace("rewire_every", "my_rewirings")  # its n_step is its own
     (sac / "config.json").write_text(own)
     copy = arms(algo="my_td3+td3_tar")
     assert copy == {"static random+er td3_tar": 3, "tar random+er my_td3": 8, "tar random+er td3_tar": 5}
@@ -525,8 +525,8 @@ def test_two_edits_of_the_code_are_never_averaged_silently(make, comparison, arm
     make(7, seed=4, segments=[{"code": None}])
     make(9, seed=5, segments=[{}, {"code": "d" * 12, "from_step": 500, "processor": "another"}])
     page, one, two = comparison()["page"], "1" * 7, "2" * 7
-    said = "- Means over runs of different code (last table; --separate-code): tar random+er.\n"
-    assert said in page and "not all of the same code" not in page
+    said = "- The runs are not all of the same code: see the last table."
+    assert f"{said} Means over runs of different code (see --separate-code): tar random+er.\n" in page
     assert {(*row[:3], *row[-2:]) for row in cells(page.split("## Which code made")[1])} >= {
         (one, "bbbbbbb-dirty", "a processor", "2", "tar random+er (2)"),
         (two, "bbbbbbb-dirty", "a processor", "1", "tar random+er (1)"),

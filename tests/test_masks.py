@@ -383,7 +383,7 @@ def test_networks_of_no_or_one_linear_layer_and_whole_ones(monkeypatch):
     odd = row({"a": torch.ones(3, 3)}, "dense")
     for name, shape in (("a.weight", (3, 3)), ("a", (2, 3, 3))):
         found = {name: nn.Parameter(torch.ones(shape))}
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"linear_weights gives {name}, and needs"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"linear_weights gives {name}; it"):
             patch.setattr(su, "linear_weights", lambda _, found=found: found)
             su.plan(odd, 0.1)
     net = row({"a": torch.ones(3, 3, device="meta")}, "tar", 0.5)

@@ -617,9 +617,9 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("actor.fc1.noise = [np.random.default_rng(1)]", "lacks actor.fc1.noise, so"),
         ("from collections import deque; pool = deque([copy.deepcopy(actor)])", "lacks pool, so"),
         ("qf1.adam = torch.optim.Adam(qf1.parameters())", "lacks qf1.adam, so"),
-        ("nets['actor'].average = copy.deepcopy(actor)", "lacks actor.average, so"),
-        ("nets['actor'].of = [torch.Generator()]", "lacks actor.of, so"),
-        ("rb = Box()", "checkpoints save the replay buffer row by row; make its class a subclass of lab/replay.py's"),
+        ("nets['actor'].average = copy.deepcopy(actor)", "lacks nets.actor.average, so"),
+        ("nets['actor'].of = [torch.Generator()]", "lacks nets.actor.of, so"),
+        ("rb = Box()", "checkpoints need `rows` and `added` of the replay buffer; make it a subclass of lab"),
         (f"{OWN}; state['of'] = {{'a': [box.inner.rng]}}; box.all = [actor, box, env, state, rb, Null(), args]", None),
         ("box = Box(rng=env.action_space.np_random, alpha=log_alpha.exp(), of=q_optimizer)", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),
@@ -850,13 +850,14 @@ def test_classes_and_a_train_from_elsewhere_are_refused(run, capsys, monkeypatch
     monkeypatch.setattr(edits, "replaced", REPLACED)
     monkeypatch.setattr(sac_tar, "QNetwork", type("Wide", (sac_tar.QNetwork,), {"__module__": "wide"}))
     monkeypatch.setattr(sac_tar, "ReplayBuffer", type("Mine", (ReplayBuffer,), {"__module__": "__main__"}))
-    said = "in train comes from outside the files of sac_tar.py, so the record would miss it; put it into"
-    assert f"QNetwork, ReplayBuffer {said}" in refused(capsys, run)
+    said = "from outside the files of sac_tar.py, so the record would miss it; put it into"
+    assert f"error: train uses QNetwork, ReplayBuffer {said}" in refused(capsys, run)
     monkeypatch.undo()
     monkeypatch.setattr(edits, "replaced", REPLACED)
-    own = type("Own", (type(gym.make("Short-v0").unwrapped),), {"__module__": "__main__"})
+    kind = type(gym.make("Short-v0").unwrapped)
+    own = type(kind.__name__, (kind,), {"__module__": "__main__"})
     gym.register("Own-v0", own, max_episode_steps=10)
-    assert f"error: Own {said}" in refused(capsys, run, env_id="Own-v0")
+    assert f"error: train uses PendulumEnv {said}" in refused(capsys, run, env_id="Own-v0")
     other = vars(sac_tar) | {"__name__": "other"}
     assert "`train` comes from sac_tar.py" in refused(capsys, exec, "main(Args, train)", other)
 
@@ -865,7 +866,7 @@ HOLDS = [
     (
         RUN_BEGINS,
         "mine = torch.optim.swa_utils.AveragedModel(actor); state['mine'] = mine",
-        "cannot compute the actor: `mine` in train is or holds a network of its class and shapes that is in no row",
+        "cannot compute the actor: `mine` in train is or holds a network of its class and shapes that no row has",
     ),
     (
         RUN_BEGINS,
@@ -880,7 +881,7 @@ HOLDS = [
     (
         RUN_BEGINS,
         "nets['actor'].average = state['average'] = copy.deepcopy(actor)",
-        "cannot compute the actor: `nets` in train is or holds a network of its class and shapes that is in no row",
+        "cannot compute the actor: `nets` in train is or holds a network of its class and shapes that no row has",
     ),
     (RUN_BEGINS, "last = qf1.fc3", "cannot compute the qf1: `last` in train holds layers or parameters of it"),
     ("    done = True", "body = nn.Sequential(actor.fc1)", "`body` in train holds layers or parameters of it"),
