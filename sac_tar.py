@@ -242,7 +242,7 @@ def train(args: Args) -> Path:
                         net, net.budget - net.reserve, criterion, args.distribution, mask_generator, losses.get(name)
                     )
                 # revive: R pruned connections come back with their weights, at random in the layers whose topology
-                # needs them (static: R = 0); last, so that --criterion random draws equal scores under all methods
+                # needs them (static: R = 0); after all pruning, so that --criterion random draws alike in all methods
                 for net in nets.values():
                     counts = sparse_utils.revival_counts(net)  # how many in each layer
                     net.masks = sparse_utils.revive(net, counts, mask_generator)
