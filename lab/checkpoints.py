@@ -20,7 +20,7 @@ from torch import Tensor
 from lab import baselines, edits, environment
 from lab.environment import GENERATORS
 from lab.flags import fail
-from lab.record import file_of, read_config, settle
+from lab.record import file_of, read_config, settle, unused
 from lab.replay import ReplayBuffer
 
 REPLAY_FILE_ROWS = 50_000  # the most transitions in one replay file; writing it copies them in memory
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> object:
     except FileNotFoundError:
         fail(f"there is no {path}; check the path")
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        what = "it is damaged or not one of ours, so use another, or delete it and start the run anew"
+        what = "if it is damaged or not one of ours, use another, or delete it and start the run anew"
         fail(f"cannot read {path} ({error}); {what}")
     except pickle.UnpicklingError:
         fail(f"{path} holds more than tensors and numbers and is not read; use one that this project wrote")
@@ -223,8 +223,10 @@ def saved_args(arguments: type, args: object, script: Path) -> object:
 
 def check_saved_args(given: object, saved: dict) -> None:
     """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
-    `saved`, its flags as a file holds them. A flag that is newer than the run had its default there."""
+    `saved`, its flags as a file holds them. A flag that is newer than the run had its default there. Flags that make no
+    difference to the run may differ, since their defaults may have changed."""
     may_change = MAY_CHANGE if given.evaluate is None else HOW_IT_RUNS | {"evaluate", "eval_episodes"}
+    may_change = may_change | unused(given)
     newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
     now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
     for name, value in now.items():

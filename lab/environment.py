@@ -136,7 +136,7 @@ def make_eval_env(env_id: str, video: bool) -> gym.Env:
             if env.render_mode != "rgb_array" or not isinstance(env.render(), np.ndarray):
                 raise ValueError("render() gives no array, or __init__ does not keep render_mode")
         except Exception as error:  # every backend has errors of its own
-            needs = "it needs `pip install moviepy`, and without a screen EGL (Debian: libegl1)"
+            needs = "it needs `pip install moviepy`, and without a screen EGL (Debian: libegl1), or --no-capture-video"
             fail(f"--capture-video cannot film here ({type(error).__name__}: {error}); {needs}")
     return env
 
@@ -188,7 +188,10 @@ def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch
             if STOP_SIGNALS and limit < math.inf:
                 return None
         if video and episode == 0:
-            env.stop_recording()
+            try:
+                env.stop_recording()
+            except OSError as error:  # as of a full disk, or since Ctrl-C ends the encoder too
+                tqdm.write(f"warning: no film was saved: {' '.join(str(error).split())}")
     return returns, lengths
 
 

@@ -206,11 +206,11 @@ def modules_in(path: Path, folders: list[Path]) -> Iterator[tuple[str, list[Path
 
 
 def folders_of(script: Path) -> list[Path]:
-    """The folders in which a run's own modules may be: the script's, the project's, and those in PYTHONPATH, except
-    folders of installed packages."""
+    """The folders in which a run's own modules may be, in the order in which Python looks there: the script's, those in
+    PYTHONPATH except folders of installed packages, and the project's."""
     names = os.environ.get("PYTHONPATH")
     others = [Path(name).resolve() for name in names.split(os.pathsep)] if names else []
-    return [script.resolve().parent, PROJECT, *(path for path in others if not any(path.glob("*.dist-info")))]
+    return [script.resolve().parent, *(path for path in others if not any(path.glob("*.dist-info"))), PROJECT]
 
 
 def sources(script: Path, env_id: str = "") -> list[Path]:

@@ -173,6 +173,7 @@ class Run:
         elif args.load is not None:
             path = file_of(args.load)
             self.load_agent(path, checkpoints.load_state(path, script, of_any_script=True))
+            record.with_hash(args.load)  # whose hash the run records, and which another run may have written anew
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
@@ -452,6 +453,8 @@ class Run:
                 checkpoints.read_replay(self.folder, self.rb)
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
+                when = f"after step {self.learn_from} of {self.args.total_timesteps}"
+                tqdm.write(f"warning: without its replay buffer the run learns again only {when}")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")
@@ -487,8 +490,9 @@ class Run:
         path = file_of(self.args.evaluate)
         saved = checkpoints.load_state(path, self.script)
         checkpoints.check_saved_args(self.args, saved["args"])
-        if (path.parent / "config.json").exists():
-            _, made = record.begun_before(read_config(path.parent), saved["global_step"])
+        config = read_config(path.parent) if (path.parent / "config.json").exists() else {}
+        if "segments" in config:  # or it is of another project
+            _, made = record.begun_before(config, saved["global_step"])
             if made["code"] not in (None, code_hash(self.script, self.args.env_id)):
                 tqdm.write(f"warning: other code made {path}, so this may be another policy")
         masks = saved.get("masks") or {name: row["masks"] for name, row in saved.get("nets", {}).items()}
@@ -644,7 +648,7 @@ def on_signal(number: int, _: object) -> None:
     """The first signal ends the run after the episode (without a time limit, after the step), a later Ctrl-C at once.
     A second SIGTERM does nothing more, since a sweep that is stopped and a batch system may each send one."""
     if STOP_SIGNALS and number == signal.SIGINT:
-        tqdm.write("stopped at once; go on from the last checkpoint with --resume and the run folder")
+        tqdm.write("stopped at once; if there is a checkpoint, go on from it with --resume and the run folder")
         os._exit(128 + number)
     STOP_SIGNALS.append(number)
 
@@ -680,6 +684,8 @@ def main(arguments: type, train: Callable) -> None:
             fail(f"{error}: its folder is gone; move it back and go on with --resume, or start the run anew", code=1)
         if error.errno not in CANNOT_WRITE:
             raise
+        if args.evaluate is not None:
+            fail(f"{error}; nothing of the run was changed", code=1)
         code = os.EX_TEMPFAIL if error.errno in DISK_FULL else 1
         fail(f"{error}; the last checkpoint is whole: make room or make it writable, then go on with --resume", code)
     except (MemoryError, RuntimeError) as error:

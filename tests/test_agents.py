@@ -96,7 +96,7 @@ class ByHand:
                 target.copy_((1 - self.args.tau) * target + self.args.tau * online)
 
 
-@pytest.mark.parametrize("flags", [{}, {"autotune": False, "policy_frequency": 1, "n_step": 3}], ids=["2", "1"])
+@pytest.mark.parametrize("flags", [{}, {"autotune": False, "policy_frequency": 1, "n_step": 3}], ids=str)
 def test_every_update_of_training_is_that_by_hand(run, script, monkeypatch, flags):
     """Losses and their gradients, learning rates, the order and number of updates, and how targets follow."""
     seen, calls, sac = SimpleNamespace(), [], script is sac_tar

@@ -591,7 +591,7 @@ def test_n_step_targets_against_a_slow_computation(n, added, late):
     rb, held = buffer_of(buffer_size=40, n_step=n, n_step_from=100), [*transitions(added)]
     for transition in held:
         rb.add(*transition)
-    held, batch = held[-40:], rb.sample(400, 0.9, 99 + late)
+    held, batch = held[-40:], rb.sample(1000, 0.9, 99 + late)
     drawn = (batch.observations.long() - (added - len(held))).flatten().tolist()
     assert set(drawn) == set(range(len(held))) and torch.equal(batch.actions, -batch.observations)
     expected = torch.tensor([slow_target(held, i, n if late else 1) for i in drawn]).float()

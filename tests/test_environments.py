@@ -24,7 +24,7 @@ import lab.run
 import sac_tar
 from lab import record
 from lab.checkpoints import pack, unpacked
-from lab.environment import STOP_SIGNALS, fingerprint, make_env, make_eval_env, restore, state_of, statistics
+from lab.environment import STOP_SIGNALS, fingerprint, make_env, make_eval_env, play, restore, state_of, statistics
 from lab.replay import ReplayBuffer
 
 F = np.float32
@@ -550,6 +550,22 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     restore(second, other, saved)
     obs = second.reset()[0]
     assert fingerprint(second, {}) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
+
+
+def test_a_film_that_cannot_be_saved_is_a_warning(monkeypatch, capsys):
+    class Films(gym.Wrapper):
+        def __init__(self, env, *_):
+            super().__init__(env)
+            self.start_recording = lambda name: None
+
+        def stop_recording(self):
+            raise OSError("[Errno 32] Broken pipe\n\nMoviePy error")
+
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", Films)
+    with make_env("Probe-v0") as env:
+        played = play(env, lambda obs: torch.zeros(1, 2), 2, 1, torch.device("cpu"), Path("videos/step-0"))
+    assert [len(values) for values in played] == [2, 2]
+    assert "warning: no film was saved: [Errno 32] Broken pipe MoviePy error" in capsys.readouterr().out
 
 
 def test_a_count_in_a_wrapper_is_seen_wherever_the_wrapper_is_defined(register):

@@ -100,7 +100,7 @@ def stored(net, name):
 
 
 def check_invariants(nets):
-    """I1 and I2: K connections, and nothing outside the mask, of which kernels hold nothing."""
+    """K connections, and nothing outside the mask, of which kernels hold nothing."""
     for name, net in nets.items():
         assert sum(counts(net.masks)) == net.budget == net.active, name
         for layer in () if hasattr(net.network, "sparse") else net.weights:
@@ -132,7 +132,7 @@ def watch(monkeypatch):
 
 @pytest.fixture
 def train(run, script, watch):
-    """Run the script and check I1 and I2 after every update. Returns all that there was to see, by step."""
+    """Run the script and `check_invariants` after every update. Returns all that there was to see, by step."""
     seen = SimpleNamespace()
 
     def pruning(*_):
@@ -218,7 +218,7 @@ RUNS = [
 
 @pytest.mark.parametrize("flags, density, reserve", RUNS, ids=[str(flags) for flags, _, _ in RUNS])
 def test_a_run_prunes_once_revives_and_trains_within_the_mask(train, script, flags, density, reserve):
-    """I1, I2 and I5, and that a connection that survives or comes back has the weight it had. Density and reserve are
+    """A connection that survives or comes back has the weight it had. Density and reserve are
     those of the critics; where an actor has a method of its own, it is tar with the default ones."""
     seen, step, width = train(**flags), flags.get("prune_at", 60), flags.get("active_width")
     assert list(seen.prunings) == [step] and not seen.rewirings and seen.kernels == {flags.get("compute") == "sparse"}
@@ -249,7 +249,7 @@ def test_a_run_prunes_once_revives_and_trains_within_the_mask(train, script, fla
     assert seen.state["progress"]["training_flops"] == flops_of(script, seen, flags.get("policy_frequency", 2))
 
 
-def test_i3_all_methods_share_weights_replay_batches_and_random_numbers(train):
+def test_all_methods_share_weights_replay_batches_and_random_numbers(train):
     """Up to the pruning at 90; after it actions differ, and with them the transitions."""
     dynamic = {"method": "chts", "rewire_every": 20, "drop_criterion": "mest"}
     snip = {"method": "static", "criterion": "snip", "active_width": 12}
@@ -268,7 +268,7 @@ def test_i3_all_methods_share_weights_replay_batches_and_random_numbers(train):
 
 
 @pytest.mark.parametrize("compute", ["masked", "sparse"])
-def test_i4_sparsity_zero_is_dense_bit_for_bit(train, compute):
+def test_sparsity_zero_is_dense_bit_for_bit(train, compute):
     dense = train(method="dense", compute=compute)
     rewires = {"method": "rigl" if compute == "sparse" else "chts"}
     late = {"prune_at": 90} if compute == "masked" else {}  # as if nothing happened to Adam there; in torch until then
@@ -367,7 +367,7 @@ def test_allocate_by_hand():
     assert su.allocate(9, [8, 1, 1], [2, 3, 100]) == [2, 3, 4]  # and then the second
 
 
-def test_networks_of_no_or_one_linear_layer_and_whole_ones(monkeypatch):
+def test_plan_refuses_what_no_mask_fits_and_small_and_whole_networks_work(monkeypatch):
     with pytest.raises(ValueError, match="has nothing that can be pruned"):
         su.plan(row({}, "tar", 0.5), 0.1)
     averaged = row({"fc1": torch.ones(3, 2)}, "tar", 0.5)

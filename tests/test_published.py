@@ -129,7 +129,7 @@ def test_every_number_of_the_front_page_is_that_of_published_runs():
 
 
 def test_the_front_page_says_on_which_masks_a_gain_is_shown():
-    """By the interval of `tar` minus `static` on the masks of its two lists, whose 95% is of runs/published."""
+    """By the interval of `tar` minus `static` on the masks of its two lists; those at 95% are in runs/published."""
     text = (PROJECT / "README.md").read_text()
     (gain,), (none,) = (re.findall(rf"\*\*{of} shown:\*\*(.*?)\n- ", text, re.S) for of in ("Gain", "None"))
     lows = {}

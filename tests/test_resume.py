@@ -165,7 +165,7 @@ def test_training_may_grow_after_its_end_and_after_a_death(run, script, tmp_path
     assert same(load(run_dir), final) and scalars(run_dir) == logged
 
 
-def test_without_the_buffer_a_run_collects_anew_before_it_learns(run, script, monkeypatch, tmp_path):
+def test_without_the_buffer_a_run_collects_anew_before_it_learns(run, script, monkeypatch, tmp_path, capsys):
     flags = {"save_buffer": False, "total_timesteps": 300, "env_id": "Short-v0", "checkpoint_frequency": 50}
     work = functools.partial(run, **flags, method="rigl", rewire_every=20)
     early = functools.partial(work, prune_at=80, runs_dir=str(tmp_path / "early"))
@@ -177,6 +177,8 @@ def test_without_the_buffer_a_run_collects_anew_before_it_learns(run, script, mo
     sampled, sample = [], ReplayBuffer.sample
     monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, *of: sampled.append((of[2], rb.added)) or sample(rb, *of))
     again(script, run_dir)
+    said = "warning: without its replay buffer the run learns again only after step 160 of 300"
+    assert said in capsys.readouterr().out
     # 60 steps of --learning-starts, as at first; rewirings, of which the last is at 220, draw batches too
     assert sampled[0] == (161, 62) and len(sampled) == 300 - 161 + len((180, 200, 220))
 
@@ -345,6 +347,15 @@ def test_train_of_a_launcher_needs_the_flags_of_the_run_that_it_resumes(finished
     args = script.Args(env_id="Short-v0", resume=str(finished[script]))
     assert "contradicts the run, which has" in refused(capsys, script.train, args)
     assert args == script.Args(env_id="Short-v0", resume=str(finished[script]))  # the next run begins with these
+
+
+def test_the_default_of_a_flag_that_made_no_difference_may_change(capsys):
+    given = record.settle(sac_tar.Args(evaluate="a run"))
+    saved = dataclasses.asdict(given)
+    given.alpha = 0.5  # autotune learns it
+    lab.checkpoints.check_saved_args(given, saved)
+    given.gamma = 0.5
+    assert "--gamma 0.5 contradicts the run" in refused(capsys, lab.checkpoints.check_saved_args, given, saved)
 
 
 @pytest.mark.parametrize(
@@ -722,6 +733,13 @@ def test_what_an_edit_breaks_is_said_and_the_last_checkpoint_stays(
     assert bool([*tmp_path.glob("runs/*/checkpoint.pt")]) == (code == 1)
 
 
+def test_weights_that_break_in_the_last_episode_are_said(run, tmp_path, capsys):
+    mine = edited(tmp_path, (STEP, f"        qf2.fc2.weight.data += global_step == 75\n{STEP}"))
+    said = "pruned weights of qf2.fc2 are not zero at step 77, since"
+    assert said in refused(capsys, run, mine, code=1, env_id="Short-v0", total_timesteps=77)
+    assert not [*tmp_path.glob("runs/*/final.pt")]
+
+
 def test_an_edit_that_a_resumed_run_cannot_take_is_refused_and_flags_may_be_tuples(run, tmp_path, capsys, monkeypatch):
     new = "    betas: tuple[float, float] = (0.9, 0.99)\n    sizes: list[int] = field(default_factory=lambda: [1])\n"
     new += "    words: list = field(default_factory=list)\n"
@@ -931,7 +949,9 @@ def test_ordinary_edits_are_no_false_alarms(run, tmp_path, capsys):
     source = Path(sac_tar.__file__).read_text()
     evaluation = next(line for line in source.splitlines() if line.startswith("        run.evaluate("))
     params = "    params = list(critics.parameters())\n    q_optimizer = kernels.Adam(params, lr=args.q_lr)\n"
-    rates = "    group = q_optimizer.param_groups[0]\n    assert (args.resume is None) == (run.start_step == 0)\n"
+    params += "    group = q_optimizer.param_groups[0]\n"
+    rates = "    assert q_optimizer.param_groups[0] is group\n"
+    rates += "    assert (args.resume is None) == (run.start_step == 0)\n"
     rates += "    run.log(0, {'diagnosis/log_dead': -math.inf})\n"
     calls = "            [*map(actor, [data.observations])]\n            group['lr'] = args.q_lr\n"
     calls += "            with torch.no_grad(), kernels.in_torch(nets):\n"
@@ -1230,7 +1250,7 @@ def test_the_generators_of_a_reader_are_those_of_the_new_seed(run, tmp_path):
     assert str(two) in (held := str(load(begun / "checkpoint.pt")["rng"])) and str(one) not in held
 
 
-def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path, monkeypatch):
+def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path, monkeypatch, capsys):
     dense = run(method="dense", env_id="Short-v0", total_timesteps=90, runs_dir=str(tmp_path / "dense"))
     end = load(dense)
     monkeypatch.setattr(gym.spaces.Box, "sample", lambda *_: pytest.fail("a random action"))
@@ -1248,6 +1268,15 @@ def test_training_begins_from_a_saved_agent_and_its_policy(run, script, tmp_path
     (config,) = (config for _, config in record.configs(tmp_path / "runs"))
     digest = hashlib.sha256((dense / "final.pt").read_bytes()).hexdigest()[:12]
     assert config["args"]["load"] == f"{dense}/final.pt@{digest}" and f"__load-{digest}__" in begun.name
+    read = lab.checkpoints.load_state
+
+    def read_before_it_is_written_anew(path, *given, **how):
+        found = read(path, *given, **how)
+        path.write_bytes(path.read_bytes() + b"more")
+        return found
+
+    monkeypatch.setattr(lab.checkpoints, "load_state", read_before_it_is_written_anew)
+    assert "the file was written anew" in refused(capsys, run, **flags, total_timesteps=62, prune_at=61)
 
 
 def test_a_run_that_began_from_a_saved_agent_is_resumed_without_it(run, script, tmp_path):
@@ -1345,6 +1374,18 @@ def test_an_evaluation_by_other_code_says_so(run, tmp_path, monkeypatch, capsys)
     mine = edited(tmp_path, ("relu1=nn.ReLU()", "relu1=nn.Tanh()"))
     main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
     assert f"warning: other code made {run_dir}/final.pt, so" in capsys.readouterr().out
+    (run_dir / "config.json").write_text('{"model": 1}')  # of another tool
+    main(mine, monkeypatch, "--evaluate", run_dir, "--eval-episodes", 1)
+    assert "warning: other code" not in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_while_a_policy_is_evaluated(finished, monkeypatch, capsys):
+    def play(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(lab.run, "play", play)
+    message = refused(capsys, main, sac_tar, monkeypatch, "--evaluate", finished[sac_tar], code=1)
+    assert message.endswith("Permission denied; nothing of the run was changed")
 
 
 def test_an_evaluation_that_lacks_what_the_policy_used_in_the_run_says_so(run, tmp_path, monkeypatch, capsys):

@@ -334,6 +334,10 @@ def test_what_the_environment_and_the_files_beside_a_script_import_is_code_too(t
     with (tmp_path / "project" / "sparse_utils.py").open("a") as file:
         file.write("edited = 1\n")
     assert record.code_hash(script, "my_envs:Mine-v0") not in seen
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sparse_utils.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'first'}:{tmp_path / 'project'}")  # as Python would import it
+    assert tmp_path / "first" / "sparse_utils.py" in record.sources(script)
 
 
 def test_the_packages_that_the_module_of_an_environment_is_in_are_code(tmp_path):
@@ -517,8 +521,8 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(run, script, monkeypa
         assert load(run(autotune=False, alpha=0.0, total_timesteps=70))["entropy"]["log_alpha"].item() == -math.inf
 
 
-def test_a_full_disk_and_a_folder_of_somebody_else(tmp_path):
-    """Files may not grow beyond a size, as on a full disk. The other process has no assertions and no docstrings."""
+def test_files_that_may_not_grow_and_a_folder_of_somebody_else(tmp_path):
+    """Beyond a size that the shell sets. The other process has no assertions and no docstrings."""
     flags = "--env-id Pendulum-v1 --total-timesteps 1000 --learning-starts 500 --hidden-size 16 --batch-size 16"
     flags += " --eval-episodes 1 --checkpoint-frequency 200 --compute masked --runs-dir"
 

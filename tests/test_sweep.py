@@ -390,12 +390,13 @@ def test_ray_starts_here_or_joins_a_cluster_that_answers(cli, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "ray", ray)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        for address, cores in ((None, 3), ("auto", None), (f"127.0.0.1:{port}", None)):
+        for address, cores in ((None, 3), (None, None), ("auto", None), (f"127.0.0.1:{port}", None)):
             assert START_RAY(sweep.Args(ray_address=address, cores=cores)) is ray
-        assert asked == [("local", 3), ("auto", None), (f"127.0.0.1:{port}", None)]
+        every = len(os.sched_getaffinity(0))
+        assert asked == [("local", 3), ("local", every), ("auto", None), (f"127.0.0.1:{port}", None)]
     with pytest.raises(SystemExit):
         START_RAY(sweep.Args(ray_address=f"127.0.0.1:{port}"))
-    assert "Ray does not start" in capsys.readouterr().err and len(asked) == 3
+    assert "Ray does not start" in capsys.readouterr().err and len(asked) == 4
 
 
 def test_code_that_is_edited_during_a_sweep_starts_and_resumes_no_run(cli, monkeypatch):
