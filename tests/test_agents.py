@@ -4,11 +4,11 @@ import copy
 import math
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ProbeEnv
 from torch.distributions import Normal
 from torch.distributions.transforms import TanhTransform
 
@@ -18,10 +18,6 @@ import td3_tar
 from lab.replay import ReplayBuffer
 from sparse_utils import Net
 
-ENV = SimpleNamespace(
-    observation_space=gym.spaces.Box(-np.inf, np.inf, (3,)),
-    action_space=gym.spaces.Box(np.array([-1, -2], np.float32), np.array([1, 6], np.float32)),
-)
 SCALE, CENTRE = torch.tensor([1.0, 4.0]), torch.tensor([0.0, 2.0])
 
 
@@ -154,7 +150,7 @@ def test_flops_by_hand(script):
 def test_sac_log_probability_is_that_of_the_squashed_normal(spread):
     """Also far out, where log(1 - tanh(x)^2 + 1e-6) is wrong by several nats a dimension."""
     torch.manual_seed(0)
-    actor, x = sac_tar.Actor(ENV, 16).double(), spread * torch.randn(200, 3).double()
+    actor, x = sac_tar.Actor(ProbeEnv, 16).double(), spread * torch.randn(200, 3).double()
     mean, log_std = actor(x)
     torch.manual_seed(3)
     action, log_prob = actor.get_action(x)
@@ -169,7 +165,7 @@ def test_sac_log_probability_is_that_of_the_squashed_normal(spread):
 
 def test_td3_noise_is_per_sample_and_dimension_and_clipped_per_dimension():
     torch.manual_seed(0)
-    actor, centre = td3_tar.Actor(ENV, 16), CENTRE.expand(20000, 2)
+    actor, centre = td3_tar.Actor(ProbeEnv, 16), CENTRE.expand(20000, 2)
     noise, clipped = (actor.add_noise(centre, *how) - centre for how in ((0.1,), (0.2, 0.05)))
     assert noise.std(0).tolist() == pytest.approx([0.1, 0.4], rel=0.03) and abs(torch.corrcoef(noise.T)[0, 1]) < 0.03
     assert clipped.abs().max(0).values.tolist() == pytest.approx([0.05, 0.2], rel=1e-4)
@@ -179,7 +175,7 @@ def test_td3_noise_is_per_sample_and_dimension_and_clipped_per_dimension():
 
 def test_a_target_bootstraps_after_a_truncation_and_not_after_a_termination():
     """In a buffer of 4, before and after it was overrun: only what it holds is drawn, in float32."""
-    rb = ReplayBuffer(sac_tar.Args(buffer_size=4), ENV, torch.device("cpu"))
+    rb = ReplayBuffer(sac_tar.Args(buffer_size=4), ProbeEnv, torch.device("cpu"))
     rb.rows.fill_(math.nan)  # what was never added shows
     ends = {4: (False, True), 5: (True, False), 6: (True, True)}
     for i in range(8):

@@ -18,12 +18,11 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
-from test_run import refused
+from test_run import PROJECT, refused
 
 import sparse_utils
 from lab import compare, figures, record, results
 
-PROJECT = Path(__file__).parent.parent
 STEPS = [0, *range(100, 1001, 100)]
 SETTLED = {  # the flags of every run here, as a script records them
     "criterion": "random", "distribution": "er", "reserve": 0.1, "active_width": None, "hidden_size": 24, "n_step": 1,

@@ -17,7 +17,7 @@ import pytest
 import torch
 import tyro
 from test_resume import edited
-from test_run import copy_project, events, main
+from test_run import PROJECT, copy_project, events, main
 
 import lab.run
 import sac_tar
@@ -26,7 +26,6 @@ import td3_tar
 from lab import baselines, compare, environment, record, sweep
 from lab.kernels import benchmark
 
-PROJECT = Path(__file__).parent.parent
 README, LAB, FIELD = ((PROJECT / page).read_text() for page in ("README.md", "lab/README.md", "lab/systems.md"))
 WHERE = ("*.md", "lab/**/*.md", "runs/**/README.md", "runs/**/NOTES.md")
 PAGES = {path.relative_to(PROJECT).as_posix(): path.read_text() for at in WHERE for path in PROJECT.glob(at)}
