@@ -225,8 +225,8 @@ def check_saved_args(given: object, saved: dict) -> None:
     """End the program with one sentence if `given`, the settled flags of a run with --evaluate or --resume, contradict
     `saved`, its flags as a file holds them. A flag that is newer than the run had its default there. Flags that make no
     difference to the run may differ, since their defaults may have changed."""
-    may_change = MAY_CHANGE if given.evaluate is None else HOW_IT_RUNS | {"evaluate", "eval_episodes"}
-    may_change = may_change | unused(given)
+    may_change = unused(given)
+    may_change |= MAY_CHANGE if given.evaluate is None else HOW_IT_RUNS | {"evaluate", "eval_episodes"}
     newer = {f.name: f.default for f in fields(given) if f.name not in saved and f.default is not MISSING}
     now, before = asdict(given), asdict(settle(replace(given, **newer))) | saved
     for name, value in now.items():

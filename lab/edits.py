@@ -142,8 +142,8 @@ def held_apart(
 ) -> dict[str, str]:
     """By name, the networks whose layers the kernels cannot replace, each with the reason, of which there are three. An
     optimizer other than that of its row trains its layers. One of the `variables` of train, a row, or an attribute in
-    the network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. Or it holds
-    a network of the same class and shapes that no row has as network or target and that, as an average, could not
+    the network that is no submodule, is or holds a layer or a parameter, and would go on with the old one. Or it is or
+    holds one of the same class and shapes that no row has as network or target and that, as an average, could not
     follow."""
     groups, found = {id(group) for optimizer in optimizers for group in optimizer.param_groups}, {}
     rows = [network for net in nets.values() for network in net.networks]

@@ -191,6 +191,7 @@ def play(env: gym.Env, policy: Callable, episodes: int, seed: int, device: torch
             try:
                 env.stop_recording()
             except OSError as error:  # as of a full disk, or since Ctrl-C ends the encoder too
+                env.recording, env.recorded_frames = False, []  # or the next reset would try again
                 tqdm.write(f"warning: no film was saved: {' '.join(str(error).split())}")
     return returns, lengths
 

@@ -82,7 +82,7 @@ def with_hash(name: str) -> str:
     except OSError as error:
         fail(f"cannot read --load {path} ({error.strerror}); it takes a run folder or a .pt file in one")
     if re.search("@[0-9a-f]{12}$", name) and not full.endswith(name[-13:]):
-        fail(f"--load {name} is now {full}; the file was written anew, so leave the hash out to begin from this one")
+        fail(f"--load {name} is now {full}; the file was written anew, so leave any hash out to begin from this one")
     return full
 
 

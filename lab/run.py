@@ -96,7 +96,7 @@ def processor() -> str:
 def keep_code(folder: Path, script: Path, env_id: str) -> None:
     """Copy the source files of a run, so that `diff -r` of two runs shows how their code differs."""
     for path in sources(script, env_id):
-        root = next(root for root in record.folders_of(script) if root in path.parents)
+        root = max({*record.folders_of(script)} & {*path.parents}, key=lambda folder: len(folder.parts))
         copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
@@ -128,7 +128,7 @@ class Run:
         caller = inspect.currentframe().f_back
         variables = edits.variables_of(caller)
         files = sources(script, args.env_id)
-        kinds = {kind.__name__: kind for layer in environment.layers(env) for kind in type(layer).mro()[::-1]}
+        kinds = {kind.__name__: kind for layer in environment.layers(env) for kind in type(layer).__mro__[::-1]}
         if foreign := edits.replaced(script, kinds | caller.f_globals, files):
             what = f"train uses {', '.join(foreign)} from outside the files of {script.name}"
             fail(f"{what}, so the record would miss it; put it into a copy of {script.name} or a module it imports")
@@ -156,8 +156,8 @@ class Run:
             json.dumps(self.flags)
         except TypeError as error:
             fail(f"a flag cannot be recorded ({error}); make it a text, number, bool or tuple of these")
-        if not {"rows", "added"} <= getattr(rb, "__dict__", {}).keys():
-            fail("checkpoints need `rows` and `added` of the replay buffer; make it a subclass of lab/replay.py's")
+        if not isinstance(getattr(rb, "rows", None), Tensor) or "added" not in vars(rb):
+            fail("checkpoints need a tensor `rows` and `added` of the replay buffer; subclass that of lab/replay.py")
         with bad_input():
             restored = environment.generators(env, self.eval_env).values()
             optimizers = edits.check_parts(state, rb, variables, self.own_files, restored)
@@ -173,7 +173,7 @@ class Run:
         elif args.load is not None:
             path = file_of(args.load)
             self.load_agent(path, checkpoints.load_state(path, script, of_any_script=True))
-            record.with_hash(args.load)  # whose hash the run records, and which another run may have written anew
+            record.with_hash(args.load)  # refuses a file that was written anew since settle took its hash
         kept = saved.get("in_kernels") if saved and args.compute == saved["args"]["compute"] else None
         with bad_input():
             milliseconds = kernels.choose(self.nets, args.compute, args.batch_size, kept, held)
@@ -453,8 +453,8 @@ class Run:
                 checkpoints.read_replay(self.folder, self.rb)
             else:  # collect anew before learning goes on
                 self.learn_from += self.start_step
-                when = f"after step {self.learn_from} of {self.args.total_timesteps}"
-                tqdm.write(f"warning: without its replay buffer the run learns again only {when}")
+                when = f"until step {self.learn_from}; it ends at step {self.args.total_timesteps}"
+                tqdm.write(f"warning: without its replay buffer the run does not learn {when}")
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())
             fail(f"the checkpoint is not one of this script ({why}); use the script that saved it")

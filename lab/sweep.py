@@ -367,7 +367,7 @@ def sweep(args: Args, todo: list[Run], total: int) -> int:
                 elif outcome == "done":
                     done += 1
                     if why:
-                        print(f"done, after {why} ({run.log})", flush=True)
+                        print(f"done despite {why} ({run.log})", flush=True)
                 else:
                     if why not in failures.values():
                         print(f"failed: {why} ({run.log})", flush=True)

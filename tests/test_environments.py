@@ -552,19 +552,14 @@ def test_the_known_environments_go_on_exactly_and_without_a_warning(env_id):
     assert fingerprint(second, {}) == begun and np.array_equal(episode(second, obs, np.random.default_rng(1)), expected)
 
 
-def test_a_film_that_cannot_be_saved_is_a_warning(monkeypatch, capsys):
-    class Films(gym.Wrapper):
-        def __init__(self, env, *_):
-            super().__init__(env)
-            self.start_recording = lambda name: None
+def test_a_film_that_cannot_be_saved_is_a_warning(tmp_path, monkeypatch, capsys):
+    def stop_recording(_):
+        raise OSError("[Errno 32] Broken pipe\n\nMoviePy error")
 
-        def stop_recording(self):
-            raise OSError("[Errno 32] Broken pipe\n\nMoviePy error")
-
-    monkeypatch.setattr(gym.wrappers, "RecordVideo", Films)
-    with make_env("Probe-v0") as env:
-        played = play(env, lambda obs: torch.zeros(1, 2), 2, 1, torch.device("cpu"), Path("videos/step-0"))
-    assert [len(values) for values in played] == [2, 2]
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", stop_recording)
+    with make_env("Pendulum-v1", True) as env:
+        played = play(env, lambda obs: torch.zeros(1, 1), 2, 1, torch.device("cpu"), tmp_path / "step-0")
+    assert played[1] == [200, 200]
     assert "warning: no film was saved: [Errno 32] Broken pipe MoviePy error" in capsys.readouterr().out
 
 

@@ -177,7 +177,7 @@ def test_without_the_buffer_a_run_collects_anew_before_it_learns(run, script, mo
     sampled, sample = [], ReplayBuffer.sample
     monkeypatch.setattr(ReplayBuffer, "sample", lambda rb, *of: sampled.append((of[2], rb.added)) or sample(rb, *of))
     again(script, run_dir)
-    said = "warning: without its replay buffer the run learns again only after step 160 of 300"
+    said = "warning: without its replay buffer the run does not learn until step 160; it ends at step 300"
     assert said in capsys.readouterr().out
     # 60 steps of --learning-starts, as at first; rewirings, of which the last is at 220, draw batches too
     assert sampled[0] == (161, 62) and len(sampled) == 300 - 161 + len((180, 200, 220))
@@ -630,7 +630,8 @@ OWN = "box = Box(inner=Box(rng=np.random.default_rng(1), args=args)); box.inner.
         ("qf1.adam = torch.optim.Adam(qf1.parameters())", "lacks qf1.adam, so"),
         ("nets['actor'].average = copy.deepcopy(actor)", "lacks nets.actor.average, so"),
         ("nets['actor'].of = [torch.Generator()]", "lacks nets.actor.of, so"),
-        ("rb = Box()", "checkpoints need `rows` and `added` of the replay buffer; make it a subclass of lab"),
+        ("rb = Box()", "subclass that of lab/replay.py"),
+        ("rb = Box(rows=np.zeros(3), added=0)", "checkpoints need a tensor `rows` and `added` of the replay"),
         (f"{OWN}; state['of'] = {{'a': [box.inner.rng]}}; box.all = [actor, box, env, state, rb, Null(), args]", None),
         ("box = Box(rng=env.action_space.np_random, alpha=log_alpha.exp(), of=q_optimizer)", None),
         ("state['steps'] = 0", "state['steps'], a int, cannot be put back"),

@@ -522,7 +522,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(run, script, monkeypa
 
 
 def test_files_that_may_not_grow_and_a_folder_of_somebody_else(tmp_path):
-    """Beyond a size that the shell sets. The other process has no assertions and no docstrings."""
+    """`ulimit -f` bounds files of one. The other process has no assertions and no docstrings."""
     flags = "--env-id Pendulum-v1 --total-timesteps 1000 --learning-starts 500 --hidden-size 16 --batch-size 16"
     flags += " --eval-episodes 1 --checkpoint-frequency 200 --compute masked --runs-dir"
 

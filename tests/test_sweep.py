@@ -363,7 +363,7 @@ def test_failures_are_tried_again_from_the_checkpoint_and_end_with_their_last_li
     for finished in (0, 1):  # what is finished is not run again, and what has failed is
         code, text = cli(words, "2 -- --crash-at 5 --refused 2")
         assert code == 1 and f"{finished} of 2 runs are finished" in text and "1 of 2 runs done, 0 running, 1 f" in text
-        again = "done, after exit code -9: step 5 and then the power failed (runs/sweep_logs/"
+        again = "done despite exit code -9: step 5 and then the power failed (runs/sweep_logs/"
         assert (again in text) == (not finished) and did() == ["start", "resume", "end"]
         said = "failed: exit code 2: error: this seed cannot work (runs/sweep_logs/fake__"  # at once and at the end
         assert text.count(said) == 2 and text.index(said) < text.index("1 failed, time left")
