@@ -310,7 +310,7 @@ def test_signals_and_locks_of_processes(tmp_path, capsys, monkeypatch):
         lab.run.on_signal(number, None)
     with pytest.raises(SystemExit, match="130"):
         lab.run.on_signal(signal.SIGINT, None)
-    assert "stopped at once; go on" in capsys.readouterr().out
+    assert "stopped at once; if there is a checkpoint, go on" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,7 @@ def test_any_flag_is_an_axis_and_multiplies_only_the_runs_on_which_it_acts(cli, 
 --vary reserve=0.1 --vary=tau=0.1 | --vary is given twice; put all its values behind one
 --seeds 1 --total_timesteps 9 --total-timesteps 8 | --total-timesteps is given twice; put
 --vary no-such-flag=3 | --vary no_such_flag: sac_tar.py has no such flag
---vary checkpoint_frequency=3 | --vary checkpoint_frequency: the sweep sets it itself, or it leaves
+--vary checkpoint_frequency=3 | --vary checkpoint_frequency: the sweep sets it itself, or it changes
 --vary autotune=true -- --no-autotune | --no-autotune is for the sweep to set
 --vary active_width=64,512 | --active-width must be from 1 to --hidden-size 256, got 512
 --method tar cht -- --rewire-every 2000000 | --method cht rewires every 2000000 steps
