@@ -101,14 +101,13 @@ def test_every_cell_of_a_table_of_returns_is_that_of_its_runs(page):
 
 def test_every_number_of_the_front_page_is_that_of_published_runs():
     """A cell of its table, and the return of `dense`, is a mean over runs of 300,000 steps in some grid."""
-    known, found, text = defaultdict(set), 0, (PROJECT / "README.md").read_text()
+    known, found, text = defaultdict(lambda: defaultdict(set)), 0, (PROJECT / "README.md").read_text()
     for grid in GRIDS:
         for page, group in pages_of(grid).items():
             group = group[[args["total_timesteps"] == 300_000 for args in group.args]]
             for (env_id, arm), finals in compare.finals_of(group).items():
                 arm = arm.removesuffix(" td3_tar")  # which tells it from an edited copy
-                if len(finals) == (5 if re.search("magnitude|snip", arm) else 3):  # as below the table
-                    known[env_id, page.rpartition("+")[2], arm].add(round(finals.mean()))
+                known[env_id, page.rpartition("+")[2], arm][len(finals)].add(round(finals.mean()))
     bases = {name: f"{name.lower()}+global" for name in ("magnitude", "SNIP", "SynFlow")} | {"random": "random+er"}
     (_, *columns), rows = next(tables("README.md"))
     for method, *cells in rows:
@@ -116,10 +115,11 @@ def test_every_number_of_the_front_page_is_that_of_published_runs():
             base, sparsity, flags = re.match(r"(\w+), (\d+)%(?:, `(.*)`)?", column).groups()
             flags = None if "tiny" in method else flags  # which has no connections to concentrate
             arm = arm_named(f"{method[:-1]} {flags}`" if flags else method, bases[base])
-            of = known["HalfCheetah-v4", f"td3_tar_s{int(sparsity) / 100}", arm]
-            assert of == {int(cell)}, (method, column, of)
+            seeds, of = max(known["HalfCheetah-v4", f"td3_tar_s{int(sparsity) / 100}", arm].items())
+            fewer = sparsity != "90" or arm in ("tiny", "set random+er")  # as below the table
+            assert (seeds, of) == (3 if fewer else 5, {int(cell)}), (method, column, of)
             found += 1
-    dense = known["HalfCheetah-v4", "td3_tar_s0.95", "dense"]
+    dense = known["HalfCheetah-v4", "td3_tar_s0.95", "dense"][3]
     assert found == 28 and {int(re.search(r"after 300,000 steps \(`dense`: (\d+)\)", text)[1])} == dense
     gains = re.search(r"of (\d+)% \(SAC\) and (\d+)% \(TD3\)", text).groups()
     for algo, gain in zip(("sac", "td3"), gains, strict=True):
