@@ -362,6 +362,10 @@ def test_modules_on_the_path_that_are_not_installed_are_code(tmp_path, monkeypat
     assert len({*seen}) == 1 and seen[0] != record.code_hash(script)
     lab.run.keep_code(tmp_path / "kept", script, "my_ant:Ant-v0")
     assert (tmp_path / "kept" / "my_ant.py").read_text() == "mass = 1"
+    (tmp_path / "own.py").write_text("import sparse_utils")
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT.parent))
+    lab.run.keep_code(tmp_path / "deep", tmp_path / "own.py", "")
+    assert (tmp_path / "deep" / "sparse_utils.py").exists()  # not below the project's name
 
 
 # bad input
