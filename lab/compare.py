@@ -433,9 +433,9 @@ def write_page(
     print(page[0][2:], *caveats, "", markdown(tables["returns"].drop(columns="seeds")), "", sep="\n")
 
 
-def read(folder: Path, args: Args, strict: bool = True) -> tuple[pd.DataFrame, list[str], str | None]:
+def read(folder: Path, args: Args) -> tuple[pd.DataFrame, list[str], str | None]:
     """The runs in a folder that the flags ask for, its notes, and the name of the arm with which to compare. Ends the
-    program with one sentence if there are none or, being `strict`, if a flag names an arm that is not there."""
+    program with one sentence if there are none, or if a flag names an arm that is not there."""
     path = folder / "NOTES.md"
     notes = [line.removeprefix("- ") for line in path.read_text().splitlines() if line] if path.exists() else []
     runs = read_runs(folder, notes, args.separate_code)
@@ -445,32 +445,28 @@ def read(folder: Path, args: Args, strict: bool = True) -> tuple[pd.DataFrame, l
         named[text] = [arm for arm in arms if text == arm] or [arm for arm in arms if text in arm.split()]
         named[text] = named[text] or [arm for arm in arms if text in arm]
     unknown = [text for text in args.arm if not named[text]] + sorted({*args.env_id} - {*runs.env_id})
-    if unknown and strict:
+    if unknown:
         where = f"the arms are: {', '.join(arms)}; the environments: {', '.join(sorted({*runs.env_id}))}"
         fail(f"there is no finished run of {unknown[0]}; {where}")
     against = named.get(args.against, [None])
-    if len(against) != 1 and strict:
+    if len(against) != 1:
         fail(f"--against {args.against} is not one arm; there are: {', '.join(against or arms)}")
-    against = against[0] if len(against) == 1 else None
-    kept = {against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
+    kept = {*against, *(arm for text in args.arm for arm in named[text])} if args.arm else {*arms}
     runs = runs[runs.arm.isin(kept) & runs.env_id.isin(args.env_id or runs.env_id)]
-    return (runs, notes, against) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
+    return (runs, notes, against[0]) if len(runs) else fail(f"no such run; the arms are: {', '.join(arms)}")
 
 
 def main(args: Args) -> None:
-    if args.publish and args.events:
-        fail("--publish and --events cannot stand in one command; publish first")
     for flag, folder in (("--publish", args.publish), ("--events", args.events)):
         if folder and folder.resolve() == args.folder.resolve():
             fail(f"{flag} needs another folder than that of the runs")
     folder = args.publish or args.folder
-    runs, notes, against = read(args.folder, args, strict=not args.publish)  # the grid may have the missing arms
+    if args.publish:  # all runs, also those that --arm and --env-id leave out of the comparison
+        results.publish(read_runs(args.folder, left_out := [], args.separate_code).to_dict("records"), folder)
+        print(*left_out, sep="\n")
+    runs, notes, against = read(folder, args)
     if args.events:
         return results.write_events(runs, args.events)
-    if args.publish:
-        results.publish(runs.to_dict("records"), folder)
-        print(*(note for note in notes if note.startswith("Left out")), sep="\n")
-        runs, notes, against = read(folder, args)
     out = args.out or folder / "comparison"
     out.mkdir(parents=True, exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}

@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -169,15 +170,29 @@ def held_apart(
     return found
 
 
+def are_parameters(node: ast.expr) -> bool:
+    """Whether an expression is `<network>.parameters()`, or a list or tuple of it."""
+    return bool(re.fullmatch(r"(list\(|tuple\(|\[\*)?[\w.]+\.parameters\(\)[)\]]?", ast.unparse(node)))
+
+
 def one_by_one(source: Path, before: range, networks: set[str], classes: set[str]) -> str | None:
     """The first place where a source loops over parameters or layers, which the kernels would replace, takes them by
     name, or goes through or indexes a network: one of the names `networks` or, in one of the `classes`, `self`. None if
-    there is none. Allowed inside `in_torch`, a constructor or `forward`, and in the lines of train `before` Run(...),
-    but for functions inside train, which run later."""
-    nodes = [node for node in ast.parse(source.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    there is none. A variable or an argument of the source's functions that is given parameters counts as a network.
+    Allowed inside `in_torch`, a constructor or `forward`, and in the lines of train `before` Run(...), but for
+    functions inside train, which run later."""
+    tree = ast.parse(source.read_bytes())
+    parts = [*ast.walk(tree)]
+    kept = [part.targets for part in parts if isinstance(part, ast.Assign) and are_parameters(part.value)]
+    networks = networks | {target.id for targets in kept for target in targets if isinstance(target, ast.Name)}
+    calls = [part for part in parts if isinstance(part, ast.Call) and any(map(are_parameters, part.args))]
+    handed = {getattr(call.func, "id", None) for call in calls}
+    nodes = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     nodes = [(node, networks | ({"self"} if node.name in classes else set()), before) for node in nodes]
     passed = {"__init__", "forward", *(OUR_OWN if source.name == "sparse_utils.py" else ())}
     for node, known, allowed in nodes:  # which grows on the way
+        if isinstance(node, ast.FunctionDef) and node.name in handed:
+            known = known | {arg.arg for arg in node.args.args}
         inside = isinstance(node, ast.With) and any("in_torch" in ast.unparse(item) for item in node.items)
         if inside or getattr(node, "name", None) in passed:
             continue

@@ -80,11 +80,6 @@ def make_mlp(sizes, density, seed):
     return network.double(), mlp
 
 
-def flat_gradient(mlp, gradients):
-    """Gradients of a network's parameters in the order of the kernels."""
-    return mlp.compress({name: gradients[2 * i : 2 * i + 2] for i, name in enumerate(mlp.masks)})
-
-
 def make_nets(method="static", kind=chain):
     """Rows of an actor and of two critics that share an optimizer, planned and not pruned."""
     torch.manual_seed(0)
@@ -148,7 +143,7 @@ def compare_with_float64(sizes, batch, density, seed):
         assert torch.equal(mlp(x), y)
     grad_x, grad_flat = torch.autograd.grad(y, [x, mlp.flat], grad_y)
     expected_x, *gradients = torch.autograd.grad(expected, [x, *network.parameters()], grad_y.double())
-    for got, want in ((grad_x, expected_x), (grad_flat, flat_gradient(mlp, gradients))):
+    for got, want in ((grad_x, expected_x), (grad_flat, mlp.compress(gradients))):
         torch.testing.assert_close(got.double(), want.double(), rtol=1e-3, atol=1e-4 * (1 + want.abs().max().item()))
 
 
@@ -197,7 +192,7 @@ def test_not_a_number_passes_the_relu_as_in_torch():
     y = mlp(x)
     assert y[4].isnan().all() and y[:4].isfinite().all() and y[5:].isfinite().all()
     gradients = torch.autograd.grad(network(x.double()).sum(), network.parameters())
-    got, expected = torch.autograd.grad(y.sum(), mlp.flat)[0], flat_gradient(mlp, gradients)
+    got, expected = torch.autograd.grad(y.sum(), mlp.flat)[0], mlp.compress(gradients)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 

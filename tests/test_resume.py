@@ -1101,6 +1101,8 @@ ONE_BY_ONE = {
     "qf2": ["widths = [layer.out_features for layer in list(qf2)[::2]]"],
     "actor": ["for layer in map(id, actor):", "    pass"],
     "qf2(starred)": ["layers = [*qf2]"],
+    "params": ["params = list(critics.parameters())", "for p in params:", "    nn.utils.clip_grad_norm_(p, 0.1)"],
+    "own": ["def l2(own):", "    return sum(p.square().sum() for p in own)", "l2(critics.parameters())"],
     "qf1.modules()": ["sizes = [layer.out_features for layer in qf1.modules() if isinstance(layer, nn.Linear)]"],
 }
 

@@ -195,7 +195,7 @@ class SparseMLP(nn.Module):
     def __init__(self, linears: dict[str, nn.Linear], masks: Masks):
         nn.Module.__init__(self)
         self.masks = {name: masks[name].clone() for name in linears}
-        self.flat = nn.Parameter(self.compress({name: (m.weight, m.bias) for name, m in linears.items()}).detach())
+        self.flat = nn.Parameter(self.compress(p for m in linears.values() for p in (m.weight, m.bias)).detach())
         self.index()
 
     def index(self) -> None:
@@ -231,9 +231,10 @@ class SparseMLP(nn.Module):
         super().__setstate__(state)
         self.index()
 
-    def compress(self, tensors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """The flat vector of dense (weight, bias) pairs, or of what is stored beside them, such as Adam's moments."""
-        return torch.cat([part for name, (w, b) in tensors.items() for part in (w[self.masks[name]], b)])
+    def compress(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The flat vector of each layer's dense weight and bias in turn, or of their gradients or Adam's moments."""
+        places = [place for mask in self.masks.values() for place in (mask, ...)]  # a bias is stored whole
+        return torch.cat([tensor[place] for tensor, place in zip(tensors, places, strict=True)])
 
     def expand(self, flat: Tensor) -> dict[str, Tensor]:
         """Dense `<layer>.weight` and `<layer>.bias` of a flat vector, zero where pruned."""
@@ -453,7 +454,8 @@ def known_times(net: Net, batch_size: int) -> Times:
     """`time_passes`, once on a machine: the first result is kept in a file beside the kernels, so that runs of the same
     networks make the same choice. Without such a file it is measured each time."""
     shapes = [list(weight.shape) for weight in net.weights.values()]
-    what = repr((shapes, is_chain(net), net.budget, net.width, batch_size, torch.get_num_threads(), torch.__version__))
+    own = (shapes, is_chain(net), net.budget, net.width, MOST_BY_LAYER)
+    what = repr((*own, batch_size, torch.get_num_threads(), torch.__version__))
     file = load_kernels().times / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
 
     def read() -> Times | None:
@@ -588,7 +590,7 @@ def compact_part(
     mlp.guards = [guard(param) for param in dense]
     mlp.flat.requires_grad_(dense[0].requires_grad)
     if all(param.grad is not None for param in dense):
-        mlp.flat.grad = mlp.compress({name: (m.weight.grad, m.bias.grad) for name, m in linears.items()})
+        mlp.flat.grad = mlp.compress(param.grad for param in dense)
     if len(names) == 1:
         network.set_submodule(names[0], mlp)
     else:
@@ -603,9 +605,8 @@ def compact_part(
     optimizer.param_groups[group]["params"].append(mlp.flat)
     states = [optimizer.state.pop(param, {}) for param in dense]
     if all(states):
-        optimizer.state[mlp.flat] = own = {"step": states[0]["step"]}
-        for m in ("exp_avg", "exp_avg_sq"):
-            own[m] = mlp.compress({name: (states[2 * i][m], states[2 * i + 1][m]) for i, name in enumerate(linears)})
+        moments = {name: mlp.compress(state[name] for state in states) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[mlp.flat] = {"step": states[0]["step"]} | moments
     for param in dense:
         param.grad = None
 
